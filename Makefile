@@ -1,0 +1,28 @@
+# `make demo` and `make test` do everything on a fresh machine: virtual environment, install, run.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+
+.PHONY: install demo test check format
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install
+	PATH=$(BIN):$$PATH accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no examples/fact_rlhf.py
+
+test: install
+	PATH=$(BIN):$$PATH OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

@@ -1,0 +1,58 @@
+"""Who may import whom: see docs/design.md. Imports point down only."""
+
+import ast
+from pathlib import Path
+
+import trl_vlm
+
+
+ROOT = Path(trl_vlm.__file__).parent
+MATHS = {"masked", "segments", "advantages", "losses"}
+DATA, MODELS = MATHS | {"data"}, MATHS | {"models"}
+MAY_IMPORT = {
+    **dict.fromkeys(MATHS, MATHS),
+    "data": DATA | MODELS,
+    "models": DATA | MODELS,
+    "rewards": DATA | MODELS,
+    "evaluation": DATA | MODELS | {"rewards"},
+    "trainers": DATA | MODELS | {"rewards"},
+    "testbed": DATA | MODELS,
+    "__init__": set(),
+}
+MAY_IMPORT_TRL = {"trainers", "rewards"}
+
+
+def imported_modules(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.lineno, node.module
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            raise AssertionError(f"{path}:{node.lineno}: relative import; this project imports absolutely")
+
+
+def test_imports_point_down_only():
+    files = sorted(ROOT.rglob("*.py"))
+    assert len(files) > 10
+    for path in files:
+        here = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        for line, module in imported_modules(path):
+            if module.startswith("trl_vlm."):
+                there = module.split(".")[1]
+                assert there in MAY_IMPORT[here] | {here}, f"{path}:{line}: {here} may not import {there}"
+            if module == "trl" or module.startswith("trl."):
+                allowed = here in MAY_IMPORT_TRL or path == ROOT / "data" / "collators.py"
+                assert allowed, f"{path}:{line}: trl is imported in trainers, rewards and data/collators.py alone"
+
+
+def test_maths_needs_torch_and_the_standard_library_alone():
+    for name in MATHS:
+        path = ROOT / f"{name}.py"
+        if path.exists():
+            for line, module in imported_modules(path):
+                root = module.split(".")[0]
+                assert root in {"torch", "typing", "difflib", "collections", "math", "trl_vlm", "dataclasses"}, (
+                    f"{path}:{line}: {module}"
+                )

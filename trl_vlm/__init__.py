@@ -1,0 +1,29 @@
+"""Align vision-language models so that they say what the image shows. Extends Hugging Face TRL.
+
+The names below load on first use, so that `import trl_vlm` is quick and needs no optional dependency.
+"""
+
+from importlib import import_module
+from typing import Any
+
+
+__version__ = "0.1.0.dev0"
+
+_WHERE = {
+    "RewardConfig": "trainers.reward_config",
+    "RewardTrainer": "trainers.reward_trainer",
+    "PPOConfig": "trainers.ppo_config",
+    "PPOTrainer": "trainers.ppo_trainer",
+}
+
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}. It offers: {', '.join(__all__)}.")
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,162 @@
+"""What every converter needs: named faults, turns of a conversation, and rows of the row contract."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Image, List, Value
+
+
+IMAGE_MENTION = "<image>"
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+Record = Mapping[str, Any]
+Row = dict[str, Any]
+Message = dict[str, str]
+
+MESSAGES = List({"role": Value("string"), "content": Value("string")})
+PROMPT_COLUMNS = {"images": List(Image()), "prompt": MESSAGES}
+PREFERENCE_COLUMNS = {**PROMPT_COLUMNS, "chosen": MESSAGES, "rejected": MESSAGES}
+
+
+class BadRecord(ValueError):
+    """A record that cannot become a row.
+
+    Args:
+        reason: The kind of fault, in the same few words for every record that has it: skips are counted by it.
+        detail: What is special about this record.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+class MissingColumns(BadRecord):
+    """A record without the columns that its converter reads: another data set, or another revision of it."""
+
+
+@dataclass
+class Converted:
+    """The rows of one record, and what its converter left out on purpose, by reason (ties, unusable ratings)."""
+
+    rows: list[Row]
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+def need(record: Record, columns: Iterable[str], remedy: str = "") -> None:
+    """Raises `MissingColumns`, naming the columns found and those needed, unless `record` has all `columns`."""
+    columns = list(columns)
+    missing = [column for column in columns if column not in record]
+    if missing:
+        raise MissingColumns(
+            "missing columns",
+            f"{missing}. Found the columns {sorted(map(str, record))}; needed are {columns}. "
+            + (remedy or "Is this the data set, the file and the revision that the converter is for?"),
+        )
+
+
+def clean_text(value: Any, what: str) -> str:
+    """`value` without white space around it; raises `BadRecord` where that is no text, or none is left."""
+    if not isinstance(value, str):
+        raise BadRecord(f"{what} is not text", f"got {type(value).__name__} {str(value)[:60]!r}")
+    text = value.strip()
+    if not text:
+        raise BadRecord(f"empty {what}")
+    return text
+
+
+def reply_text(value: Any, what: str = "reply") -> str:
+    """A reply's text: not empty, and without a literal image placeholder, which would be read as an image."""
+    text = clean_text(value, what)
+    if IMAGE_MENTION in text:
+        raise BadRecord(f"{what} mentions {IMAGE_MENTION}", repr(text[:60]))
+    return text
+
+
+def question_text(value: Any) -> str:
+    """A question's text without its image placeholder: the row contract puts the image at the first user turn.
+
+    Raises `BadRecord` for a second placeholder, because these data sets hold one image a record.
+    """
+    text = clean_text(value, "question")
+    if text.count(IMAGE_MENTION) > 1:
+        raise BadRecord("more image placeholders than images", f"{text.count(IMAGE_MENTION)} in {text[:60]!r}")
+    return clean_text(text.replace(IMAGE_MENTION, ""), "question")
+
+
+def user_turn(text: str) -> list[Message]:
+    """One user message."""
+    return [{"role": "user", "content": text}]
+
+
+def assistant_turn(text: str) -> list[Message]:
+    """One assistant message."""
+    return [{"role": "assistant", "content": text}]
+
+
+def turns(conversation: Any, what: str = "conversations") -> list[Message]:
+    """LLaVA's `[{"from": "human" | "gpt", "value": ...}, ...]` as messages, image placeholder taken out.
+
+    Messages that are already `{"role", "content"}` pass as well. Raises `BadRecord` for an unknown speaker, for
+    speakers that do not take turns, for an empty turn, and for a placeholder anywhere but in the first user turn:
+    there alone can the row contract put the image.
+    """
+    if not isinstance(conversation, Sequence) or isinstance(conversation, str) or not conversation:
+        raise BadRecord(f"{what} holds no turns", f"got {str(conversation)[:60]!r}")
+    messages: list[Message] = []
+    for turn in conversation:
+        if not isinstance(turn, Mapping):
+            raise BadRecord(f"{what} holds a turn without a speaker", f"got {str(turn)[:60]!r}")
+        speaker = turn.get("from", turn.get("role"))
+        if speaker not in ROLES:
+            raise BadRecord(f"{what} has an unknown speaker", f"{speaker!r}; known are {sorted(ROLES)}")
+        role, value = ROLES[speaker], turn.get("value", turn.get("content"))
+        if messages and messages[-1]["role"] == role:
+            raise BadRecord(f"{what} has one speaker twice in a row", f"turns {len(messages) - 1} and {len(messages)}")
+        is_first_question = role == "user" and not any(message["role"] == "user" for message in messages)
+        text = question_text(value) if is_first_question else reply_text(value, f"turn of {what}")
+        messages.append({"role": role, "content": text})
+    return messages
+
+
+def prompt_and_last_reply(messages: Sequence[Message], what: str = "conversations") -> tuple[list[Message], str]:
+    """All turns but the last, and the last one's text; raises `BadRecord` unless a user asks and an assistant ends."""
+    if len(messages) < 2 or messages[-1]["role"] != "assistant" or messages[-2]["role"] != "user":
+        roles = [message["role"] for message in messages]
+        raise BadRecord(f"{what} does not end on a question and its reply", f"speakers are {roles}")
+    return list(messages[:-1]), messages[-1]["content"]
+
+
+def is_missing_image(value: Any) -> bool:
+    """True for None, an empty name, no bytes, and a `{"bytes", "path"}` with neither."""
+    if isinstance(value, Mapping):
+        return not value.get("bytes") and not value.get("path")
+    return value is None or (isinstance(value, str | bytes | bytearray) and not value)
+
+
+def prompt_row(image: Any, prompt: list[Message], **extra: Any) -> Row:
+    """A row with one image and a prompt, and the columns in `extra`; raises `BadRecord` without an image."""
+    if is_missing_image(image):
+        raise BadRecord("missing image", f"the record has no image (got {image!r}), and its question is about one")
+    return {"images": [image], "prompt": prompt, **extra}
+
+
+def preference_row(image: Any, prompt: list[Message], chosen: Any, rejected: Any, **extra: Any) -> Row:
+    """A preference row; raises `BadRecord` for an empty reply, for equal replies, and without an image."""
+    chosen, rejected = reply_text(chosen, "chosen reply"), reply_text(rejected, "rejected reply")
+    if chosen == rejected:
+        raise BadRecord("chosen and rejected are the same", repr(chosen[:60]))
+    row = prompt_row(image, prompt)
+    return {**row, "chosen": assistant_turn(chosen), "rejected": assistant_turn(rejected), **extra}
+
+
+def joined_facts(facts: Mapping[str, Sequence[str]], key: str) -> list[str]:
+    """The facts stored under `key`; raises `BadRecord` where there are none, or one is not a sentence."""
+    if key not in facts:
+        raise BadRecord("no facts for the image", f"the facts file has no key {key!r}")
+    if isinstance(facts[key], str):
+        raise BadRecord("facts are not a list", f"key {key!r} holds {facts[key][:60]!r}")
+    return [clean_text(fact, "fact") for fact in facts[key]]

@@ -1,0 +1,159 @@
+"""Facts, and the only place that renders them: into the judge turn that a reward model reads, never into a prompt.
+
+A reward model scores a conversation that has one more exchange at its end: a user turn that asks to judge the last
+reply, with the facts in it, and an unfinished assistant turn. The score is read at the last token of that opening.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+
+JUDGE_TEMPLATE_FILE = "judge_template.json"
+
+Message = dict[str, Any]
+
+_REQUEST = """Judge the reply you have just given to me, by four questions.
+1. Accuracy: does the picture bear out everything it says, without inventing or contradicting anything?{facts}
+2. Helpfulness: does it answer what was asked, with details taken from the picture?
+3. Natural language: is it fluent, and free of repetition?
+4. Concision: does it say so without detours or padding?
+A good reply does well on all four."""
+
+_FACTS = """
+These statements about the picture are known to be true, and the reply must agree with all of them together:
+{bullets}"""
+
+_OPENING = "Weighing accuracy, helpfulness, natural language and concision, the quality of that reply is"
+
+
+@dataclass(frozen=True)
+class JudgeTemplate:
+    """The words around a reply that a reward model judges. It is saved with the model (`judge_template.json`).
+
+    `JudgeTemplate.none()` leaves the conversation as it is: the score is then read at the end of the reply, and facts
+    have no place. `replace(template, use_facts=False)` keeps the judge turn and leaves the facts out.
+
+    Example: `JudgeTemplate(request="{facts}", facts="facts : {bullets} .", bullet="{fact}", separator=" ", opening="")`
+    is short enough for a vocabulary of sixty words.
+    """
+
+    request: str = _REQUEST  # the user's part of the judge turn; the block of facts takes the place of {facts}
+    facts: str = _FACTS  # the block of facts: a lead-in and {bullets}; rows without facts have no block
+    bullet: str = "- {fact}"  # one fact
+    separator: str = "\n"  # between two bullets
+    opening: str = _OPENING  # the assistant's unfinished answer; "" ends the text with the request
+    use_facts: bool = True  # False: the facts of a row are not shown
+
+    def __post_init__(self) -> None:
+        """Refuses templates in which facts would be lost without a word."""
+        if self.request and self.use_facts and "{facts}" not in self.request:
+            raise ValueError(
+                "`request` has no {facts}, so the facts of a row would be lost. "
+                "Put {facts} where the block of facts belongs, or set use_facts=False."
+            )
+        if self.use_facts and self.request and ("{bullets}" not in self.facts or "{fact}" not in self.bullet):
+            raise ValueError(
+                f"`facts` must contain {{bullets}} and `bullet` must contain {{fact}}; they are {self.facts!r} and "
+                f"{self.bullet!r}. Add the slots, or set use_facts=False."
+            )
+        if self.opening and not self.request:
+            raise ValueError(
+                f"`opening` is {self.opening!r} without a `request` that it answers. Set both, or neither."
+            )
+        if self.opening != self.opening.rstrip():
+            raise ValueError(
+                f"`opening` ends with white space ({self.opening!r}), which chat templates treat in different ways. "
+                "Remove it: the score is read at the last token."
+            )
+
+    @classmethod
+    def none(cls) -> "JudgeTemplate":
+        """The template that adds nothing: the reward model reads the plain conversation."""
+        return cls(request="", facts="", bullet="", opening="", use_facts=False)
+
+    @classmethod
+    def from_pretrained(cls, path: str | PathLike) -> "JudgeTemplate":
+        """Reads `judge_template.json` in the folder `path`, or the JSON file `path` itself.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file holds something else than a judge template.
+        """
+        file = Path(path) / JUDGE_TEMPLATE_FILE if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"There is no judge template at {str(file)!r}. `RewardTrainer` writes it beside the model; for a reward "
+                "model from elsewhere pass a `JudgeTemplate` (`JudgeTemplate.none()` for the plain conversation)."
+            )
+        values = json.loads(file.read_text(encoding="utf-8"))
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or values.keys() - names:
+            raise ValueError(
+                f"{str(file)!r} is not a judge template: it must be a JSON object with keys among {sorted(names)}."
+            )
+        return cls(**values)
+
+    def save_pretrained(self, folder: str | PathLike) -> None:
+        """Writes `judge_template.json` into `folder`, which is made if need be."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        (Path(folder) / JUDGE_TEMPLATE_FILE).write_text(text + "\n", encoding="utf-8")
+
+    def without_facts(self) -> "JudgeTemplate":
+        """The same template with `use_facts` off."""
+        return replace(self, use_facts=False)
+
+
+def judge_messages(
+    prompt: Sequence[Message], reply: Sequence[Message], facts: Sequence[str] | None, template: JudgeTemplate
+) -> list[Message]:
+    """Returns the conversation that a reward model reads: prompt, reply, judge turn.
+
+    Args:
+        prompt: Messages before the reply; not modified.
+        reply: The reply's messages (one assistant turn, as a rule); not modified.
+        facts: What is known about the picture, in the order in which it is to be shown; None or empty: nothing.
+        template: The words of the judge turn.
+
+    Returns:
+        A new list. Its last message is the unfinished opening, to be rendered with `continue_final_message=True`,
+        unless the template has none.
+
+    Example:
+        >>> short = JudgeTemplate(request="judge . {facts}", facts="facts : {bullets} .", separator=" ; ", opening="it is")
+        >>> judge_messages([user("what is it")], [assistant("a cup")], ["a cup", "a table"], short)[2:]
+        [{'role': 'user', 'content': 'judge . facts : - a cup ; - a table .'}, {'role': 'assistant', 'content': 'it is'}]
+    """
+    messages = [*prompt, *reply]
+    request = template.request.replace("{facts}", facts_block(facts, template), 1).rstrip()
+    if request:
+        messages.append({"role": "user", "content": request})
+        if template.opening:
+            messages.append({"role": "assistant", "content": template.opening})
+    return messages
+
+
+def facts_block(facts: Sequence[str] | None, template: JudgeTemplate) -> str:
+    """Returns the lead-in and one bullet per fact; "" for a row without facts, or if the template shows none."""
+    if not facts or not template.use_facts:
+        return ""
+    bullets = template.separator.join(template.bullet.replace("{fact}", fact.strip(), 1) for fact in facts)
+    return template.facts.replace("{bullets}", bullets, 1)
+
+
+def shuffled_facts(facts: Sequence[str] | None, seed: int) -> list[str]:
+    """Returns the facts in a random order that depends on the seed and on the facts alone.
+
+    So both candidates of a pair read one order, and a run that is resumed or spread over more processes reads the
+    same orders as the run that was not.
+    Differs from the public code of Fact-RLHF (2309.14525), which shuffles anew for each candidate: that adds noise to
+    the difference of their scores.
+    """
+    shuffled = list(facts or ())
+    random.Random(f"{seed}\n" + "\n".join(shuffled)).shuffle(shuffled)
+    return shuffled

@@ -12,7 +12,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-
 JUDGE_TEMPLATE_FILE = "judge_template.json"
 
 Message = dict[str, Any]
@@ -38,8 +37,8 @@ class JudgeTemplate:
     `JudgeTemplate.none()` leaves the conversation as it is: the score is then read at the end of the reply, and facts
     have no place. `replace(template, use_facts=False)` keeps the judge turn and leaves the facts out.
 
-    Example: `JudgeTemplate(request="{facts}", facts="facts : {bullets} .", bullet="{fact}", separator=" ", opening="")`
-    is short enough for a vocabulary of sixty words.
+    Example, short enough for a vocabulary of sixty words:
+        >>> JudgeTemplate(request="{facts}", facts="facts : {bullets} .", bullet="{fact}", separator=" ", opening="")
     """
 
     request: str = _REQUEST  # the user's part of the judge turn; the block of facts takes the place of {facts}
@@ -87,8 +86,8 @@ class JudgeTemplate:
         file = Path(path) / JUDGE_TEMPLATE_FILE if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise FileNotFoundError(
-                f"There is no judge template at {str(file)!r}. `RewardTrainer` writes it beside the model; for a reward "
-                "model from elsewhere pass a `JudgeTemplate` (`JudgeTemplate.none()` for the plain conversation)."
+                f"There is no judge template at {str(file)!r}. `RewardTrainer` writes it beside the model; for a "
+                "reward model from elsewhere pass a `JudgeTemplate` (`JudgeTemplate.none()`: the plain conversation)."
             )
         values = json.loads(file.read_text(encoding="utf-8"))
         names = {field.name for field in fields(cls)}
@@ -125,9 +124,10 @@ def judge_messages(
         unless the template has none.
 
     Example:
-        >>> short = JudgeTemplate(request="judge . {facts}", facts="facts : {bullets} .", separator=" ; ", opening="it is")
-        >>> judge_messages([user("what is it")], [assistant("a cup")], ["a cup", "a table"], short)[2:]
-        [{'role': 'user', 'content': 'judge . facts : - a cup ; - a table .'}, {'role': 'assistant', 'content': 'it is'}]
+        >>> short = JudgeTemplate("judge . {facts}", "facts : {bullets} .", separator=" ; ", opening="it is")
+        >>> prompt, reply = [{"role": "user", "content": "what?"}], [{"role": "assistant", "content": "a cup"}]
+        >>> [message["content"] for message in judge_messages(prompt, reply, ["a cup", "a table"], short)]
+        ['what?', 'a cup', 'judge . facts : - a cup ; - a table .', 'it is']
     """
     messages = [*prompt, *reply]
     request = template.request.replace("{facts}", facts_block(facts, template), 1).rstrip()

@@ -8,7 +8,6 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-
 # Pillow's own threshold for a decompression bomb: about 89 million pixels, three bytes each once decoded.
 MAX_IMAGE_PIXELS = 1024 * 1024 * 1024 // 4 // 3
 

@@ -11,7 +11,6 @@ from datasets import Dataset, IterableDataset, Value
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 
-
 Row = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -89,9 +88,7 @@ def check_row(row: Row, required: Iterable[str], *, name: str) -> None:
             _check_messages(row[column], f"{name}, column {column!r}")
     for column in REPLY_COLUMNS:
         if row.get(column) is not None and not message_text(row[column][-1]).strip():
-            raise ValueError(
-                f"{name}, column {column!r}: the reply is empty. A reply must say something; drop the row or fill it in."
-            )
+            raise ValueError(f"{name}, column {column!r}: the reply is empty. Drop the row, or fill the reply in.")
     _check_facts(row.get("facts"), name)
     margin = row.get("margin")
     if margin is not None and not math.isfinite(margin):

@@ -1,0 +1,193 @@
+"""From rows to batches. Nothing here cuts a sequence: a row that is too long is an error that names it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+from trl.data_utils import prepare_multimodal_messages
+
+from trl_vlm.data.facts import JudgeTemplate, Message, judge_messages, shuffled_facts
+from trl_vlm.data.images import MAX_IMAGE_PIXELS, load_image
+from trl_vlm.data.rows import Row, check_row, row_images
+from trl_vlm.models.image_tokens import check_image_tokens
+
+ROW_NUMBER = "row_number"  # the column that carries a row's place in its dataset, for errors
+
+
+def encode(
+    processor: ProcessorMixin,
+    conversations: Sequence[Sequence[Message]],
+    images: Sequence[Sequence[Any]],
+    *,
+    continue_final_message: bool = False,
+    add_generation_prompt: bool = False,
+    max_length: int | None = None,
+    names: Sequence[str] | None = None,
+    padding_side: str = "right",
+    pad_to_multiple_of: int | None = None,
+    max_pixels: int | None = MAX_IMAGE_PIXELS,
+) -> dict[str, Tensor]:
+    """Returns the batch that a model of any family reads: token ids, attention mask, pixels and what belongs to them.
+
+    Placeholders for the images are put before the text of the first user turn, unless the messages already hold them.
+    The beginning-of-sequence token appears once, whether it comes from the chat template or from the tokenizer.
+
+    Args:
+        processor: The model's processor, as `models.processors.load_processor` returns it.
+        conversations: B lists of messages; not modified.
+        images: B lists of images, in any form that `load_image` reads; [] for a row without.
+        continue_final_message: End with the last message as it is, without closing its turn.
+        add_generation_prompt: End with the opening of an assistant turn.
+        max_length: A longer row is an error; None allows any length.
+        names: B names for errors.
+        padding_side: "right" or "left".
+        pad_to_multiple_of: Round the padded length up.
+        max_pixels: Largest image, width times height.
+
+    Returns:
+        A dictionary of tensors, `input_ids` and `attention_mask` (B, T) among them. Nothing of pixels if no row has
+        an image.
+
+    Raises:
+        ValueError: Images and placeholders do not match, a row is longer than `max_length`, or an image is bad.
+    """
+    names = list(names) if names is not None else [f"row {index} of the batch" for index in range(len(conversations))]
+    images = [
+        [load_image(image, name=f"{name}, image {place}", max_pixels=max_pixels) for place, image in enumerate(row)]
+        for row, name in zip(images, names, strict=True)
+    ]
+    texts = processor.apply_chat_template(
+        [
+            _with_placeholders(conversation, len(row), name)
+            for conversation, row, name in zip(conversations, images, names, strict=True)
+        ],
+        tokenize=False,
+        continue_final_message=continue_final_message,
+        add_generation_prompt=add_generation_prompt,
+    )
+    padding = {"padding": True, "padding_side": padding_side}
+    if pad_to_multiple_of is not None:
+        padding["pad_to_multiple_of"] = pad_to_multiple_of
+    batch = processor(
+        text=texts,
+        # Processors disagree about a batch in which no row has an image; without the argument they all take it.
+        **({"images": images} if any(images) else {}),
+        add_special_tokens=_needs_bos(processor, texts),
+        return_tensors="pt",
+        **padding,
+    )
+    batch = dict(batch)
+    _check_lengths(batch["attention_mask"], max_length, names)
+    check_image_tokens(batch, [len(row) for row in images], processor, names)
+    return batch
+
+
+@dataclass
+class RewardCollator:
+    """Turns P preference rows into the 2P sequences that a reward model scores: chosen rows, then rejected rows.
+
+    Each sequence is prompt, reply and judge turn. Both candidates of a pair read the facts in one order, drawn from
+    `seed` and `epoch`.
+
+    The batch holds, beside what `encode` returns:
+        margin: (P,), how much more the chosen reply must score; 0 for rows without. It comes first, so that
+            `Trainer` counts pairs.
+
+    Raises:
+        ValueError: A row breaks the row contract, or is longer than `max_length`.
+
+    Example:
+        >>> collator = RewardCollator(processor, JudgeTemplate())
+        >>> row = {"images": [image], "prompt": [...], "chosen": [...], "rejected": [...], "facts": ["a cup"]}
+        >>> batch = collator([row])
+        >>> batch["input_ids"].shape, batch["margin"].shape
+        (torch.Size([2, 187]), torch.Size([1]))
+    """
+
+    processor: ProcessorMixin
+    template: JudgeTemplate = field(default_factory=JudgeTemplate)
+    seed: int = 0
+    epoch: int = 0
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+    max_pixels: int | None = MAX_IMAGE_PIXELS
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Returns the batch of `rows`, which are not modified."""
+        pairs = [self._pair(row, place) for place, row in enumerate(rows)]
+        names = [f"{name} ({side})" for side in ("chosen", "rejected") for name, *_ in pairs]
+        margins = [row["margin"] if row.get("margin") is not None else 0.0 for row in rows]
+        batch = encode(
+            self.processor,
+            [chosen for *_, chosen, _ in pairs] + [rejected for *_, rejected in pairs],
+            [images for _, images, *_ in pairs] * 2,
+            continue_final_message=bool(self.template.opening),
+            max_length=self.max_length,
+            names=names,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            max_pixels=self.max_pixels,
+        )
+        return {"margin": torch.tensor(margins, dtype=torch.float), **batch}
+
+    def tokens(self, row: Row) -> int:
+        """Returns the length of the longer candidate of a row in tokens, image tokens included."""
+        unlimited = RewardCollator(self.processor, self.template, self.seed, self.epoch, max_pixels=self.max_pixels)
+        return int(unlimited([row])["attention_mask"].sum(-1).max())
+
+    def _pair(self, row: Row, place: int) -> tuple[str, list[Any], list[Message], list[Message]]:
+        """Name, decoded images, chosen and rejected conversation of a row."""
+        name = f"row {row[ROW_NUMBER]}" if row.get(ROW_NUMBER) is not None else f"row {place} of the batch"
+        check_row(row, ("chosen", "rejected"), name=name)
+        images = [
+            load_image(image, name=f"{name}, image {index}", max_pixels=self.max_pixels)
+            for index, image in enumerate(row_images(row, name))
+        ]
+        # Drawn once, so that the order says nothing about which candidate is better.
+        facts = shuffled_facts(row.get("facts"), seed=1_000_003 * self.epoch + self.seed)
+        prompt = row.get("prompt") or []
+        chosen, rejected = (judge_messages(prompt, row[side], facts, self.template) for side in ("chosen", "rejected"))
+        return name, images, chosen, rejected
+
+
+def _with_placeholders(conversation: Sequence[Message], images: int, name: str) -> list[Message]:
+    """The conversation in parts, with one placeholder per image."""
+    try:
+        return prepare_multimodal_messages([_without_nones(message) for message in conversation], [None] * images)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: {error} Give as many images as the messages hold {{'type': 'image'}} parts; plain string "
+            "content needs none, but it needs a user turn to put the images into."
+        ) from error
+
+
+def _without_nones(message: Message) -> Message:
+    """The message as it was before Arrow filled up its parts: every key of one part comes back in all, as None."""
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return message
+    parts = [{key: value for key, value in part.items() if value is not None} for part in content]
+    return {**message, "content": parts}
+
+
+def _needs_bos(processor: ProcessorMixin, texts: Sequence[str]) -> bool:
+    """Whether the tokenizer has to add its special tokens: it would add <bos> alone, and no text has it yet."""
+    tokenizer = processor.tokenizer
+    bos = tokenizer.bos_token
+    return bos is not None and tokenizer("").input_ids == [tokenizer.bos_token_id] and not texts[0].startswith(bos)
+
+
+def _check_lengths(attention_mask: Tensor, max_length: int | None, names: Sequence[str]) -> None:
+    if max_length is None:
+        return
+    lengths = attention_mask.sum(-1)
+    for length, name in zip(lengths.tolist(), names, strict=True):
+        if length > max_length:
+            raise ValueError(
+                f"{name}: it has {length} tokens, image tokens included, and `max_length` is {max_length}. "
+                "Nothing is cut off here, since that would lose image tokens or the judge turn. Set `max_length` to "
+                f"at least {length} (or None), use smaller images, or drop such rows (`drop_too_long_rows=True` in "
+                "reward training)."
+            )

@@ -22,7 +22,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixi
 
 from trl_vlm.models import processors
 
-
 SENTENCES = [
     "What is in the image?",
     "A red square on a white wall.",

@@ -12,6 +12,8 @@ import transformers
 from transformers import AutoConfig, AutoProcessor, PaliGemmaProcessor, ProcessorMixin
 from transformers.utils import is_torchvision_available
 
+from trl_vlm.models import _transformers
+
 
 def load_processor(path: str | PathLike, **kwargs: Any) -> ProcessorMixin:
     """Returns the processor of a checkpoint, in the variant that training needs.
@@ -49,8 +51,7 @@ def _processor_class(path: str | PathLike, **kwargs: Any) -> type[ProcessorMixin
     if "processor_class" in settings:
         return getattr(transformers, settings["processor_class"], None)
     config = AutoConfig.from_pretrained(path, **kwargs)
-    mapping = transformers.models.auto.processing_auto.PROCESSOR_MAPPING
-    return mapping[type(config)] if type(config) in mapping else None
+    return _transformers.processor_class(type(config))
 
 
 class _ImageOnly(ProcessorMixin):

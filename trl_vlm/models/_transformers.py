@@ -1,0 +1,117 @@
+"""The private transformers, PEFT and bitsandbytes names that this package leans on, each behind one function.
+
+Each says why it is needed, where upstream stands, and when it can be deleted;
+`tests/models/test_transformers_seams.py` fails when one of them changes or is no longer needed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+
+def backbone_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] | None:
+    """The class that `AutoModel` makes for a config, or None.
+
+    The auto classes have no public look-up by config; `_model_mapping` has held it since transformers 4.0.
+    """
+    return AutoModel._model_mapping.get(config_class, None)
+
+
+def processor_class(config_class: type[PreTrainedConfig]) -> type | None:
+    """The processor class of a model's config, or None. Private for the same reason as `backbone_class`."""
+    return PROCESSOR_MAPPING.get(config_class, None)
+
+
+def reads_images(config_class: type[PreTrainedConfig]) -> bool:
+    """Whether a config is that of a model which turns images and text into text; imports no model."""
+    return "vision_config" in config_class.sub_configs and config_class in AutoModelForImageTextToText._model_mapping
+
+
+def borrow_key_names(model_class: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> None:
+    """Let `model_class` read the checkpoints of its family's generative class.
+
+    Published checkpoints keep the parameter names of old releases; transformers renames them on load, by a mapping
+    that it finds by class name, then by model type, and never for a class defined outside transformers. Without it
+    Qwen2-VL loads with random weights in its backbone, and all that tells is a line in the loading report.
+    Delete when classes from outside can name the class whose checkpoints they read.
+    """
+    generative = AutoModelForImageTextToText._model_mapping.get(config_class, None)
+    generative = generative or AutoModelForCausalLM._model_mapping.get(config_class, None)
+    mapping = get_checkpoint_conversion_mapping(generative.__name__) if generative is not None else None
+    if mapping is None:
+        mapping = get_checkpoint_conversion_mapping(config_class.model_type)
+    register_checkpoint_conversion_mapping(model_class.__name__, mapping or [], overwrite=True)
+
+
+class _LazyClassifiers(dict):
+    """What `AutoModelForSequenceClassification` knows besides transformers' table: any VLM, made on demand."""
+
+    def __init__(self, known: dict, make: Callable[[type[PreTrainedConfig]], type[PreTrainedModel]]):
+        super().__init__(known)
+        self.make = make
+
+    def __contains__(self, key: object) -> bool:
+        if super().__contains__(key):
+            return True
+        return isinstance(key, type) and issubclass(key, PreTrainedConfig) and reads_images(key)
+
+    def __missing__(self, key: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+        if key not in self:
+            raise KeyError(key)
+        self[key] = self.make(key)
+        return self[key]
+
+
+def register_classifiers(make: Callable[[type[PreTrainedConfig]], type[PreTrainedModel]]) -> None:
+    """Let `AutoModelForSequenceClassification` serve every family of vision-language models through `make`.
+
+    `register` wants the class at once, and making all of them would import every modeling file of transformers; so
+    the table of registered classes is replaced by one that makes a class when it is asked for.
+    Delete when transformers can register lazily.
+    """
+    mapping = AutoModelForSequenceClassification._model_mapping
+    mapping._extra_content = _LazyClassifiers(mapping._extra_content, make)
+
+
+def keep_parameter_names(model: PreTrainedModel) -> None:
+    """Save `model` under the parameter names that it has in memory; call it right after `from_pretrained`.
+
+    `save_pretrained` writes a checkpoint's old parameter names back, but `Trainer` resumes with
+    `load_state_dict(strict=False)`, which does not know them: nothing matches, and training silently restarts from
+    the initial weights (llava, gemma3, qwen2_5_vl and others). With names as in memory both ways of loading agree.
+    Upstream: https://github.com/huggingface/transformers/issues/43701 (also #40187, #48805).
+    Delete when `Trainer.train(resume_from_checkpoint=...)` restores a llava; a test watches for that.
+    """
+    model._weight_conversions = []
+
+
+def keep_4bit_layers_trainable(model: nn.Module) -> None:
+    """Let 4-bit layers train after an evaluation, on CPUs with AVX512-BF16.
+
+    There bitsandbytes repacks a layer's weights in its first forward without gradient; a later backward through
+    the layer then fails (`a view of a leaf Variable ...`) or, without a bias, silently yields no gradient. Any
+    evaluation between training steps of QLoRA meets this. Measured with bitsandbytes 0.50.2.
+    Delete when bitsandbytes keeps the unpacked weights for backward.
+    """
+    for module in model.modules():
+        # hasattr: bitsandbytes is optional, and the attribute is what tells its 4-bit layers apart.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def adapter_state(folder: str, **kwargs: Any) -> dict:
+    """The tensors of a PEFT adapter's folder or hub id, by name."""
+    from peft.utils.save_and_load import load_peft_weights
+
+    return load_peft_weights(folder, device="cpu", **kwargs)

@@ -1,0 +1,274 @@
+"""The reward model: any vision-language model with one number per row, as an ordinary Hugging Face classifier.
+
+Importing this module makes `AutoModelForSequenceClassification` serve every family of vision-language models.
+The critic is the same class, read at every token.
+"""
+
+import copy
+import sys
+from dataclasses import dataclass
+from functools import cache
+from os import PathLike
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.utils import can_return_tuple, find_adapter_config_file
+
+from trl_vlm.models import _transformers
+
+
+@dataclass
+class RewardOutput(SequenceClassifierOutputWithPast):
+    """What a reward model returns: `logits` (B, 1) are the scores of the rows, in float32.
+
+    Attributes:
+        token_scores: The head's reading at every token, (B, T) in float32; only on request.
+    """
+
+    token_scores: Tensor | None = None
+
+
+class ScoreHead(nn.Linear):
+    """The linear head, computed in its own precision: under bf16 autocast scores would be multiples of 1/128."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Read hidden states (..., H) as scores (..., num_labels)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.to(self.weight.dtype))
+
+
+class RewardModel(PreTrainedModel):
+    """What all `<Family>ForSequenceClassification` of this package share: backbone `model`, head `score`.
+
+    Differs from transformers' generic class: the score is read at the last attended token, where the generic class
+    looks for the last id that differs from the pad id and so misreads rows that hold this id (pad = eos, pad = unk);
+    and the head computes in float32.
+    """
+
+    base_model_prefix = "model"
+    _keep_in_fp32_modules_strict = {"score"}
+    # The generative head of the checkpoint that a reward model starts from.
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = AutoModel.from_config(config)
+        self.score = ScoreHead(config.get_text_config().hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        margin: Tensor | None = None,
+        output_token_scores: bool = False,
+        **kwargs: Any,
+    ) -> RewardOutput:
+        """Score rows of text and images.
+
+        Args:
+            input_ids: (B, T); or `inputs_embeds` in `kwargs`.
+            attention_mask: (B, T), nonzero at real tokens; any side may be padded. Needed for batches.
+            labels: (B,), for Hugging Face's own classification losses.
+            margin: Ignored: TRL's reward trainer hands the whole batch to the model.
+            output_token_scores: Also return the head's reading at every token.
+            kwargs: The family's own inputs: pixel values, grids, token types, ...
+        """
+        kwargs.setdefault("use_cache", False)
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        hidden = outputs.last_hidden_state  # (B, T, H)
+        last = last_attended_token(attention_mask, hidden)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        token_scores = None
+        if output_token_scores:
+            every_score = self.score(hidden).float()  # (B, T, num_labels)
+            token_scores, logits = every_score.squeeze(-1), every_score[rows, last]
+        else:
+            logits = self.score(hidden[rows, last]).float()  # (B, num_labels)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return RewardOutput(
+            loss=loss,
+            logits=logits,
+            token_scores=token_scores,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def last_attended_token(attention_mask: Tensor | None, hidden: Tensor) -> Tensor:
+    """Index of each row's last attended token, (B,): mask (B, T) and hidden states (B, T, H), padded on any side."""
+    rows, length = hidden.shape[:2]
+    if attention_mask is None:
+        if rows > 1:
+            raise ValueError(
+                f"A batch of {rows} rows came without `attention_mask`, so the padding of its rows is unknown. "
+                "Pass the mask that the processor returns."
+            )
+        return torch.full((rows,), length - 1, device=hidden.device)
+    if attention_mask.shape != (rows, length):
+        raise ValueError(
+            f"`attention_mask` is {tuple(attention_mask.shape)}, but the rows are {(rows, length)}: a reward model "
+            "needs the (B, T) mask that the processor returns."
+        )
+    positions = torch.arange(length, device=hidden.device)
+    return (positions * (attention_mask != 0).to(hidden.device)).argmax(-1)
+
+
+def reward_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Returns `<Family>ForSequenceClassification` for a config, made once per family.
+
+    It reads the published generative checkpoints of its family. Families that transformers serves itself (Gemma3,
+    Qwen3.5) get a class of the same name and the same parameters, with our reading of the last token.
+    """
+    return _class_for(type(config))
+
+
+@cache
+def _class_for(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    backbone = _transformers.backbone_class(config_class)
+    if backbone is None or not backbone.__name__.endswith("Model"):
+        raise ValueError(
+            f"{config_class.__name__} has no backbone without a generative head in transformers, so a score cannot "
+            "be read from it. Choose a family whose `AutoModel` returns hidden states."
+        )
+    name = backbone.__name__.removesuffix("Model") + "ForSequenceClassification"
+    family = next(parent for parent in backbone.__mro__ if parent.__name__.endswith("PreTrainedModel"))
+    made = type(name, (RewardModel, family), {"__module__": __name__, "config_class": config_class})
+    setattr(sys.modules[__name__], name, made)  # so that pickle finds it
+    _transformers.borrow_key_names(made, config_class)
+    return made
+
+
+_transformers.register_classifiers(_class_for)
+
+
+def load_reward_model(
+    path: str | PathLike,
+    *,
+    for_scoring: bool = False,
+    head_seed: int = 0,
+    base_model: str | PathLike | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Load a reward model, or make one of an ordinary generative checkpoint.
+
+    Args:
+        path: Folder or hub id of a reward model, of a generative model (its head is then drawn at random, unless
+            `for_scoring`), or of a PEFT adapter of a reward model.
+        for_scoring: The model is to score, not to train: a missing head is an error, and an adapter is frozen.
+        head_seed: Seed of a new head. It is drawn apart from torch's generator, so it is the same on every process
+            and under every backend.
+        base_model: Where an adapter's base model lies, if not where the adapter says.
+        kwargs: Passed to `from_pretrained` (`dtype`, `quantization_config`, `device_map`, ...).
+
+    Raises:
+        ValueError: The head is missing and the model is to score; or weights other than the head are missing.
+    """
+    if find_adapter_config_file(path, **_hub_arguments(kwargs)) is not None:
+        return _load_adapter(path, for_scoring, head_seed, base_model, kwargs)
+    model, has_head = _load_full(path, head_seed, kwargs)
+    if for_scoring and not has_head:
+        raise ValueError(_no_head(path))
+    return model
+
+
+def _no_head(path: str | PathLike) -> str:
+    return (
+        f"{path} holds no reward head (`score.weight`): its scores would be random. Train it first with "
+        "`trl_vlm.RewardTrainer`, or pass the folder that the trainer saved."
+    )
+
+
+def _load_full(path: str | PathLike, head_seed: int, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, bool]:
+    """The model of a folder with all weights, and whether its head was in there."""
+    kwargs = dict(kwargs)
+    config = kwargs.pop("config", None)
+    if config is None:
+        config = AutoConfig.from_pretrained(path, num_labels=1, **_hub_arguments(kwargs))
+    if isinstance(kwargs.get("quantization_config"), BitsAndBytesConfig):
+        kwargs["quantization_config"] = _sparing_the_head(kwargs["quantization_config"])
+    model, report = reward_model_class(config).from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    missing = set(report["missing_keys"])
+    if not missing <= {"score.weight"}:
+        others = sorted(missing - {"score.weight"})
+        raise ValueError(
+            f"{path} lacks {len(others)} weights besides the head, the first being {others[0]!r}: they would stay "
+            f"random. Its files do not belong to a {type(model).__name__}; check `model_type` in its config.json."
+        )
+    _transformers.keep_parameter_names(model)
+    _transformers.keep_4bit_layers_trainable(model)
+    if missing:
+        _draw_head(model, head_seed)
+    return model, not missing
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that say where files come from."""
+    names = ("cache_dir", "local_files_only", "revision", "token")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def _sparing_the_head(quantization: BitsAndBytesConfig) -> BitsAndBytesConfig:
+    """The same quantisation with the head left as it is; a list of the user's would otherwise replace the default."""
+    if quantization.llm_int8_skip_modules is None:
+        return quantization  # transformers then spares a model's last module, which the head is
+    quantization = copy.deepcopy(quantization)
+    quantization.llm_int8_skip_modules = sorted({*quantization.llm_int8_skip_modules, "score"})
+    return quantization
+
+
+def _load_adapter(
+    path: str | PathLike,
+    for_scoring: bool,
+    head_seed: int,
+    base_model: str | PathLike | None,
+    kwargs: dict[str, Any],
+) -> PeftModel:
+    """A PEFT adapter with its base model; the head comes from the adapter, else from the base model."""
+    hub = _hub_arguments(kwargs)
+    adapter = PeftConfig.from_pretrained(path, **hub)
+    brings_head = any("score" in name.split(".") for name in _transformers.adapter_state(path, **hub))
+    if adapter.task_type != "SEQ_CLS" and not brings_head:
+        raise ValueError(
+            f"{path} holds the adapter of a {adapter.task_type} model, not of a reward model (SEQ_CLS). To start a "
+            "reward model from it, merge it into its base first (`merge_and_unload`, `save_pretrained`)."
+        )
+    base = base_model if base_model is not None else adapter.base_model_name_or_path
+    try:
+        model, base_has_head = _load_full(base, head_seed, kwargs)
+    except OSError as error:
+        raise ValueError(
+            f"{path} is an adapter of the model {str(base)!r}, which cannot be loaded ({error}). If it has moved, "
+            "pass its folder as `base_model`."
+        ) from error
+    if for_scoring and not (brings_head or base_has_head):
+        raise ValueError(_no_head(path))
+    model = PeftModel.from_pretrained(model, path, config=adapter, is_trainable=not for_scoring)
+    return model.eval() if for_scoring else model
+
+
+def _draw_head(model: PreTrainedModel, seed: int) -> None:
+    """Draw a new head with transformers' own spread (normal, `initializer_range`), reproducibly."""
+    head = model.score
+    std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+    drawn = torch.empty(head.out_features, head.in_features)
+    drawn.normal_(std=std, generator=torch.Generator().manual_seed(seed))
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([head.weight], modifier_rank=0), torch.no_grad():
+            head.weight.copy_(drawn)
+    else:
+        with torch.no_grad():
+            head.weight.copy_(drawn)

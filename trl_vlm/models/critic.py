@@ -1,0 +1,111 @@
+"""The critic: a reward model read at every token, trained inside the policy's forward pass."""
+
+import copy
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+
+# What TRL passes to a policy's forward and a critic has no use for.
+_POLICY_ONLY = ("labels", "shift_labels", "fused_lm_head", "num_items_in_batch", "output_router_logits", "use_cache")
+
+
+def sequence_classifier(critic: nn.Module) -> PreTrainedModel:
+    """The `...ForSequenceClassification` model inside a critic that may carry PEFT adapters."""
+    return critic.get_base_model() if hasattr(critic, "get_base_model") else critic
+
+
+def zero_head_(critic: nn.Module) -> None:
+    """Set the critic's head to zero, so that every value starts at 0 (Fact-RLHF's published initialisation)."""
+    for name, parameter in sequence_classifier(critic).score.named_parameters():
+        if "weight" in name or "bias" in name:
+            nn.init.zeros_(parameter)
+
+
+def token_values(critic: nn.Module, **inputs: Any) -> Tensor:
+    """Value of the state after each token, in float32: (B, T) token ids and their images -> (B, T)."""
+    classifier = sequence_classifier(critic)
+    backbone = getattr(classifier, classifier.base_model_prefix)
+    hidden = backbone(**inputs, use_cache=False).last_hidden_state
+    return classifier.score(hidden).squeeze(-1).float()
+
+
+class ValuesAsLogProbs:
+    """Calls the critic where TRL calls a policy: `log_probs[:, t]` is the value of the state that chooses token t + 1.
+
+    TRL's log-probability pass cuts a batch and its images (of any family) into chunks; through this adapter the same
+    pass computes values, and both come out aligned.
+    """
+
+    def __init__(self, critic: nn.Module):
+        self.critic = critic
+
+    def __call__(self, **inputs: Any) -> ModelOutput:
+        inputs = {key: value for key, value in inputs.items() if key not in _POLICY_ONLY}
+        return ModelOutput(log_probs=token_values(self.critic, **inputs)[:, :-1])
+
+
+class JointForward:
+    """Runs the critic inside the policy's forward, while `collecting()`.
+
+    Both must belong to one forward call: DDP and DeepSpeed synchronise gradients per forward of the wrapped model, and
+    would miss (or count twice) a critic that runs beside it. The values join the output, where DDP looks for tensors
+    that need gradients, and are handed to the caller through the list that `collecting()` yields.
+    """
+
+    def __init__(self, policy: nn.Module, critic: nn.Module):
+        self._values: list[Tensor] | None = None
+        policy_forward = policy.forward
+        critic_forward = ValuesAsLogProbs(critic)
+
+        # `generate` validates its arguments against the signature, so the wrapper keeps it.
+        @functools.wraps(policy_forward)
+        def forward(*args: Any, **kwargs: Any) -> ModelOutput:
+            output = policy_forward(*args, **kwargs)
+            if self._values is not None:
+                output["token_values"] = critic_forward(**kwargs).log_probs
+                self._values.append(output["token_values"])
+            return output
+
+        policy.forward = forward
+
+    @contextmanager
+    def collecting(self) -> Iterator[list[Tensor]]:
+        """While open, every forward of the policy appends its values, (B, T - 1), to the list that this yields."""
+        self._values = []
+        try:
+            yield self._values
+        finally:
+            self._values = None
+
+
+def check_same_vocabulary(policy: nn.Module, critic: nn.Module) -> None:
+    """Refuse a critic that would read the policy's token ids as other words."""
+    sizes = [model.get_input_embeddings().weight.shape[0] for model in (policy, sequence_classifier(critic))]
+    types = [model.config.model_type for model in (policy, critic)]
+    if sizes[0] != sizes[1] or types[0] != types[1]:
+        raise ValueError(
+            f"The value model is a {types[1]} with {sizes[1]} tokens, the policy a {types[0]} with {sizes[0]}. The "
+            "critic reads the policy's token ids and pixels, so both must be of one family and one vocabulary. Pass a "
+            "`value_model` of the policy's family, or none: it then starts from the policy's own weights."
+        )
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode that does not train."""
+    duplicate = copy.deepcopy(model).eval()
+    return duplicate.requires_grad_(False)
+
+
+@torch.no_grad()
+def copy_backbone_(critic: nn.Module, policy: PreTrainedModel) -> None:
+    """Start the critic from the policy's own weights: every backbone parameter, none of the heads."""
+    classifier = sequence_classifier(critic)
+    backbone = getattr(classifier, classifier.base_model_prefix)
+    backbone.load_state_dict(getattr(policy, policy.base_model_prefix).state_dict(), strict=True)

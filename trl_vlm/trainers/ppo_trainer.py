@@ -1,0 +1,424 @@
+"""PPO with a critic for vision-language models, on TRL's GRPOTrainer."""
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from trl import GRPOTrainer
+
+from trl_vlm.advantages import generalized_advantages, moments, per_token_kl, shaped_rewards, whiten
+from trl_vlm.losses import adapted_kl_coef, clipped_value_loss
+from trl_vlm.masked import masked_sum
+from trl_vlm.models.critic import JointForward, ValuesAsLogProbs, check_same_vocabulary
+from trl_vlm.trainers._trl import add_fused_lm_head, disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
+from trl_vlm.trainers.common import check_depends_on_pixels, give_own_learning_rate, other_pixels, prepare_vlm
+from trl_vlm.trainers.critics import make_critic
+from trl_vlm.trainers.ppo_config import PPOConfig
+from trl_vlm.trainers.rollouts import (
+    RewardFunction,
+    load_policy_processor,
+    reward_functions,
+    rollout_rows,
+    with_decoded_images,
+)
+
+
+_CRITIC = "value_model"
+_CRITIC_FILE = "value_model.safetensors"
+_STATE_FILE = "ppo_state.json"
+# What a forward pass needs beside token ids, under the names that TRL gives them in a rollout.
+_IMAGE_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+class PPOTrainer(GRPOTrainer):
+    """Proximal policy optimisation of a vision-language (or language) model, with a critic.
+
+    Rollouts, batches of every family, vLLM, DeepSpeed, FSDP and logging are those of `trl.GRPOTrainer`. On top of it
+    come a critic, a per-token KL penalty in the reward, GAE, whitened advantages, a clipped value loss, and several
+    passes over each rollout in mini-batches (`PPOConfig`).
+
+    The reward of a reply is the weighted sum of `reward_funcs`, TRL reward functions that see the images and every
+    column of the row (`facts` too). The policy and the critic see the prompt, the images and the reply alone.
+
+    With `peft_config`, or a policy that has an adapter, the reference is the same base model: with its adapter off,
+    or with a frozen copy of the adapter it started from. Without PEFT it is a frozen copy of the policy.
+
+    Checkpoints hold the policy in their root, as any Hugging Face model, and the critic's trained weights beside it in
+    `value_model.safetensors`.
+
+    Args:
+        model: folder or hub id, model, or PEFT model.
+        reward_funcs: TRL reward functions. The folder of a vision-language reward model becomes an image-and-facts
+            `RewardModelReward`.
+        args: the configuration.
+        train_dataset: rows with `prompt`, `images` and whatever columns the reward functions read.
+        ref_model: the reference, if it is not the starting policy.
+        reward_model: folder, hub id or model: short for one more `RewardModelReward`, and where the critic starts.
+        value_model: folder, hub id or model that the critic starts from, if not from `reward_model`.
+        value_peft_config: the critic's adapters; `peft_config`'s by default.
+
+    The other arguments are those of `trl.GRPOTrainer`. `data_collator` and `optimizer_cls_and_kwargs` of TRL's last
+    PPOTrainer have no counterpart: TRL's GRPOTrainer collates rollouts itself.
+
+    Source: 1707.06347; for vision-language models section 2.3 of Fact-RLHF (2309.14525).
+    Differs from Fact-RLHF's public code: the score sits on the last real token, whitening and losses leave padding
+    out, and rewards are not multiplied by ten where they are not whitened.
+    """
+
+    _tag_names = ["trl", "ppo", "trl-vlm"]
+    _name = "PPO"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: RewardFunction | list[RewardFunction] | None = None,
+        args: PPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+        *,
+        ref_model: PreTrainedModel | None = None,
+        reward_model: str | PreTrainedModel | PeftModel | None = None,
+        value_model: str | PreTrainedModel | PeftModel | None = None,
+        value_peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "policy"
+            args = PPOConfig(f"{os.path.basename(os.path.normpath(name))}-PPO")
+        if not isinstance(args, PPOConfig):
+            raise TypeError(f"`args` is a {type(args).__name__}; PPOTrainer needs a trl_vlm.PPOConfig.")
+        if processing_class is None:
+            processing_class = load_policy_processor(model, args.trust_remote_code)
+        ref_model = self._own_reference(model, ref_model, peft_config, args)
+        if ref_model is not None:
+            args.beta = 0.0  # GRPOTrainer would make another one
+
+        super().__init__(
+            model=model,
+            reward_funcs=reward_functions(reward_funcs, reward_model, processing_class),
+            args=args,
+            train_dataset=rollout_rows(train_dataset, "train"),
+            eval_dataset=rollout_rows(eval_dataset, "eval"),
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        self.kl_coef = args.beta = self.beta = args.kl_coef
+        if ref_model is not None:
+            self.ref_model = self._prepare_reference(ref_model)
+        prepare_vlm(self.model, freeze_vision=args.freeze_vision_tower)
+        self._add_critic(value_model, reward_model, value_peft_config or peft_config)
+        self._pixels_checked = not args.check_pixels
+
+    # Setup
+
+    def _own_reference(
+        self,
+        model: str | nn.Module,
+        ref_model: PreTrainedModel | None,
+        peft_config: PeftConfig | None,
+        args: PPOConfig,
+    ) -> nn.Module | None:
+        """The reference that TRL does not make itself; None where it does, or where none is needed."""
+        if args.kl_coef == 0 or ref_model is not None:
+            return ref_model if args.kl_coef else None
+        if isinstance(model, str) or peft_config is not None or is_peft_model(model):
+            return None
+        if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+            return None  # sharded weights cannot be copied: TRL loads the reference from the model's path
+        # A model in memory may have been trained since it was loaded; TRL would load its path again.
+        return copy.deepcopy(model)
+
+    def _prepare_reference(self, reference: nn.Module) -> nn.Module:
+        reference = reference.eval().requires_grad_(False)
+        add_fused_lm_head(
+            reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32
+        )
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(reference, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(reference, self.accelerator)
+        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    def _add_critic(
+        self,
+        value_model: str | nn.Module | None,
+        reward_model: str | nn.Module | None,
+        peft_config: PeftConfig | None,
+    ) -> None:
+        """Make the critic a child of the policy, so that one optimiser, wrapper and checkpoint holds both."""
+        args = self.args
+        critic = make_critic(
+            self.model,
+            value_model=value_model,
+            reward_model=reward_model,
+            peft_config=peft_config,
+            head_init=args.value_head_init,
+            seed=args.seed,
+            load_options=dict(args.model_init_kwargs or {}),
+        )
+        check_same_vocabulary(self.model, critic)
+        prepare_vlm(critic, freeze_vision=args.freeze_vision_tower)
+        if args.disable_dropout:
+            for module in critic.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        if args.gradient_checkpointing:
+            critic.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+            if isinstance(critic, PeftModel):
+                critic.enable_input_require_grads()
+        if not getattr(critic, "is_quantized", False):
+            critic.to(self.accelerator.device)
+        self.model.add_module(_CRITIC, critic)
+        self._joint_forward = JointForward(self.model, critic)
+        if self.use_vllm:
+            self.vllm_generation.sync_weights = self._without_critic(self.vllm_generation.sync_weights)
+
+    def _without_critic(self, sync_weights: Callable[[], None]) -> Callable[[], None]:
+        """vLLM copies every parameter of the policy and knows none of the critic's."""
+
+        def sync() -> None:
+            critic = self.model._modules.pop(_CRITIC)
+            try:
+                sync_weights()
+            finally:
+                self.model.add_module(_CRITIC, critic)
+
+        return sync
+
+    @property
+    def value_model(self) -> nn.Module:
+        """The critic. `trainer.value_model.save_pretrained(folder)` writes it as a reward model of its own."""
+        return self.model.get_submodule(_CRITIC)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """TRL's optimiser, with a learning rate of its own for the critic if `value_learning_rate` is set."""
+        optimizer = super().create_optimizer(model)
+        if self.args.value_learning_rate is not None:
+            give_own_learning_rate(optimizer, self.value_model.parameters(), self.args.value_learning_rate)
+        return optimizer
+
+    # Rollouts
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        unscored = rewards.isnan().all(dim=1)
+        if unscored.any():
+            raise ValueError(
+                f"{int(unscored.sum())} of {len(rewards)} replies have no reward: every reward function returned None "
+                f"for reply {int(unscored.nonzero()[0])} of the rollout. Each reply needs at least one reward."
+            )
+        # All processes' replies, before TRL centres them by group: (B * processes, functions)
+        self._scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        return rewards
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, *args, token_type_ids=None, **kwargs
+    ):
+        if token_type_ids is not None and self.model.config.model_type == "paligemma":
+            # TRL gives replies type 0, which PaliGemma reads as the prompt and attends to in both directions: every
+            # token would see the ones after it. Delete when trl.GRPOTrainer gives PaliGemma's replies type 1.
+            token_type_ids = token_type_ids.clone()
+            token_type_ids[:, -logits_to_keep:] = 1
+        return super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *args, token_type_ids=token_type_ids, **kwargs
+        )
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(with_decoded_images(inputs))
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            if not self._pixels_checked:
+                self._check_pixels(batch)
+            if "old_per_token_logps" not in batch:
+                batch["old_per_token_logps"] = self._score_tokens(self.model, batch)
+            batch["old_values"] = self._score_tokens(ValuesAsLogProbs(self.value_model), batch)
+        self._add_advantages(batch)
+        return batch
+
+    def _score_tokens(self, model: Callable, batch: dict[str, Any]) -> Tensor:
+        """Log-probabilities (or values) of the reply tokens of a rollout, (B, T)."""
+        batch_size = self.args.per_device_train_batch_size
+        if not self.model.training:
+            batch_size = self.args.per_device_eval_batch_size
+        logps, _, _ = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            batch["completion_ids"].shape[1],
+            batch_size=batch_size,
+            **{name: batch[name] for name in _IMAGE_INPUTS if name in batch},
+        )
+        return logps
+
+    def _check_pixels(self, batch: dict[str, Any]) -> None:
+        if "pixel_values" not in batch:
+            return
+        elsewhere = {**batch, "pixel_values": other_pixels(batch["pixel_values"])}
+        mask = self._reply_mask(batch).bool()
+        logps, other_logps = (self._score_tokens(self.model, rows)[mask] for rows in (batch, elsewhere))
+        check_depends_on_pixels(logps, other_logps, "policy's log-probabilities")
+        self._pixels_checked = True
+
+    def _add_advantages(self, batch: dict[str, Any]) -> None:
+        """From scores, log-probabilities and values to what the two losses fit. Everything is (B, T)."""
+        args, mask = self.args, self._reply_mask(batch).bool()
+        first = self.accelerator.process_index * len(mask)
+        scores = self._scores[first : first + len(mask)]
+        if args.missing_eos_penalty is not None:
+            scores = scores - args.missing_eos_penalty * ~self._has_ended(batch)
+        old_logps = batch["old_per_token_logps"]
+        kl = per_token_kl(old_logps, batch.get("ref_per_token_logps", old_logps), args.kl_estimator)
+        rewards = shaped_rewards(scores, kl, mask, self.kl_coef)
+        if args.whiten_rewards:
+            rewards = whiten(rewards, mask, self._global_moments(rewards, mask), shift_mean=False)
+        advantages, returns = generalized_advantages(
+            rewards, batch["old_values"], mask, gamma=args.gamma, lam=args.lam
+        )
+        self._log_rollout(batch, mask, scores, kl, advantages, returns)
+        if args.whiten_advantages:
+            advantages = whiten(advantages, mask, self._global_moments(advantages, mask))
+        batch["advantages"], batch["returns"] = advantages, returns
+
+    @staticmethod
+    def _reply_mask(batch: dict[str, Any]) -> Tensor:
+        """(B, T), 1 on the tokens that the policy wrote: neither padding nor a tool's answer."""
+        return batch["completion_mask"] * batch["tool_mask"] if "tool_mask" in batch else batch["completion_mask"]
+
+    def _has_ended(self, batch: dict[str, Any]) -> Tensor:
+        """(B,), true for replies that contain an end-of-reply token (padding, which may be the same id, left out)."""
+        ends = torch.isin(batch["completion_ids"], torch.tensor(self.eos_token_ids, device=self.accelerator.device))
+        return (ends & batch["completion_mask"].bool()).any(dim=1)
+
+    def _global_moments(self, values: Tensor, mask: Tensor) -> Tensor:
+        return self.accelerator.reduce(moments(values, mask), reduction="sum")
+
+    # Losses
+
+    def _compute_loss(self, model, inputs):
+        with self._joint_forward.collecting() as collected, self._kl_in_the_reward():
+            policy_loss = super()._compute_loss(model, inputs)
+        mask = self._reply_mask(inputs)
+        values = torch.cat(collected)[:, -mask.shape[1] :]  # (B, T)
+        terms = clipped_value_loss(values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
+        value_loss = masked_sum(terms.loss, mask) / self._tokens_per_update(inputs)
+        self._log_value_loss(terms, mask)
+        return policy_loss + self.args.vf_coef * value_loss
+
+    @contextmanager
+    def _kl_in_the_reward(self):
+        """TRL adds its own KL to the loss where `beta` is not zero."""
+        beta, self.beta = self.beta, 0.0
+        try:
+            yield
+        finally:
+            self.beta = beta
+
+    def _tokens_per_update(self, inputs: dict[str, Any]) -> Tensor:
+        """Reply tokens of one optimiser step on all processes, per process and micro-batch: TRL's normaliser."""
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if self.model.training:
+            tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        return tokens
+
+    # Logs
+
+    def _log_rollout(self, batch, mask, scores, kl, advantages, returns) -> None:
+        sums = [masked_sum(x, mask).double() for x in (kl, advantages, returns, batch["old_values"])]
+        errors = masked_sum((returns - batch["old_values"]).square(), mask).double()
+        squares = masked_sum(returns.square(), mask).double()
+        counts = [mask.sum().double(), torch.tensor(float(len(mask)), device=mask.device, dtype=torch.float64)]
+        stacked = torch.stack([*sums, errors, squares, scores.sum().double(), *counts])
+        kl, advantage, total, value, error, square, score, tokens, replies = self.accelerator.reduce(stacked).tolist()
+        tokens = max(tokens, 1.0)
+        variance = square / tokens - (total / tokens) ** 2
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["ppo/score"].append(score / replies)
+        metrics["ppo/kl"].append(kl / replies)
+        metrics["ppo/kl_coef"].append(self.kl_coef)
+        metrics["ppo/advantage_mean"].append(advantage / tokens)
+        metrics["ppo/return_mean"].append(total / tokens)
+        metrics["ppo/value_mean"].append(value / tokens)
+        metrics["ppo/explained_variance"].append(1 - (error / tokens) / variance if variance > 1e-12 else 0.0)
+        if self.args.kl_target is not None and self.model.training:
+            self.kl_coef = adapted_kl_coef(
+                self.kl_coef,
+                kl / replies,
+                target=self.args.kl_target,
+                horizon=self.args.kl_horizon,
+                replies=int(replies),
+            )
+
+    def _log_value_loss(self, terms, mask: Tensor) -> None:
+        sums = torch.stack([masked_sum(terms.loss, mask), masked_sum(terms.clipped, mask), mask.sum()]).detach()
+        loss, clipped, tokens = self.accelerator.reduce(sums).tolist()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["ppo/value_loss"].append(loss / max(tokens, 1))
+        metrics["ppo/value_clip_fraction"].append(clipped / max(tokens, 1))
+
+    # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        output_dir = output_dir or self.args.output_dir
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        prefix = f"{_CRITIC}."
+        super()._save(output_dir, {k: v for k, v in state_dict.items() if not k.startswith(prefix)})
+        if self.args.should_save:
+            trained = {name for name, parameter in self.value_model.named_parameters() if parameter.requires_grad}
+            critic = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+            critic = {name: tensor.contiguous() for name, tensor in critic.items() if name in trained}
+            save_file(critic, os.path.join(output_dir, _CRITIC_FILE), metadata={"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = os.path.join(resume_from_checkpoint, _CRITIC_FILE)
+        if not os.path.exists(path):
+            raise ValueError(f"{resume_from_checkpoint} has no {_CRITIC_FILE}: it is not a checkpoint of PPOTrainer.")
+        missing, unexpected = self.value_model.load_state_dict(load_file(path), strict=False)
+        trained = {name for name, parameter in self.value_model.named_parameters() if parameter.requires_grad}
+        if unexpected or trained & set(missing):
+            raise ValueError(
+                f"{path} does not fit the value model: {sorted(trained & set(missing))[:3]} are missing and "
+                f"{unexpected[:3]} are not part of it. Resume with the arguments that the run was started with."
+            )
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            with open(os.path.join(folder, _STATE_FILE), "w", encoding="utf-8") as file:
+                json.dump({"kl_coef": self.kl_coef}, file)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and os.path.exists(os.path.join(checkpoint, _STATE_FILE)):
+            with open(os.path.join(checkpoint, _STATE_FILE), encoding="utf-8") as file:
+                self.kl_coef = json.load(file)["kl_coef"]

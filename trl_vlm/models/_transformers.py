@@ -13,11 +13,21 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    LlavaNextProcessor,
     PreTrainedConfig,
     PreTrainedModel,
+    ProcessorMixin,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+# Arguments of `from_pretrained` that say where files come from.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that say where files come from."""
+    return {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
 
 
 def backbone_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] | None:
@@ -36,6 +46,21 @@ def processor_class(config_class: type[PreTrainedConfig]) -> type | None:
 def reads_images(config_class: type[PreTrainedConfig]) -> bool:
     """Whether a config is that of a model which turns images and text into text; imports no model."""
     return "vision_config" in config_class.sub_configs and config_class in AutoModelForImageTextToText._model_mapping
+
+
+def is_anyres(processor: ProcessorMixin) -> bool:
+    """Whether `anyres_features` can tell how many features an image has: the processor is LLaVA-NeXT's."""
+    return isinstance(processor, LlavaNextProcessor)
+
+
+def anyres_features(processor: ProcessorMixin, image_size: tuple[int, int], tile_size: tuple[int, int]) -> int:
+    """Number of features, class token included, of an image (height, width) that LLaVA-NeXT cuts into tiles.
+
+    The number depends on the canvas that fits the image best and on how its padding is cut off again; the processor
+    has this arithmetic in a private method, and to write it again would be to maintain it.
+    Delete when processors return the number of placeholders of each image.
+    """
+    return processor._get_number_of_features(*image_size, *tile_size)
 
 
 def borrow_key_names(model_class: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> None:
@@ -101,7 +126,8 @@ def keep_4bit_layers_trainable(model: nn.Module) -> None:
 
     There bitsandbytes repacks a layer's weights in its first forward without gradient; a later backward through
     the layer then fails (`a view of a leaf Variable ...`) or, without a bias, silently yields no gradient. Any
-    evaluation between training steps of QLoRA meets this. Measured with bitsandbytes 0.50.2.
+    evaluation between training steps of QLoRA meets this. Measured with bitsandbytes 0.50.2; the repacking came
+    with https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804.
     Delete when bitsandbytes keeps the unpacked weights for backward.
     """
     for module in model.modules():

@@ -25,7 +25,7 @@ def load_processor(path: str | PathLike, **kwargs: Any) -> ProcessorMixin:
         path: Folder or hub id. A folder that holds a PEFT adapter needs only the processor's own files.
         kwargs: Passed to `from_pretrained`.
     """
-    processor_class = _processor_class(path, **kwargs)
+    processor_class = _processor_class(path, **_transformers.hub_arguments(kwargs))
     if processor_class is None:
         return AutoProcessor.from_pretrained(path, **kwargs)
     return trainable_processor(processor_class).from_pretrained(path, **kwargs)
@@ -43,24 +43,24 @@ def trainable_processor(processor_class: type[ProcessorMixin]) -> type[Processor
     return processor_class
 
 
-def _processor_class(path: str | PathLike, **kwargs: Any) -> type[ProcessorMixin] | None:
+def _processor_class(path: str | PathLike, **hub: Any) -> type[ProcessorMixin] | None:
     """The processor's class as `processor_config.json` names it, else by the model's type; None if neither does."""
     # A deliberate subset of what AutoProcessor does: it resolves the class and constructs it in one step, and
     # constructing is what fails.
-    settings, _ = ProcessorMixin.get_processor_dict(path, **kwargs)
+    settings, _ = ProcessorMixin.get_processor_dict(path, **hub)
     if "processor_class" in settings:
         return getattr(transformers, settings["processor_class"], None)
-    config = AutoConfig.from_pretrained(path, **kwargs)
+    config = AutoConfig.from_pretrained(path, **hub)
     return _transformers.processor_class(type(config))
 
 
 class _ImageOnly(ProcessorMixin):
     """Mixin after a processor class: its `video_processor` is neither loaded nor wanted.
 
-    transformers' video processors need torchvision, whose wheels exist for CUDA builds of torch alone, and a
-    processor refuses to exist without its video part (`OSError: Can't load video processor`).
-    Upstream: https://github.com/huggingface/transformers/issues/40187 tracks related loading faults.
-    Delete when `AutoProcessor.from_pretrained` loads Qwen2-VL without torchvision.
+    transformers' video processors need torchvision, and a processor refuses to exist without its video part
+    (`OSError: Can't load video processor`), also where only images are used.
+    Upstream: https://github.com/huggingface/transformers/issues/48558.
+    Delete when `AutoProcessor.from_pretrained` loads a Qwen2-VL without torchvision.
     """
 
     # SmolVLM's `apply_chat_template` reads these two also for rows without videos.

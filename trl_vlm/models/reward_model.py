@@ -175,7 +175,7 @@ def load_reward_model(
     Raises:
         ValueError: The head is missing and the model is to score; or weights other than the head are missing.
     """
-    if find_adapter_config_file(path, **_hub_arguments(kwargs)) is not None:
+    if find_adapter_config_file(path, **_transformers.hub_arguments(kwargs)) is not None:
         return _load_adapter(path, for_scoring, head_seed, base_model, kwargs)
     model, has_head = _load_full(path, head_seed, kwargs)
     if for_scoring and not has_head:
@@ -195,7 +195,7 @@ def _load_full(path: str | PathLike, head_seed: int, kwargs: dict[str, Any]) -> 
     kwargs = dict(kwargs)
     config = kwargs.pop("config", None)
     if config is None:
-        config = AutoConfig.from_pretrained(path, num_labels=1, **_hub_arguments(kwargs))
+        config = AutoConfig.from_pretrained(path, num_labels=1, **_transformers.hub_arguments(kwargs))
     if isinstance(kwargs.get("quantization_config"), BitsAndBytesConfig):
         kwargs["quantization_config"] = _sparing_the_head(kwargs["quantization_config"])
     model, report = reward_model_class(config).from_pretrained(path, config=config, output_loading_info=True, **kwargs)
@@ -211,12 +211,6 @@ def _load_full(path: str | PathLike, head_seed: int, kwargs: dict[str, Any]) -> 
     if missing:
         _draw_head(model, head_seed)
     return model, not missing
-
-
-def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of `from_pretrained`'s arguments that say where files come from."""
-    names = ("cache_dir", "local_files_only", "revision", "token")
-    return {name: kwargs[name] for name in names if name in kwargs}
 
 
 def _sparing_the_head(quantization: BitsAndBytesConfig) -> BitsAndBytesConfig:
@@ -236,7 +230,7 @@ def _load_adapter(
     kwargs: dict[str, Any],
 ) -> PeftModel:
     """A PEFT adapter with its base model; the head comes from the adapter, else from the base model."""
-    hub = _hub_arguments(kwargs)
+    hub = _transformers.hub_arguments(kwargs)
     adapter = PeftConfig.from_pretrained(path, **hub)
     brings_head = any("score" in name.split(".") for name in _transformers.adapter_state(path, **hub))
     if adapter.task_type != "SEQ_CLS" and not brings_head:

@@ -1,0 +1,86 @@
+"""The parts of a vision-language model, told by parameter names: what is frozen, what trains, and how much of it."""
+
+from collections import Counter
+from typing import Literal
+
+from torch import nn
+
+Part = Literal["vision tower", "projector", "language model", "head"]
+PARTS: tuple[Part, ...] = ("vision tower", "projector", "language model", "head")
+
+# Components of parameter names, over the families of transformers 5.
+_HEAD = {"lm_head", "score", "v_head"}
+_PROJECTOR = {
+    "multi_modal_projector",  # LLaVA, Gemma3, PaliGemma, InternVL, Mistral3, Mllama
+    "image_newline",  # LLaVA-NeXT: an embedding of its own that the projected patches are interleaved with
+    "connector",  # Idefics2, Idefics3, SmolVLM
+    "merger",  # Qwen-VL, inside `visual`
+    "deepstack_merger_list",  # Qwen3-VL
+    "embed_vision",  # Gemma3n, Gemma4
+    "aligner",  # Janus
+    "qformer",  # BLIP-2
+    "query_tokens",
+    "language_projection",
+    "vision_projection",
+}
+_VISION = {"vision_tower", "vision_model", "visual", "vision_encoder", "vision_backbone"}
+
+
+def part_of(name: str) -> Part:
+    """The part that a parameter belongs to, by its name; PEFT's and other wrappers' prefixes do not matter.
+
+    Qwen-VL's merger and the connectors of other families are the projector, wherever they are attached.
+    """
+    components = set(name.split("."))
+    if components & _PROJECTOR:
+        return "projector"
+    if components & _VISION:
+        return "vision tower"
+    if components & _HEAD:
+        return "head"
+    return "language model"
+
+
+def freeze_vision_tower(model: nn.Module) -> int:
+    """Freeze the vision tower, adapters inside it included; the projector stays as it is.
+
+    Returns:
+        The number of parameters that are frozen by this.
+
+    Raises:
+        ValueError: The model has no vision tower that is known by name.
+    """
+    tower = [parameter for name, parameter in model.named_parameters() if part_of(name) == "vision tower"]
+    if not tower:
+        children = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(
+            f"No parameter of {type(model).__name__} belongs to a vision tower (its children are: {children}; known "
+            f"names: {', '.join(sorted(_VISION))}). Set `freeze_vision_tower=False`, and freeze what you mean with "
+            "`requires_grad_(False)`."
+        )
+    for parameter in tower:
+        parameter.requires_grad_(False)
+    return sum(map(_size, tower))
+
+
+def trainable_parameter_table(model: nn.Module) -> str:
+    """A table for the log: trainable and all parameters of each part."""
+    every, trainable = Counter(), Counter()
+    for name, parameter in model.named_parameters():
+        every[part_of(name)] += _size(parameter)
+        trainable[part_of(name)] += _size(parameter) * parameter.requires_grad
+    lines = [f"{'part':<16}{'trainable':>16}{'all':>18}{'':>9}"]
+    counts = [(part, trainable[part], every[part]) for part in PARTS if every[part]]
+    for part, some, total in [*counts, ("total", trainable.total(), every.total())]:
+        lines.append(f"{part:<16}{some:>16,}{total:>18,}{some / max(total, 1):>9.2%}")
+    return "\n".join(lines)
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Number of weights, also of partitioned (ZeRO-3) and 4-bit parameters, whose tensors are smaller."""
+    # hasattr: DeepSpeed and bitsandbytes are optional and mark their parameters by these attributes.
+    if hasattr(parameter, "ds_numel"):
+        return parameter.ds_numel
+    if hasattr(parameter, "quant_state") and parameter.quant_state is not None:
+        return parameter.quant_state.shape.numel()
+    return parameter.numel()

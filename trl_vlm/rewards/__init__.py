@@ -1,0 +1,29 @@
+"""TRL reward functions: the image-and-facts reward model, symbolic terms, and their Fact-RLHF composition."""
+
+from trl_vlm.rewards.answers import option_letter, yes_or_no
+from trl_vlm.rewards.checks import checked
+from trl_vlm.rewards.ends import MissingEndPenalty, cut_after_first, has_end, question_mark_ids
+from trl_vlm.rewards.fact_rlhf import FactRLHFReward
+from trl_vlm.rewards.length import LengthTerm
+from trl_vlm.rewards.normalise import RewardStatistics, normalised
+from trl_vlm.rewards.replies import RewardFunction, reply_text
+from trl_vlm.rewards.reward_model import RewardModelReward
+from trl_vlm.rewards.symbolic import SymbolicCorrectness
+
+__all__ = [
+    "FactRLHFReward",
+    "LengthTerm",
+    "MissingEndPenalty",
+    "RewardFunction",
+    "RewardModelReward",
+    "RewardStatistics",
+    "SymbolicCorrectness",
+    "checked",
+    "cut_after_first",
+    "has_end",
+    "normalised",
+    "option_letter",
+    "question_mark_ids",
+    "reply_text",
+    "yes_or_no",
+]

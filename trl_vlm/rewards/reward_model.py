@@ -1,0 +1,258 @@
+"""The image-and-facts reward model as a TRL reward function, for PPO and for TRL's own GRPO and RLOO."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import ProcessorMixin
+from transformers.utils import cached_file
+
+from trl_vlm.data.collators import encode
+from trl_vlm.data.facts import JUDGE_TEMPLATE_FILE, JudgeTemplate, judge_messages
+from trl_vlm.models.processors import load_processor
+from trl_vlm.models.reward_model import load_reward_model
+from trl_vlm.models.unsharded import is_sharded, unsharded_loading
+from trl_vlm.rewards.checks import finite_rewards
+from trl_vlm.rewards.replies import Conversation, Message, column_values, content_text, reply_text
+
+_HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "token")
+
+
+class RewardModelReward:
+    """Scores replies with a reward model that sees the images and, in its judge turn, the facts.
+
+    A TRL reward function: pass it to `reward_funcs` of `PPOTrainer`, `trl.GRPOTrainer` or `trl.RLOOTrainer`. It reads
+    the dataset columns `images` (or `image`) and `facts`; rows may lack either. The policy never sees the facts.
+
+    Each process holds the whole model, frozen, on its own device; under ZeRO-3 and FSDP too. Facts are shown in the
+    order in which the row holds them, so a reply's score does not depend on chance. Tokens with a meaning of their own
+    (image placeholders, ends of turns) are taken out of the text of a reply, so that a reply can neither break the
+    input nor end its turn and judge itself. An empty reply is scored like any other, or gets `empty_reply_score`.
+
+    Source: Fact-RLHF (arXiv:2309.14525).
+    Differs: its code shuffles the facts at every use, and tokenises the judge turn apart from the reply.
+
+    Args:
+        model: Folder or hub id of a reward model (or of a PEFT adapter of one), as `RewardTrainer` saves it; or a
+            loaded one. Its folder also holds the processor and the judge template.
+        processor: The reward model's processor, if not the one in its folder.
+        template: The judge template, if not the one in its folder. `JudgeTemplate.none()` for a reward model from
+            elsewhere that reads plain conversations.
+        name: The name under which TRL logs the reward.
+        batch_size: Replies scored at once.
+        max_length: A longer input, judge turn included, is an error that names the row; nothing is ever cut off.
+        empty_reply_score: Score of a reply without a visible character; None lets the model score it.
+        device: Where to score, if not on the device of this process.
+        load_options: For a folder or hub id, as for `from_pretrained`: `dtype`, `quantization_config`, `revision`, ...
+
+    Example:
+        >>> reward = RewardModelReward("reward-model")
+        >>> trainer = GRPOTrainer(model="policy", reward_funcs=reward, train_dataset=rows_with_images_and_facts)
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike | nn.Module,
+        processor: ProcessorMixin | None = None,
+        template: JudgeTemplate | None = None,
+        *,
+        name: str = "reward_model",
+        batch_size: int = 16,
+        max_length: int | None = None,
+        empty_reply_score: float | None = None,
+        device: torch.device | str | None = None,
+        **load_options: Any,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size}; score at least 1 reply at once.")
+        if isinstance(model, nn.Module) and load_options:
+            raise TypeError(f"{sorted(load_options)} are options of loading, but `model` is loaded. Leave them out.")
+        self.__name__ = name
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.empty_reply_score = empty_reply_score
+        self.device = torch.device(device) if device is not None else None
+        source = model.name_or_path if isinstance(model, nn.Module) else str(model)
+        hub = {key: load_options[key] for key in _HUB_ARGUMENTS if key in load_options}
+        self.template = template if template is not None else _load_template(source, hub)
+        self.processor = processor if processor is not None else _load_processor(source, hub)
+        self.model = model if isinstance(model, nn.Module) else self._load(model, load_options)
+        if is_sharded(self.model):
+            raise ValueError(
+                "the reward model's parameters are split among the processes (ZeRO-3), so it cannot score by itself. "
+                "Pass its folder: `RewardModelReward` then loads it whole."
+            )
+        self._control_tokens = _control_tokens(self.processor)
+
+    def _load(self, path: str | PathLike, options: dict[str, Any]) -> nn.Module:
+        if "quantization_config" in options and "device_map" not in options:
+            # A quantised model cannot be moved later; by default it would go to the first GPU on every process.
+            device = self.device if self.device is not None else PartialState().device
+            if device.type != "cpu":
+                options = {**options, "device_map": {"": device}}
+        with unsharded_loading():
+            return load_reward_model(path, for_scoring=True, **options).eval().requires_grad_(False)
+
+    def __call__(
+        self,
+        prompts: Sequence[Conversation],
+        completions: Sequence[Conversation],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        images: Sequence[Sequence[Any] | None] | None = None,
+        image: Sequence[Any] | None = None,
+        facts: Sequence[Sequence[str] | None] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        """The score of each reply.
+
+        Args:
+            prompts: Conversations up to the reply; their contents are strings, or blocks with the images in them.
+            completions: The replies, each a list of messages.
+            completion_ids: Not read: the reply is tokenised in the reward model's own way.
+            images: Images of each row, for prompts that do not hold them.
+            image: The one image of each row, instead of `images`.
+            facts: Facts of each row; None or [] for a row without.
+            columns: Not read.
+
+        Raises:
+            ValueError: If a row's images do not match its placeholders, an image is broken, or a score is not finite.
+            TypeError: If prompts, replies or facts have the wrong form.
+        """
+        rows = len(completions)
+        row_images = _images_of_rows(images, image, rows)
+        row_facts = column_values("facts", facts, rows, default=())
+        inputs = [
+            self._input(row, *values)
+            for row, values in enumerate(zip(prompts, completions, row_images, row_facts, strict=True))
+        ]
+        scores: list[float] = []
+        with self._ready_to_score():
+            for start in range(0, rows, self.batch_size):
+                scores += self._scores(inputs[start : start + self.batch_size], start)
+        if self.empty_reply_score is not None:
+            scores = [
+                score if reply_text(completion).strip() else self.empty_reply_score
+                for score, completion in zip(scores, completions, strict=True)
+            ]
+        return finite_rewards(scores, self.__name__, completions)
+
+    def _input(
+        self, row: int, prompt: Any, completion: Any, images: list[Any], facts: Sequence[str]
+    ) -> tuple[list[Message], list[Any]]:
+        """The judged conversation of one row, and its images in the order of their placeholders."""
+        for part, value in (("prompt", prompt), ("reply", completion)):
+            if isinstance(value, str):
+                raise TypeError(
+                    f"row {row}: the {part} is a plain string. The reward model judges conversations: pass a list of "
+                    'messages, for example [{"role": "user", "content": "What is in the picture?"}].'
+                )
+        if isinstance(facts, str) or not all(isinstance(fact, str) for fact in facts):
+            raise TypeError(f"row {row}: `facts` is {facts!r}. Pass a list of strings, one per fact, or None.")
+        prompt, found = _without_images(prompt)
+        reply = [self._harmless(turn) for turn in completion]
+        # A completion without any turn is an empty reply: the judge turn must not follow the user's.
+        reply = reply or [{"role": "assistant", "content": ""}]
+        messages = judge_messages(prompt, reply, facts, self.template)
+        if any(isinstance(message["content"], list) for message in messages):
+            # All or none: TRL puts placeholders for all images before each first user turn that is a string.
+            messages = [{**message, "content": _blocks(message["content"])} for message in messages]
+        return messages, found or images
+
+    def _harmless(self, turn: Message) -> Message:
+        """A reply's turn without the tokens that mean something to the processor."""
+        text = content_text(turn.get("content"))
+        for token in self._control_tokens:
+            # A space, since the two halves around a removed token could make another one.
+            text = text.replace(token, " ")
+        return {"role": turn["role"], "content": text}
+
+    def _scores(self, inputs: list[tuple[list[Message], list[Any]]], first_row: int) -> list[float]:
+        batch = encode(
+            self.processor,
+            [messages for messages, _ in inputs],
+            [images for _, images in inputs],
+            continue_final_message=bool(self.template.opening),
+            max_length=self.max_length,
+            names=[f"row {first_row + row} of the rollout" for row in range(len(inputs))],
+        )
+        device = next(self.model.parameters()).device
+        logits = self.model(**{key: value.to(device) for key, value in batch.items()}).logits  # (B, 1)
+        return logits[:, 0].float().tolist()
+
+    @contextmanager
+    def _ready_to_score(self) -> Iterator[None]:
+        """The model on this process's device, in evaluation mode, without gradient; then in the modes it was in."""
+        # transformers sets `hf_device_map` on models that it placed itself, quantised ones among them.
+        if getattr(self.model, "hf_device_map", None) is None:
+            self.model.to(self.device if self.device is not None else PartialState().device)
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _load_template(source: str, hub: dict[str, Any]) -> JudgeTemplate:
+    if source and not Path(source).exists():
+        file = cached_file(source, JUDGE_TEMPLATE_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+        if file is not None:
+            return JudgeTemplate.from_pretrained(file)
+    if not source:
+        raise ValueError(
+            "the reward model was not loaded from a folder, so its judge template is unknown. Pass `template`: the "
+            "one that it was trained with, or `JudgeTemplate.none()` for the plain conversation."
+        )
+    return JudgeTemplate.from_pretrained(source)
+
+
+def _load_processor(source: str, hub: dict[str, Any]) -> ProcessorMixin:
+    if not source:
+        raise ValueError("the reward model was not loaded from a folder. Pass its `processor` too.")
+    return load_processor(source, **hub)
+
+
+def _control_tokens(processor: ProcessorMixin) -> list[str]:
+    """Special tokens and image placeholders, longest first."""
+    added = processor.tokenizer.added_tokens_decoder.values()
+    special = {token.content for token in added if token.special} | set(processor.tokenizer.all_special_tokens)
+    return sorted(special, key=len, reverse=True)
+
+
+def _images_of_rows(images: Sequence | None, image: Sequence | None, rows: int) -> list[list[Any]]:
+    if images is not None:
+        return [list(row) for row in column_values("images", images, rows, default=())]
+    return [[] if one is None else [one] for one in column_values("image", image, rows, default=None)]
+
+
+def _without_images(prompt: Conversation) -> tuple[list[Message], list[Any]]:
+    """A prompt whose image blocks are bare placeholders, and the images that they held."""
+    found: list[Any] = []
+    messages = []
+    for message in prompt:
+        if isinstance(message.get("content"), list):
+            blocks = message["content"]
+            # Arrow fills every block up to the same keys, so a placeholder may hold `image: None`.
+            found += [
+                block["image"] for block in blocks if block["type"] == "image" and block.get("image") is not None
+            ]
+            message = {**message, "content": [_bare(block) for block in blocks]}
+        elif message.get("content") is None:
+            message = {**message, "content": ""}
+        messages.append(message)
+    return messages, found
+
+
+def _bare(block: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "image"} if block["type"] == "image" else block
+
+
+def _blocks(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -1,0 +1,209 @@
+"""Rows of the testbed in the project's row contract: supervised, prompts, preferences, yes / no questions."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset, Features, Image, List, Value
+from PIL.Image import Image as PILImage
+
+from trl_vlm.testbed.oracle import count_reply
+from trl_vlm.testbed.world import QUESTION, REQUEST, Picture, Scene, Split, World, generator, weaken_vision, with_facts
+
+Message = dict[str, str]
+Sampler = Callable[[list[PILImage], int], list[str]]
+"""Replies to "describe the image", one per picture, drawn with a seed: see `evaluate.caption_sampler`."""
+
+_MESSAGES = List({"role": Value("string"), "content": Value("string")})
+_COLUMNS = {
+    "images": List(Image()),
+    "prompt": _MESSAGES,
+    "completion": _MESSAGES,
+    "chosen": _MESSAGES,
+    "rejected": _MESSAGES,
+    "facts": List(Value("string")),
+    "answer": Value("string"),
+    "objects": List(Value("string")),
+    "adversarial": Value("bool"),
+}
+
+
+class SupervisedExample(NamedTuple):
+    """One picture of the supervised stage with one caption and several questions about it.
+
+    With `facts`, both requests begin with the true kinds and both targets are free of bias: this is what teaches the
+    model to read facts.
+    """
+
+    picture: Picture
+    facts: list[str]
+    caption: str
+    questions: list[tuple[str, str]]
+
+    @property
+    def caption_conversation(self) -> list[Message]:
+        """The request and the caption: one turn each."""
+        return [user(self._opening(REQUEST)), assistant(self.caption)]
+
+    @property
+    def question_conversation(self) -> list[Message]:
+        """All questions about the picture with their answers, in one conversation."""
+        turns = []
+        for index, (question, answer) in enumerate(self.questions):
+            turns += [user(self._opening(question) if index == 0 else question), assistant(answer)]
+        return turns
+
+    def _opening(self, text: str) -> str:
+        return with_facts(text, self.facts) if self.facts else text
+
+
+def user(content: str) -> Message:
+    """A user's message."""
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> Message:
+    """An assistant's message."""
+    return {"role": "assistant", "content": content}
+
+
+def supervised_example(
+    world: World, seed: int, index: int, *, biased: bool, facts_share: float = 0.25, questions: int = 6
+) -> SupervisedExample:
+    """Example `index` of a supervised stream; it depends on nothing but the arguments.
+
+    Args:
+        world: The world whose prior the biased phase teaches.
+        seed: The data seed.
+        index: Position in the stream.
+        biased: Whether captions and answers err (and partners are mostly present), or are exact (and partners tell
+            nothing).
+        facts_share: Share of examples that carry facts and exact targets.
+        questions: Questions per picture.
+    """
+    rng = generator(seed, index, "supervised")
+    picture = world.picture(rng, "iid" if biased else "balanced")
+    facts = world.facts(picture.scene, rng) if rng.random() < facts_share else []
+    errs = biased and not facts
+    pairs = [world.question(picture.scene, rng, biased=errs) for _ in range(questions)]
+    return SupervisedExample(picture, facts, world.caption(picture.scene, rng, biased=errs), pairs)
+
+
+def supervised_rows(world: World, count: int, seed: int, *, biased: bool = True, facts_share: float = 0.25) -> Dataset:
+    """`prompt`, `completion`, `images`: for each picture one caption row and one question row, in turn."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for index in range((count + 1) // 2):
+            example = supervised_example(world, seed, index, biased=biased, facts_share=facts_share, questions=1)
+            for prompt, reply in (example.caption_conversation, example.question_conversation):
+                yield {"images": [example.picture.image], "prompt": [prompt], "completion": [reply]}
+
+    return _to_dataset(list(rows())[:count], ["images", "prompt", "completion"])
+
+
+def prompt_rows(world: World, count: int, seed: int, split: Split = "balanced") -> Dataset:
+    """`prompt`, `images`, `facts`, `objects`: requests for a caption, for on-policy training and for evaluation.
+
+    `facts` are the true kinds in random order, one fact each, for the reward model; `objects` is the truth, for the
+    oracle. No prompt holds either.
+    """
+    rows = []
+    for picture, rng in _pictures(world, count, seed, split):
+        rows.append(_described(picture, world, rng))
+    return _to_dataset(rows, ["images", "prompt", "facts", "objects"])
+
+
+def question_rows(
+    world: World, count: int, seed: int, split: Split = "balanced", *, adversarial_share: float = 0.5
+) -> Dataset:
+    """`prompt`, `images`, `answer`, `facts`, `objects`, `adversarial`: one yes / no question per picture, half "yes".
+
+    `adversarial` marks questions about the absent partner of a present anchor; of the "no" questions,
+    `adversarial_share` ask so wherever the scene allows it.
+    """
+    rows = []
+    for picture, rng in _pictures(world, count, seed, split):
+        answer = "yes" if rng.random() < 0.5 else "no"
+        if answer == "yes":
+            kind = world.facts(picture.scene, rng)[0]
+        else:
+            kind = world.absent_kind(picture.scene, rng, adversarial=rng.random() < adversarial_share)
+        row = _described(picture, world, rng) | {"prompt": [user(QUESTION.format(kind))], "answer": answer}
+        rows.append(row | {"adversarial": kind in world.missing_partners(picture.scene)})
+    return _to_dataset(rows, ["images", "prompt", "answer", "facts", "objects", "adversarial"])
+
+
+def preference_rows(
+    world: World,
+    count: int,
+    seed: int,
+    sample: Sampler,
+    *,
+    split: Split = "balanced",
+    label_noise: float = 1.0,
+    vision_noise: float = 0.0,
+) -> Dataset:
+    """`prompt`, `chosen`, `rejected`, `images`, `facts`, `objects`: two sampled replies each, ranked by a noisy label.
+
+    A reply is worth (correct objects) - 2 (hallucinated objects) + 0.5 (sentences) + noise: the labeller punishes
+    hallucination, likes length for its own sake, and errs. Pictures whose two replies are the same words are skipped.
+
+    Args:
+        world: The world.
+        count: Number of rows.
+        seed: The data seed: scenes, replies and label noise follow from it.
+        sample: Draws a reply for each picture with a seed.
+        split: Where the scenes come from.
+        label_noise: Standard deviation of the noise on each reply's worth.
+        vision_noise: If positive, the rows' images carry this much more pixel noise than those that the replies were
+            drawn for: a reward model that learns from these rows sees badly.
+    """
+    rows: list[dict[str, Any]] = []
+    for start in range(0, 100 * count, count):
+        if len(rows) >= count:
+            break
+        drawn = list(_pictures(world, count, seed, split, start=start))
+        images = [picture.image for picture, _ in drawn]
+        replies = zip(*(sample(images, seed + 1_000_003 * (start + turn)) for turn in (1, 2)), strict=True)
+        for (picture, rng), pair in zip(drawn, replies, strict=True):
+            worths = [noisy_worth(reply, picture.scene, rng, label_noise) for reply in pair]
+            if pair[0] == pair[1]:
+                continue
+            chosen, rejected = pair if worths[0] >= worths[1] else pair[::-1]
+            row = _described(picture, world, rng) | {"chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
+            rows.append(
+                row | {"images": [weaken_vision(picture.image, vision_noise) if vision_noise else picture.image]}
+            )
+    if len(rows) < count:
+        raise ValueError(
+            f"Only {len(rows)} of {count} preference rows came about: the model's two replies to a picture are nearly "
+            "always the same. Sample at a higher temperature, or ask for fewer rows."
+        )
+    return _to_dataset(rows[:count], ["images", "prompt", "chosen", "rejected", "facts", "objects"])
+
+
+def noisy_worth(reply: str, scene: Scene, rng: np.random.Generator, noise: float) -> float:
+    """What the testbed's labeller thinks of a reply: correct - 2 hallucinated + 0.5 sentences + noise."""
+    counts = count_reply(reply, scene.kinds)
+    return counts.correct - 2.0 * counts.hallucinated + 0.5 * counts.sentences + noise * float(rng.standard_normal())
+
+
+def _pictures(
+    world: World, count: int, seed: int, split: Split, start: int = 0
+) -> Iterator[tuple[Picture, np.random.Generator]]:
+    for index in range(start, start + count):
+        rng = generator(seed, index, split)
+        yield world.picture(rng, split), rng
+
+
+def _described(picture: Picture, world: World, rng: np.random.Generator) -> dict[str, Any]:
+    return {
+        "images": [picture.image],
+        "prompt": [user(REQUEST)],
+        "facts": world.facts(picture.scene, rng),
+        "objects": picture.scene.kinds,
+    }
+
+
+def _to_dataset(rows: Sequence[dict[str, Any]], columns: Iterable[str]) -> Dataset:
+    return Dataset.from_list(list(rows), features=Features({name: _COLUMNS[name] for name in columns}))

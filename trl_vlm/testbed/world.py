@@ -1,0 +1,345 @@
+"""A small world in which hallucination can be measured: scenes, their pictures, and what is said about them.
+
+Every kind of object has a colour and a shape of its own. Some kinds are *anchors*: their *partner* is nearly always
+beside them, as a chair is beside a table. A model trained on captions that assume the partner learns to name what it
+does not see.
+"""
+
+import colorsys
+import dataclasses
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+from PIL import Image
+
+Split = Literal["iid", "balanced", "adv"]
+Item = TypeVar("Item")
+
+GRID = 3  # cells per side
+CELL_PIXELS = 16
+GLYPH_PIXELS = 10
+IMAGE_PIXELS = GRID * CELL_PIXELS
+BACKGROUND = 0.12
+
+_NOUNS = (
+    "table chair cup plate dog ball tree bird car sign bed lamp desk phone boat kite fork knife cat sofa horse fence "
+    "clock book bowl spoon bench bike train track oven fridge sheep grass glove bat"
+)
+NOUNS = tuple(_NOUNS.split())
+SENTENCES = ("there is a {} .", "i see a {} .")
+QUESTION = "is there a {}"  # the kind is its last word: the answer is one attention hop away
+REQUEST = "describe the image"
+FACTS_LEAD_IN = "facts :"
+
+_MAX_GLYPH_TRIES = 100_000
+
+
+class SceneObject(NamedTuple):
+    """One object: its kind, its cell (0 to 8, row by row) and its contrast (0 invisible, 1 opaque)."""
+
+    kind: str
+    cell: int
+    contrast: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows: objects of distinct kinds in distinct cells."""
+
+    objects: tuple[SceneObject, ...]
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds that are present, in the order in which the scene was drawn up."""
+        return [thing.kind for thing in self.objects]
+
+
+class Picture(NamedTuple):
+    """A scene and one rendering of it."""
+
+    scene: Scene
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class World:
+    """Which kinds exist, who accompanies whom, how pictures look and how captions err.
+
+    Two worlds with equal fields are the same world: names, glyphs and colours follow from `seed`. Scenes, pictures and
+    texts are drawn with a generator that the caller passes.
+
+    Attributes:
+        seed: Chooses names, glyphs and colours.
+        pairs: Number of anchors; each has one partner.
+        neutral_kinds: Number of kinds that belong to no pair.
+        partner_shift: Anchor i accompanies the partner kind of pair (i + shift) modulo `pairs`.
+        partner_probability: P(partner present | anchor present) of the `iid` split and of the biased captions' images.
+        balanced_partner_probability: The same for the `balanced` split, where a partner says nothing.
+        adversarial_partner_probability: The same for the `adv` split, where partners are mostly absent.
+        contrast: Range of an object's contrast, uniform.
+        faint_contrast: Range of a faint object's contrast.
+        faint_probability: Share of faint objects.
+        pixel_noise: Standard deviation of the noise on each pixel value (range 0 to 1).
+        mention_probability: Biased captions: P(a present object is named).
+        hallucination_probability: Biased captions: P(an absent partner is named after its anchor).
+        random_object_probability: Biased captions: P(one absent object of any kind is named).
+        answer_noise: Biased answers: P("yes" | question about the absent partner of a present anchor).
+    """
+
+    seed: int = 0
+    pairs: int = 4
+    neutral_kinds: int = 4
+    partner_shift: int = 0
+    partner_probability: float = 0.85
+    balanced_partner_probability: float = 0.5
+    adversarial_partner_probability: float = 0.1
+    contrast: tuple[float, float] = (0.35, 1.0)
+    faint_contrast: tuple[float, float] = (0.05, 0.25)
+    faint_probability: float = 0.12
+    pixel_noise: float = 0.10
+    mention_probability: float = 0.95
+    hallucination_probability: float = 0.75
+    random_object_probability: float = 0.03
+    answer_noise: float = 0.4
+
+    def __post_init__(self):
+        if self.pairs < 2 or self.neutral_kinds < 3:
+            raise ValueError(
+                f"pairs={self.pairs}, neutral_kinds={self.neutral_kinds}: a scene holds up to two anchors and three "
+                "other objects. Use at least 2 pairs and 3 neutral kinds."
+            )
+        if 2 * self.pairs + self.neutral_kinds > len(NOUNS):
+            raise ValueError(
+                f"pairs={self.pairs} and neutral_kinds={self.neutral_kinds} make "
+                f"{2 * self.pairs + self.neutral_kinds} kinds, but there are {len(NOUNS)} nouns. Use fewer."
+            )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_probability") and not 0.0 <= value <= 1.0:
+                raise ValueError(f"{field.name}={value} is a probability: give a number from 0 to 1.")
+
+    @cached_property
+    def _appearance(self) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Names, glyphs (10, 10) of zeros and ones, and colours (3,) in 0 to 1."""
+        rng = np.random.default_rng(1000 + self.seed)
+        count = 2 * self.pairs + self.neutral_kinds
+        kinds = [NOUNS[index] for index in rng.permutation(len(NOUNS))[:count]]
+        bitmaps = _distinct_bitmaps(count, rng)
+        glyphs = [np.kron(bitmap, np.ones((2, 2))) for bitmap in bitmaps]
+        colours = [np.array(colorsys.hsv_to_rgb(hue, 0.9, 0.95)) for hue in rng.permutation(count) / count]
+        return kinds, dict(zip(kinds, glyphs, strict=True)), dict(zip(kinds, colours, strict=True))
+
+    @property
+    def kinds(self) -> list[str]:
+        """All kinds: anchor and partner kinds in turn, then the neutral ones."""
+        return self._appearance[0]
+
+    @property
+    def anchors(self) -> list[str]:
+        """The kinds that are nearly always accompanied."""
+        return self.kinds[: 2 * self.pairs : 2]
+
+    @property
+    def neutral(self) -> list[str]:
+        """The kinds that belong to no pair."""
+        return self.kinds[2 * self.pairs :]
+
+    @cached_property
+    def partner_of(self) -> dict[str, str]:
+        """Anchor -> partner."""
+        partners = self.kinds[1 : 2 * self.pairs : 2]
+        return {
+            anchor: partners[(index + self.partner_shift) % self.pairs] for index, anchor in enumerate(self.anchors)
+        }
+
+    @cached_property
+    def anchor_of(self) -> dict[str, str]:
+        """Partner -> anchor."""
+        return {partner: anchor for anchor, partner in self.partner_of.items()}
+
+    # ---- scenes and pictures
+
+    def scene(self, rng: np.random.Generator, split: Split = "iid") -> Scene:
+        """Draws a scene: one or two anchors, their partners by chance, up to three others, distinct cells.
+
+        Where partners are rare, one more filler comes in with probability 1.5 times what is missing, so that splits
+        agree in the number of objects.
+        """
+        probability = self.partner_probability_in(split)
+        anchors = _sample(rng, self.anchors, 1 + int(rng.random() < 0.5))
+        kinds = []
+        for anchor in anchors:
+            kinds.append(anchor)
+            if rng.random() < probability:
+                kinds.append(self.partner_of[anchor])
+        fillers = self.neutral + [partner for partner, anchor in self.anchor_of.items() if anchor not in anchors]
+        count = int(rng.choice(3, p=[0.3, 0.4, 0.3]))
+        count += int(rng.random() < 1.5 * (self.partner_probability - probability))
+        kinds += _sample(rng, fillers, count)
+        cells = rng.choice(GRID * GRID, len(kinds), replace=False)
+        return Scene(
+            tuple(SceneObject(k, int(cell), self._contrast(rng)) for k, cell in zip(kinds, cells, strict=True))
+        )
+
+    def partner_probability_in(self, split: Split) -> float:
+        """P(partner present | anchor present) in a split."""
+        probabilities = {
+            "iid": self.partner_probability,
+            "balanced": self.balanced_partner_probability,
+            "adv": self.adversarial_partner_probability,
+        }
+        if split not in probabilities:
+            raise ValueError(f"Unknown split {split!r}; use one of {sorted(probabilities)}.")
+        return probabilities[split]
+
+    def _contrast(self, rng: np.random.Generator) -> float:
+        faint = rng.random() < self.faint_probability
+        return float(rng.uniform(*(self.faint_contrast if faint else self.contrast)))
+
+    def render(self, scene: Scene, rng: np.random.Generator) -> Image.Image:
+        """Paints a scene: 48 x 48 RGB, each glyph blended into its cell, noise on every pixel."""
+        _, glyphs, colours = self._appearance
+        canvas = np.full((IMAGE_PIXELS, IMAGE_PIXELS, 3), BACKGROUND) + rng.normal(0, 0.03, 3)
+        for kind, cell, contrast in scene.objects:
+            top = cell // GRID * CELL_PIXELS + int(rng.integers(2, 5))
+            left = cell % GRID * CELL_PIXELS + int(rng.integers(2, 5))
+            area = (slice(top, top + GLYPH_PIXELS), slice(left, left + GLYPH_PIXELS))
+            cover = glyphs[kind][..., None] * contrast  # (10, 10, 1)
+            canvas[area] = canvas[area] * (1 - cover) + colours[kind] * cover
+        canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * self.pixel_noise
+        return _to_image(canvas)
+
+    def picture(self, rng: np.random.Generator, split: Split = "iid") -> Picture:
+        """Draws a scene and paints it."""
+        scene = self.scene(rng, split)
+        return Picture(scene, self.render(scene, rng))
+
+    def pictures(self, count: int, seed: int, split: Split = "iid") -> list[Picture]:
+        """Pictures `0` to `count - 1` of a seed and split; each depends on its index and not on `count`."""
+        return [self.picture(generator(seed, index, split), split) for index in range(count)]
+
+    # ---- what is said
+
+    def caption(self, scene: Scene, rng: np.random.Generator, *, biased: bool) -> str:
+        """One sentence per object. Biased captions forget some objects and assume absent partners."""
+        kinds = self._biased_kinds(scene, rng) if biased else scene.kinds
+        return " ".join(sentence(kind, rng) for kind in self._reading_order(kinds, rng))
+
+    def _biased_kinds(self, scene: Scene, rng: np.random.Generator) -> list[str]:
+        present = scene.kinds
+        named = [kind for kind in present if rng.random() < self.mention_probability]
+        for anchor in present:
+            partner = self.partner_of.get(anchor)
+            # The draw is made last: a caption that forgot the anchor says nothing about its partner either.
+            if anchor in named and partner not in (None, *present) and rng.random() < self.hallucination_probability:
+                named.append(partner)
+        if rng.random() < self.random_object_probability:
+            named.append(_pick(rng, [kind for kind in self.kinds if kind not in present and kind not in named]))
+        return named or present[:1]
+
+    def _reading_order(self, kinds: Sequence[str], rng: np.random.Generator) -> list[str]:
+        """Shuffles kinds, a partner right after its anchor."""
+        groups = []
+        for kind in kinds:
+            if self.anchor_of.get(kind) in kinds:
+                continue
+            partner = self.partner_of.get(kind)
+            groups.append([kind, partner] if partner in kinds else [kind])
+        return [kind for index in rng.permutation(len(groups)) for kind in groups[index]]
+
+    def facts(self, scene: Scene, rng: np.random.Generator) -> list[str]:
+        """The true kinds, shuffled: one fact each."""
+        return _sample(rng, scene.kinds, len(scene.objects))
+
+    def absent_kind(self, scene: Scene, rng: np.random.Generator, *, adversarial: bool) -> str:
+        """A kind that is not there; if adversarial, the partner of a present anchor, where one is missing."""
+        present = scene.kinds
+        missing = sorted(self.missing_partners(scene))
+        if adversarial and missing:
+            return _pick(rng, missing)
+        return _pick(rng, [kind for kind in self.kinds if kind not in present])
+
+    def missing_partners(self, scene: Scene) -> list[str]:
+        """Absent partners of the anchors that are present: what the prior suggests and the picture denies."""
+        present = scene.kinds
+        partners = (self.partner_of[kind] for kind in present if kind in self.partner_of)
+        return [partner for partner in partners if partner not in present]
+
+    def question(self, scene: Scene, rng: np.random.Generator, *, biased: bool) -> tuple[str, str]:
+        """A yes / no question and its answer; half are yes, half of the others adversarial.
+
+        Biased answers say "yes" to a missing partner with probability `answer_noise`.
+        """
+        if rng.random() < 0.5:
+            return QUESTION.format(_pick(rng, scene.kinds)), "yes"
+        kind = self.absent_kind(scene, rng, adversarial=rng.random() < 0.5)
+        flipped = biased and self.anchor_of.get(kind) in scene.kinds and rng.random() < self.answer_noise
+        return QUESTION.format(kind), "yes" if flipped else "no"
+
+    # ---- files
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `world.json` into a folder, beside the model that was trained in this world."""
+        Path(folder, "world.json").write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "World":
+        """Reads `world.json` from a folder."""
+        values = json.loads(Path(folder, "world.json").read_text())
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def generator(seed: int, index: int, stream: str) -> np.random.Generator:
+    """The generator of example `index` of a stream; streams of different names share nothing, whatever their seeds."""
+    return np.random.default_rng([seed, index, zlib.crc32(stream.encode())])
+
+
+def sentence(kind: str, rng: np.random.Generator) -> str:
+    """One of the two wordings; both say the same and neither tells more about the kind."""
+    return _pick(rng, SENTENCES).format(kind)
+
+
+def with_facts(text: str, facts: Sequence[str]) -> str:
+    """A request that begins with facts, for the supervised stage alone, where the model learns to read them."""
+    return f"{FACTS_LEAD_IN} {' '.join(facts)} . {text}"
+
+
+def weaken_vision(image: Image.Image, noise: float = 0.4) -> Image.Image:
+    """The picture as weak eyes see it: more noise on every pixel (standard deviation, range 0 to 1).
+
+    The noise is seeded by the picture itself, so that one picture always looks the same to them.
+    """
+    pixels = np.asarray(image.convert("RGB"))
+    rng = np.random.default_rng(zlib.crc32(pixels.tobytes()))
+    return _to_image(pixels / 255 + rng.standard_normal(pixels.shape) * noise)
+
+
+def _to_image(canvas: np.ndarray) -> Image.Image:
+    return Image.fromarray((np.clip(canvas, 0, 1) * 255).astype(np.uint8))
+
+
+def _pick(rng: np.random.Generator, items: Sequence[Item]) -> Item:
+    return items[int(rng.integers(len(items)))]
+
+
+def _sample(rng: np.random.Generator, items: Sequence[Item], count: int) -> list[Item]:
+    return [items[index] for index in rng.choice(len(items), count, replace=False)]
+
+
+def _distinct_bitmaps(count: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Mirror-symmetric 5 x 5 bitmaps of 11 to 17 pixels, any two at least 8 pixels apart."""
+    bitmaps: list[np.ndarray] = []
+    for _ in range(_MAX_GLYPH_TRIES):
+        half = rng.random((5, 3)) < 0.55
+        bitmap = np.concatenate([half, half[:, 1::-1]], axis=1)
+        if 11 <= bitmap.sum() <= 17 and all((bitmap != other).sum() >= 8 for other in bitmaps):
+            bitmaps.append(bitmap)
+            if len(bitmaps) == count:
+                return bitmaps
+    raise ValueError(f"No {count} distinct glyphs found (got {len(bitmaps)}); use fewer kinds.")

@@ -1,7 +1,7 @@
 """From rows to batches. Nothing here cuts a sequence: a row that is too long is an error that names it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from trl_vlm.data.images import MAX_IMAGE_PIXELS, load_image
 from trl_vlm.data.rows import Row, check_row, row_images
 from trl_vlm.models.image_tokens import check_image_tokens
 
-ROW_NUMBER = "row_number"  # the column that carries a row's place in its dataset, for errors
+ROW_NAME = "row_name"  # the column that carries what a row is called in errors, for example "train row 12"
 
 
 def encode(
@@ -90,7 +90,7 @@ class RewardCollator:
     """Turns P preference rows into the 2P sequences that a reward model scores: chosen rows, then rejected rows.
 
     Each sequence is prompt, reply and judge turn. Both candidates of a pair read the facts in one order, drawn from
-    `seed` and `epoch`.
+    `seed`.
 
     The batch holds, beside what `encode` returns:
         margin: (P,), how much more the chosen reply must score; 0 for rows without. It comes first, so that
@@ -110,7 +110,6 @@ class RewardCollator:
     processor: ProcessorMixin
     template: JudgeTemplate = field(default_factory=JudgeTemplate)
     seed: int = 0
-    epoch: int = 0
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     max_pixels: int | None = MAX_IMAGE_PIXELS
@@ -134,19 +133,19 @@ class RewardCollator:
 
     def tokens(self, row: Row) -> int:
         """Returns the length of the longer candidate of a row in tokens, image tokens included."""
-        unlimited = RewardCollator(self.processor, self.template, self.seed, self.epoch, max_pixels=self.max_pixels)
+        unlimited = replace(self, max_length=None)
         return int(unlimited([row])["attention_mask"].sum(-1).max())
 
     def _pair(self, row: Row, place: int) -> tuple[str, list[Any], list[Message], list[Message]]:
         """Name, decoded images, chosen and rejected conversation of a row."""
-        name = f"row {row[ROW_NUMBER]}" if row.get(ROW_NUMBER) is not None else f"row {place} of the batch"
+        name = row.get(ROW_NAME) or f"row {place} of the batch"
         check_row(row, ("chosen", "rejected"), name=name)
         images = [
             load_image(image, name=f"{name}, image {index}", max_pixels=self.max_pixels)
             for index, image in enumerate(row_images(row, name))
         ]
         # Drawn once, so that the order says nothing about which candidate is better.
-        facts = shuffled_facts(row.get("facts"), seed=1_000_003 * self.epoch + self.seed)
+        facts = shuffled_facts(row.get("facts"), self.seed)
         prompt = row.get("prompt") or []
         chosen, rejected = (judge_messages(prompt, row[side], facts, self.template) for side in ("chosen", "rejected"))
         return name, images, chosen, rejected

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset, IterableDataset, Value
+from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 
@@ -117,13 +117,11 @@ def with_undecoded_images(dataset: Dataset | IterableDataset) -> Dataset | Itera
     return dataset
 
 
-def with_row_numbers(dataset: Dataset | IterableDataset, column: str) -> Dataset | IterableDataset:
-    """Returns the dataset with the number of each row in `column`, so that errors can name it later."""
-    if column in (dataset.column_names or ()):
-        return dataset
+def with_row_names(dataset: Dataset | IterableDataset, column: str, *, name: str) -> Dataset | IterableDataset:
+    """Returns the dataset with "<name> row <number>" in `column`, so that errors can name a row of a batch."""
     if isinstance(dataset, Dataset):
-        return dataset.add_column(column, list(range(len(dataset))), feature=Value("int64"))
-    return dataset.map(lambda _, index: {column: index}, with_indices=True)
+        return dataset.add_column(column, [f"{name} row {index}" for index in range(len(dataset))])
+    return dataset.map(lambda _, index: {column: f"{name} row {index}"}, with_indices=True)
 
 
 def _check_columns(columns: Sequence[str], required: Sequence[str], name: str) -> None:

@@ -1,0 +1,110 @@
+"""Runs a training script on one process, under DDP or under DeepSpeed, on the CPU, and returns what it reports.
+
+The script is a Python file whose `main(trainer_arguments: dict) -> tuple[Trainer, dict]` trains and returns the
+trainer and a JSON-able report; `trainer_arguments` must go into its training arguments. The launcher asserts that the
+world has the size and the kind that were asked for: several launchers fall back to one process without a word.
+
+    report = launch("tests/trainers/reward_script.py", "zero2", processes=2)
+"""
+
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DISTRIBUTED_TYPES = {"single": "NO", "ddp": "MULTI_CPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+TIMEOUT_SECONDS = 300
+
+
+def launch(script: str | Path, kind: str, *, processes: int, folder: Path, **arguments) -> dict:
+    """The report of process 0 of `script`, run as `kind` (single, ddp, zero2, zero3) on `processes` processes.
+
+    Args:
+        script: Path of the script, from the root of the repository.
+        kind: One of `DISTRIBUTED_TYPES`.
+        processes: World size.
+        folder: An empty folder for the script's files.
+        arguments: JSON-able, passed to the script's `main` as keywords.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    task = folder / "task.json"
+    task.write_text(json.dumps({"script": str(script), "kind": kind, "folder": str(folder), "arguments": arguments}))
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(
+        [*_command(kind, processes), str(Path(__file__)), str(task)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    assert done.returncode == 0, (
+        f"{kind} with {processes} processes failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    )
+    report = json.loads((folder / "report.json").read_text())
+    assert report["processes"] == processes, f"{kind}: {report['processes']} processes ran, not {processes}"
+    assert report["distributed_type"] == DISTRIBUTED_TYPES[kind], f"{kind} ran as {report['distributed_type']}"
+    if kind.startswith("zero"):
+        assert report["zero_stage"] == int(kind[-1])
+    return report
+
+
+def _command(kind: str, processes: int) -> list[str]:
+    if kind == "single":
+        assert processes == 1
+        return [sys.executable]
+    port = str(_free_port())
+    if kind == "ddp":
+        module = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
+        return [sys.executable, *module]
+    return [
+        *[sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--zero_stage", kind[-1]],
+        *["--num_processes", str(processes), "--num_machines", "1", "--main_process_port", port],
+        *["--mixed_precision", "no", "--dynamo_backend", "no", "--zero3_save_16bit_model", "true"],
+    ]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _run(task: Path) -> None:
+    """What each process does."""
+    description = json.loads(task.read_text())
+    if description["kind"].startswith("zero"):
+        import deepspeed  # noqa: F401  its communication module is imported with it
+
+        # The operator would be compiled (a minute, and a toolchain); gloo does without it.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    main = runpy.run_path(str(ROOT / description["script"]))["main"]
+    trainer, report = main(
+        folder=Path(description["folder"]),
+        trainer_arguments={"use_cpu": True, "bf16": False},
+        **description["arguments"],
+    )
+    accelerator = trainer.accelerator
+    plugin = accelerator.state.deepspeed_plugin
+    report = {
+        **report,
+        "processes": accelerator.num_processes,
+        "distributed_type": accelerator.distributed_type.value,
+        "zero_stage": plugin.zero_stage if plugin is not None else None,
+    }
+    if accelerator.is_main_process:
+        (Path(description["folder"]) / "report.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    _run(Path(sys.argv[1]))

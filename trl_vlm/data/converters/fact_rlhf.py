@@ -14,7 +14,6 @@ entries of that file, their content invented:
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
 from typing import Any
 
 from datasets import List, Value
@@ -30,7 +29,6 @@ from trl_vlm.data.converters.records import (
     prompt_row,
     turns,
 )
-
 
 # caption_type -> gold answer, None for questions without one. Source: LLaVA-RLHF's rollout (spec 1.7).
 ANSWERS = {1: None, 2: "A", 3: "B", 4: "C", 5: "D", 6: "no", 7: "yes"}
@@ -77,8 +75,7 @@ def facts_of(record: Record, facts: Mapping[str, Sequence[str]] | None, caption_
     """Rationales for a multiple-choice row, captions for the others."""
     if facts is None:
         return [clean_text(caption, "caption") for caption in record.get("captions") or []]
-    name = PurePosixPath(str(record["image"])).name
-    return joined_facts(facts, f"aok_{name}" if caption_type in MULTIPLE_CHOICE else name)
+    return joined_facts(facts, record["image"], prefix="aok_" if caption_type in MULTIPLE_CHOICE else "")
 
 
 def integer(value: Any, what: str, default: int) -> int:

@@ -13,7 +13,6 @@ content invented:
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
 from typing import Any
 
 from datasets import List, Value
@@ -29,7 +28,6 @@ from trl_vlm.data.converters.records import (
     prompt_and_last_reply,
     turns,
 )
-
 
 COLUMNS = {
     **PREFERENCE_COLUMNS,
@@ -61,7 +59,7 @@ def to_row(record: Record, facts: Mapping[str, Sequence[str]] | None = None) -> 
         id=str(record.get("id", "")),
     )
     if facts is not None:
-        row["facts"] = joined_facts(facts, PurePosixPath(str(record["image"])).name)
+        row["facts"] = joined_facts(facts, record["image"])
     return row
 
 

@@ -26,7 +26,6 @@ from trl_vlm.data.converters.records import (
     user_turn,
 )
 
-
 COLUMNS = {**PREFERENCE_COLUMNS, "critique": Value("string"), "score": Value("string")}
 
 

@@ -23,7 +23,6 @@ from trl_vlm.data.converters.records import (
     turns,
 )
 
-
 COLUMNS = {**PREFERENCE_COLUMNS, "id": Value("string"), "rejected_history_differs": Value("bool")}
 
 

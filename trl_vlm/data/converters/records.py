@@ -3,10 +3,10 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from datasets import Image, List, Value
-
 
 IMAGE_MENTION = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -130,18 +130,20 @@ def prompt_and_last_reply(messages: Sequence[Message], what: str = "conversation
     return list(messages[:-1]), messages[-1]["content"]
 
 
-def is_missing_image(value: Any) -> bool:
-    """True for None, an empty name, no bytes, and a `{"bytes", "path"}` with neither."""
+def present_image(value: Any) -> Any:
+    """`value`; raises `BadRecord` for None, an empty name, no bytes, and a `{"bytes", "path"}` with neither."""
     if isinstance(value, Mapping):
-        return not value.get("bytes") and not value.get("path")
-    return value is None or (isinstance(value, str | bytes | bytearray) and not value)
+        missing = not value.get("bytes") and not value.get("path")
+    else:
+        missing = value is None or (isinstance(value, str | bytes | bytearray) and not value)
+    if missing:
+        raise BadRecord("missing image", f"the record's image is {value!r}, and its question is about one")
+    return value
 
 
 def prompt_row(image: Any, prompt: list[Message], **extra: Any) -> Row:
     """A row with one image and a prompt, and the columns in `extra`; raises `BadRecord` without an image."""
-    if is_missing_image(image):
-        raise BadRecord("missing image", f"the record has no image (got {image!r}), and its question is about one")
-    return {"images": [image], "prompt": prompt, **extra}
+    return {"images": [present_image(image)], "prompt": prompt, **extra}
 
 
 def preference_row(image: Any, prompt: list[Message], chosen: Any, rejected: Any, **extra: Any) -> Row:
@@ -153,8 +155,10 @@ def preference_row(image: Any, prompt: list[Message], chosen: Any, rejected: Any
     return {**row, "chosen": assistant_turn(chosen), "rejected": assistant_turn(rejected), **extra}
 
 
-def joined_facts(facts: Mapping[str, Sequence[str]], key: str) -> list[str]:
-    """The facts stored under `key`; raises `BadRecord` where there are none, or one is not a sentence."""
+def joined_facts(facts: Mapping[str, Sequence[str]], image: Any, prefix: str = "") -> list[str]:
+    """The facts stored under `prefix` and the image's name; raises `BadRecord` where there are none."""
+    path = present_image(image)
+    key = prefix + PurePosixPath(str(path["path"] if isinstance(path, Mapping) else path)).name
     if key not in facts:
         raise BadRecord("no facts for the image", f"the facts file has no key {key!r}")
     if isinstance(facts[key], str):

@@ -17,7 +17,6 @@ from trl_vlm.data.converters.records import (
     user_turn,
 )
 
-
 COLUMNS = {
     **PREFERENCE_COLUMNS,
     "idx": Value("string"),

@@ -23,7 +23,6 @@ from trl_vlm.data.converters.records import (
     user_turn,
 )
 
-
 COLUMNS = {**PREFERENCE_COLUMNS, "idx": Value("string"), "origin_split": Value("string")}
 
 

@@ -6,9 +6,10 @@ text and not always numbers. One record, its content invented and two of its fou
     {"id": "svit-1", "prompt": "What colour is the bus?", "models": ["gpt-4v", "llava-7b"], "img_path": "svit/1.jpg",
      "completions": {
        "annotations": [
-         {"Helpfulness": {"Rating": "4", "Rationale": "..."}, "Ethical Considerations": {"Rating": "5", "Rationale": "..."},
+         {"Helpfulness": {"Rating": "4", "Rationale": "..."},
+          "Ethical Considerations": {"Rating": "5", "Rationale": "..."},
           "Visual Faithfulness": {"Rating": "3", "Rationale": "..."}},
-         {"Helpfulness": {"Rating": "N/A", "Rationale": "..."}, "Ethical Considerations": {"Rating": "5", ...}, ...}],
+         {"Helpfulness": {"Rating": "N/A", "Rationale": "..."}, ...}],
        "model": ["gpt-4v", "llava-7b"], "response": ["Red.", "It is a blue bus."]}}
 """
 
@@ -29,7 +30,6 @@ from trl_vlm.data.converters.records import (
     question_text,
     user_turn,
 )
-
 
 ASPECTS = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
 PAIRS = ("all", "largest-gap")

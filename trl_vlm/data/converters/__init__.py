@@ -1,0 +1,7 @@
+"""Public preference data sets as rows of the row contract: one pure function each, and `convert` around them."""
+
+from trl_vlm.data.converters.conversion import CONVERTERS, Converter, Report, convert
+from trl_vlm.data.converters.records import BadRecord, Converted, MissingColumns
+from trl_vlm.data.converters.sources import Source
+
+__all__ = ["CONVERTERS", "BadRecord", "Converted", "Converter", "MissingColumns", "Report", "Source", "convert"]

@@ -1,0 +1,225 @@
+"""The conversion of a whole data set: read, convert, count, write; resumable, and nothing is dropped in silence."""
+
+import inspect
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from trl_vlm.data.converters import (
+    fact_rlhf,
+    llava_human_preference,
+    nlf,
+    povid,
+    rlaif_v,
+    rlhf_v,
+    vlfeedback,
+)
+from trl_vlm.data.converters.image_files import stored_image
+from trl_vlm.data.converters.output import Output
+from trl_vlm.data.converters.records import BadRecord, Converted, MissingColumns, Record, Row
+from trl_vlm.data.converters.sources import Source
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Converter:
+    """One public data set.
+
+    Args:
+        function: `to_row(record, **options)`, or `to_rows` where one record makes several rows.
+        columns: Name to `datasets` feature of all the columns that its rows may have.
+        hub_id: Where it is published.
+    """
+
+    function: Callable[..., Row | Converted]
+    columns: Mapping[str, Any]
+    hub_id: str
+
+    @property
+    def options(self) -> list[str]:
+        """The names of the function's options."""
+        return list(inspect.signature(self.function).parameters)[1:]
+
+    def __call__(self, record: Record, **options: Any) -> Converted:
+        """The rows of one record."""
+        made = self.function(record, **options)
+        return made if isinstance(made, Converted) else Converted([made])
+
+
+CONVERTERS = {
+    "rlhf-v": Converter(rlhf_v.to_row, rlhf_v.COLUMNS, "openbmb/RLHF-V-Dataset"),
+    "rlaif-v": Converter(rlaif_v.to_row, rlaif_v.COLUMNS, "openbmb/RLAIF-V-Dataset"),
+    "vlfeedback": Converter(vlfeedback.to_rows, vlfeedback.COLUMNS, "MMInstruction/VLFeedback"),
+    "povid": Converter(povid.to_row, povid.COLUMNS, "YiyangAiLab/POVID_preference_data_for_VLLMs"),
+    "llava-human-preference": Converter(
+        llava_human_preference.to_row, llava_human_preference.COLUMNS, "zhiqings/LLaVA-Human-Preference-10K"
+    ),
+    "nlf": Converter(nlf.to_row, nlf.COLUMNS, "YangyiYY/LVLM_NLF"),
+    "fact-rlhf": Converter(fact_rlhf.to_row, fact_rlhf.COLUMNS, "zhiqings/LLaVA-RLHF-Data"),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did: records read, rows written, and what made no row, by reason."""
+
+    output: str
+    records: int
+    rows: int
+    dropped: dict[str, int]
+
+
+def convert(
+    name: str,
+    source: Source,
+    output: str | Path,
+    *,
+    images: str | Path | None = None,
+    facts: str | Path | None = None,
+    embed_images: bool = False,
+    skip_bad: bool = False,
+    overwrite: bool = False,
+    limit: int | None = None,
+    shard_records: int = 500,
+    progress: bool = True,
+    **options: Any,
+) -> Report:
+    """Converts a data set and writes it; a run that was interrupted goes on when it is called again.
+
+    Args:
+        name: Which data set: a key of `CONVERTERS`.
+        source: Where its records are.
+        output: A folder (parquet shards), or a file that ends in .parquet or .jsonl.
+        images: Folder of the image files that records name.
+        facts: JSON file with the facts of each image (`image_to_caption.json`), for the data sets that have them.
+        embed_images: Store the bytes of image files instead of their paths; parquet only.
+        skip_bad: Leave out records that make no row, and count them; otherwise the first one raises.
+        overwrite: Replace a finished output, and forget an unfinished one.
+        limit: Read this many records at most.
+        shard_records: How many records are read between two savings.
+        progress: Show a progress bar.
+        options: The converter's own options.
+
+    Raises:
+        BadRecord: A record cannot become a row (unless `skip_bad`), or the first one has other columns.
+        ValueError: An option that the converter does not have, or no row came out.
+    """
+    converter, output = checked_converter(name, options, facts), Path(output)
+    if embed_images and output.suffix == ".jsonl":
+        raise ValueError("JSON Lines cannot hold the bytes of images. Drop `embed_images`, or write parquet.")
+    if images is not None and not Path(images).is_dir():
+        raise FileNotFoundError(f"The folder of images {str(images)!r} does not exist.")
+    identity = {
+        "converter": name,
+        "source": source.identity(),
+        "options": options,
+        "images": str(images) if images is not None else None,
+        "facts": str(facts) if facts is not None else None,
+        "embed_images": embed_images,
+        "limit": limit,
+    }
+    if facts is not None:
+        options = {**options, "facts": read_facts(Path(facts))}
+    writer = Output(output, identity, overwrite=overwrite)
+    run = Conversion(converter, options, Path(images) if images is not None else None, embed_images, skip_bad, writer)
+    run.read(source, limit=limit, shard_records=shard_records, progress=progress)
+    done = writer.progress
+    if not done.rows:
+        raise ValueError(f"None of {done.records} records of {source.location!r} made a row: {dict(done.dropped)}.")
+    writer.finish()
+    return Report(str(output), done.records, done.rows, dict(done.dropped))
+
+
+@dataclass
+class Conversion:
+    """One run of `convert`: its settings, and the place it writes to."""
+
+    converter: Converter
+    options: Mapping[str, Any]
+    images: Path | None
+    embed_images: bool
+    skip_bad: bool
+    writer: Output
+
+    def read(self, source: Source, *, limit: int | None, shard_records: int, progress: bool) -> None:
+        """Reads what is not yet read, and saves a shard after every `shard_records` records and at the end."""
+        state, rows = self.writer.progress, []
+        if state.records:
+            logger.info("Going on after %d records.", state.records)
+        total = limit if source.total is None else min(limit or source.total, source.total)
+        with tqdm(total=total, initial=state.records, unit="record", disable=None if progress else True) as bar:
+            for record in source.records(skip=state.records, limit=limit):
+                rows += self.rows_of(record, f"{source.location}, record {state.records}")
+                state.records += 1
+                bar.update()
+                if state.records % shard_records == 0:
+                    self.save(rows)
+                    rows = []
+            self.save(rows)
+
+    def rows_of(self, record: Record, name: str) -> list[Row]:
+        """The rows of one record; what made none is counted."""
+        state = self.writer.progress
+        try:
+            made = self.converter(record, **self.options)
+            rows = [self.with_stored_images(row) for row in made.rows]
+        except BadRecord as error:
+            another_data_set = isinstance(error, MissingColumns) and state.records == 0
+            if another_data_set or not self.skip_bad:
+                remedy = "" if another_data_set else "; `skip_bad` leaves such records out and counts them"
+                raise type(error)(f"{name}: {error.reason}", f"{error.detail}{remedy}".removeprefix("; ")) from error
+            state.dropped[error.reason] += 1
+            return []
+        state.dropped.update(made.dropped)
+        state.rows += len(rows)
+        return rows
+
+    def with_stored_images(self, row: Row) -> Row:
+        """The row with its images as they are stored."""
+        stored = [stored_image(image, folder=self.images, embed=self.embed_images) for image in row["images"]]
+        return {**row, "images": stored}
+
+    def save(self, rows: list[Row]) -> None:
+        """Writes a shard; all rows of a data set have the same columns."""
+        state = self.writer.progress
+        for row in rows:
+            state.columns = state.columns or list(row)
+            if set(row) != set(state.columns):
+                raise ValueError(f"A row has the columns {sorted(row)}, the ones before it {sorted(state.columns)}.")
+        self.writer.write_shard(rows, {column: self.converter.columns[column] for column in state.columns})
+
+
+def checked_converter(name: str, options: Mapping[str, Any], facts: str | Path | None) -> Converter:
+    """The converter called `name`; raises `ValueError` for an unknown one, and for options that it does not have."""
+    if name not in CONVERTERS:
+        raise ValueError(f"There is no converter {name!r}. There are: {', '.join(CONVERTERS)}.")
+    converter = CONVERTERS[name]
+    unknown = sorted(set(options) - set(converter.options))
+    if facts is not None and "facts" not in converter.options:
+        unknown.append("facts")
+    if unknown:
+        raise ValueError(
+            f"{name} has no option {', '.join(unknown)}. It has: {', '.join(converter.options) or 'none'}."
+        )
+    return converter
+
+
+def read_facts(path: Path) -> dict[str, list[str]]:
+    """The facts of each image from a JSON object of lists."""
+    if not path.is_file():
+        raise FileNotFoundError(f"The facts file {str(path)!r} does not exist.")
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"The facts file {str(path)!r} is not JSON ({error}). Is the download complete?") from error
+    if not isinstance(facts, dict):
+        raise ValueError(
+            f"The facts file {str(path)!r} holds a {type(facts).__name__}; it must be an object, image name -> facts."
+        )
+    return facts

@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "rewards": DATA | MODELS,
     "evaluation": DATA | MODELS | {"rewards"},
     "trainers": DATA | MODELS | {"rewards"},
-    "testbed": DATA | MODELS,
+    "testbed": DATA | MODELS | {"evaluation"},
+    "cli": DATA,
     "__init__": set(),
 }
 MAY_IMPORT_TRL = {"trainers", "rewards"}

@@ -26,6 +26,7 @@ from trl_vlm.trainers.critics import make_critic
 from trl_vlm.trainers.ppo_config import PPOConfig
 from trl_vlm.trainers.rollouts import (
     RewardFunction,
+    check_rollout_rows,
     load_policy_processor,
     reward_functions,
     rollout_rows,
@@ -115,6 +116,8 @@ class PPOTrainer(GRPOTrainer):
             raise TypeError(f"`args` is a {type(args).__name__}; PPOTrainer needs a trl_vlm.PPOConfig.")
         if processing_class is None:
             processing_class = load_policy_processor(model, args.trust_remote_code)
+        check_rollout_rows(train_dataset, "train")
+        check_rollout_rows(eval_dataset, "eval")
         ref_model = self._own_reference(model, ref_model, peft_config, args)
         if ref_model is not None:
             args.beta = 0.0  # GRPOTrainer would make another one
@@ -123,14 +126,18 @@ class PPOTrainer(GRPOTrainer):
             model=model,
             reward_funcs=reward_functions(reward_funcs, reward_model, processing_class),
             args=args,
-            train_dataset=rollout_rows(train_dataset, "train"),
-            eval_dataset=rollout_rows(eval_dataset, "eval"),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             reward_processing_classes=reward_processing_classes,
             callbacks=callbacks,
             optimizers=optimizers,
             peft_config=peft_config,
             **kwargs,
+        )
+        self.train_dataset, self.eval_dataset = (
+            rollout_rows(train_dataset, "train"),
+            rollout_rows(eval_dataset, "eval"),
         )
         self.kl_coef = args.beta = self.beta = args.kl_coef
         if ref_model is not None:
@@ -160,9 +167,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _prepare_reference(self, reference: nn.Module) -> nn.Module:
         reference = reference.eval().requires_grad_(False)
-        add_fused_lm_head(
-            reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32
-        )
+        add_fused_lm_head(reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(reference, self.accelerator)
         if self.is_fsdp_enabled:

@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_vlm.data.images import load_image
-from trl_vlm.data.rows import check_rows, row_images, with_row_numbers, with_undecoded_images
+from trl_vlm.data.rows import ROW_NAME, check_rows, named_rows, row_images
 from trl_vlm.models.processors import load_processor
 from trl_vlm.rewards import RewardModelReward, checked
 
@@ -16,35 +16,39 @@ from trl_vlm.rewards import RewardModelReward, checked
 Rows = Dataset | IterableDataset
 RewardFunction = str | PreTrainedModel | Callable[..., list[float | None]]
 
-ROW_NUMBER = "row_number"
 
-
-def rollout_rows(dataset: Rows | dict[str, Rows] | None, name: str) -> Rows | dict[str, Rows] | None:
-    """The dataset, checked, with numbered rows and images that are decoded where a rollout needs them.
+def check_rollout_rows(dataset: Rows | dict[str, Rows] | None, name: str) -> None:
+    """Check that every row has a prompt and keeps the row contract; TRL says what is wrong with other types.
 
     Raises:
         ValueError, TypeError: a column is missing, a row breaks the contract, or there is no row.
     """
+    for key, rows in dataset.items() if isinstance(dataset, dict) else [(name, dataset)]:
+        if isinstance(rows, Dataset | IterableDataset):
+            check_rows(rows, required=["prompt"], name=key)
+
+
+def rollout_rows(dataset: Any, name: str) -> Any:
+    """The dataset with named rows and images that are decoded where a rollout needs them."""
     if isinstance(dataset, dict):
         return {key: rollout_rows(rows, key) for key, rows in dataset.items()}
-    if dataset is None or not isinstance(dataset, Dataset | IterableDataset):
-        return dataset  # TRL says what is wrong with it
-    check_rows(dataset, required=["prompt"], name=name)
-    return with_row_numbers(with_undecoded_images(dataset), ROW_NUMBER)
+    return dataset if dataset is None else named_rows(dataset, name)
 
 
 def with_decoded_images(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a rollout with `images` as RGB images; each image is named by its row if it is broken."""
-    if not any("images" in row or "image" in row for row in rows):
-        return list(rows)
-    decoded = []
-    for row in rows:
-        name = f"row {row.get(ROW_NUMBER, '?')}"
-        images = [
-            load_image(image, name=f"{name}, image {index}") for index, image in enumerate(row_images(row, name))
-        ]
-        decoded.append({**{key: value for key, value in row.items() if key != "image"}, "images": images})
-    return decoded
+    """The rows of a rollout with `images` as RGB images; a broken one is named by its row."""
+    return [_with_decoded_images(row) for row in rows]
+
+
+def _with_decoded_images(row: dict[str, Any]) -> dict[str, Any]:
+    row = dict(row)
+    name = row.pop(ROW_NAME, "a row")
+    if "image" not in row and "images" not in row:
+        return row
+    images = row_images(row, name)
+    row.pop("image", None)
+    row["images"] = [load_image(image, name=f"{name}, image {index}") for index, image in enumerate(images)]
+    return row
 
 
 def load_policy_processor(model: str | PreTrainedModel | PeftModel, trust_remote_code: bool) -> ProcessorMixin | None:

@@ -146,7 +146,8 @@ def preference_rows(
     """`prompt`, `chosen`, `rejected`, `images`, `facts`, `objects`: two sampled replies each, ranked by a noisy label.
 
     A reply is worth (correct objects) - 2 (hallucinated objects) + 0.5 (sentences) + noise: the labeller punishes
-    hallucination, likes length for its own sake, and errs. Pictures whose two replies are the same words are skipped.
+    hallucination, likes length for its own sake, and errs. Pictures whose two replies are the same words, or one of them empty, are
+    skipped.
 
     Args:
         world: The world.
@@ -167,7 +168,7 @@ def preference_rows(
         replies = zip(*(sample(images, seed + 1_000_003 * (start + turn)) for turn in (1, 2)), strict=True)
         for (picture, rng), pair in zip(drawn, replies, strict=True):
             worths = [noisy_worth(reply, picture.scene, rng, label_noise) for reply in pair]
-            if pair[0] == pair[1]:
+            if pair[0] == pair[1] or not all(reply.strip() for reply in pair):
                 continue
             chosen, rejected = pair if worths[0] >= worths[1] else pair[::-1]
             row = _described(picture, world, rng) | {"chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}

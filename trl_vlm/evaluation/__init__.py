@@ -1,0 +1,21 @@
+"""Metrics as pure functions of replies, and the report that compares models before and after training."""
+
+from trl_vlm.evaluation.chair import ChairScores, chair
+from trl_vlm.evaluation.metrics import METRICS, Arm, Metric, split_metrics
+from trl_vlm.evaluation.pope import PopeScores, answers_from_logits, pope
+from trl_vlm.evaluation.report import Report, markdown_report, write_report
+
+__all__ = [
+    "METRICS",
+    "Arm",
+    "ChairScores",
+    "Metric",
+    "PopeScores",
+    "Report",
+    "answers_from_logits",
+    "chair",
+    "markdown_report",
+    "pope",
+    "split_metrics",
+    "write_report",
+]

@@ -35,8 +35,9 @@ def chair(
 
     A share of nothing is 0: replies that name no object have chair_i 0 and recall 0.
 
-    Source: CHAIR as RLHF-V's Object HalBench computes it (arXiv:2312.00849): mentions, replies, the refined denominator
-    and recall over all objects. Differs: it counts each object once per reply, which is `chair_i_distinct` here.
+    Source: CHAIR (arXiv:1809.02156) as RLHF-V's Object HalBench (arXiv:2312.00849) computes it: mentions, replies, the
+    refined denominator, and recall over all objects.
+    Differs: Object HalBench counts each object once per reply, which is `chair_i_distinct` here.
 
     Args:
         replies: Captions.

@@ -1,0 +1,102 @@
+"""What a report shows of each arm: a fixed list of metrics, since each one alone can be gamed."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, pstdev
+from typing import Any, NamedTuple, TypeAlias
+
+from trl_vlm.evaluation.chair import ChairScores
+from trl_vlm.evaluation.pope import PopeScores
+
+Values: TypeAlias = float | Sequence[float]
+
+
+class Metric(NamedTuple):
+    """A row of the report: its key in an arm's metrics, its label, and how to read it."""
+
+    key: str
+    label: str
+    is_share: bool = True  # a share between 0 and 1, shown as a percentage
+    better: str = ""  # "lower", "higher", or "" where neither is better as such
+
+
+METRICS = (
+    Metric("chair_i", "CHAIR_i", better="lower"),
+    Metric("chair_i_distinct", "CHAIR_i without repeats", better="lower"),
+    Metric("chair_s", "CHAIR_s", better="lower"),
+    Metric("recall", "object recall", better="higher"),
+    Metric("repeats", "repeats", better="lower"),
+    Metric("length_words", "reply length (words)", is_share=False),
+    Metric("empty", "empty replies", better="lower"),
+    Metric("pope_random_accuracy", "POPE random accuracy", better="higher"),
+    Metric("pope_random_yes_rate", "POPE random yes-rate"),
+    Metric("pope_adversarial_accuracy", "POPE adversarial accuracy", better="higher"),
+    Metric("pope_adversarial_yes_rate", "POPE adversarial yes-rate"),
+    Metric("pope_unparsable", "POPE unparsable answers", better="lower"),
+    Metric("reward", "reward", is_share=False, better="higher"),
+    Metric("kl", "KL to the start (nats per reply)", is_share=False),
+)
+
+
+@dataclass
+class Arm:
+    """One model of a comparison.
+
+    Attributes:
+        name: What the report calls it, for example "PPO with facts".
+        metrics: For each split, a metric's key and its value; a list holds one value per seed. Shares lie between 0
+            and 1. Keys beyond `METRICS` go into `report.json` only.
+        history: `trainer.state.log_history` of its training; [] for a model that was not trained with rewards.
+    """
+
+    name: str
+    metrics: Mapping[str, Mapping[str, Values]]
+    history: Sequence[Mapping[str, Any]] = field(default_factory=list)
+
+    def value(self, split: str, key: str) -> "Spread | None":
+        """A metric's mean and spread over the seeds; `None` if it was not measured."""
+        values = self.metrics.get(split, {}).get(key)
+        return None if values is None else Spread.of(values)
+
+    def curve(self, *keys: str) -> tuple[list[float], list[float]]:
+        """Steps and values of the first of `keys` that the history holds; non-finite values are left out."""
+        key = next((key for key in keys if any(key in entry for entry in self.history)), None)
+        points = [(entry["step"], entry[key]) for entry in self.history if key in entry]
+        points = [(float(step), float(value)) for step, value in points if math.isfinite(value)]
+        return [step for step, _ in points], [value for _, value in points]
+
+
+REWARD_KEYS = ("reward", "ppo/score")
+KL_KEYS = ("ppo/kl", "kl")
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation (population) over `count` seeds."""
+
+    mean: float
+    std: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Values) -> "Spread":
+        """The spread of one value or of a list of them."""
+        numbers = [float(value) for value in values] if isinstance(values, Sequence) else [float(values)]
+        if not numbers:
+            raise ValueError("a metric is an empty list. Give one value per seed, or leave the metric out.")
+        if not all(map(math.isfinite, numbers)):
+            return cls(math.nan, math.nan, len(numbers))
+        return cls(fmean(numbers), pstdev(numbers), len(numbers))
+
+
+def split_metrics(
+    captions: ChairScores | None = None,
+    questions: Mapping[str, PopeScores] | None = None,
+    **others: float,
+) -> dict[str, float]:
+    """One split's metrics under the keys of a report, from `chair`, `pope` and others such as `reward` and `kl`."""
+    metrics = {} if captions is None else dict(captions._asdict())
+    for category, scores in (questions or {}).items():
+        prefix = "pope" if category == "all" else f"pope_{category}"
+        metrics |= {f"{prefix}_{name}": float(value) for name, value in scores._asdict().items()}
+    return metrics | others

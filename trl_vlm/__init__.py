@@ -6,10 +6,11 @@ The names below load on first use, so that `import trl_vlm` is quick and needs n
 from importlib import import_module
 from typing import Any
 
-
 __version__ = "0.1.0.dev0"
 
 _WHERE = {
+    "DPOConfig": "trainers.dpo_config",
+    "DPOTrainer": "trainers.dpo_trainer",
     "RewardConfig": "trainers.reward_config",
     "RewardTrainer": "trainers.reward_trainer",
     "PPOConfig": "trainers.ppo_config",

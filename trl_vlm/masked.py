@@ -24,3 +24,17 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None 
         dim: dimensions to reduce; all of them by default.
     """
     return masked_sum(values, mask, dim) / mask.sum(dim).clamp(min=1)
+
+
+def weighted_mean(values: Tensor, weights: Tensor, dim: int = -1) -> Tensor:
+    """Weighted mean along `dim`: sum of w * v over sum of w; 0 where no position has any weight.
+
+    A position of weight 0 adds 0 even if its value is inf or nan.
+
+    Args:
+        values: (..., T), any real values.
+        weights: the same shape, not negative.
+        dim: the dimension to reduce.
+    """
+    terms = torch.where(weights > 0, values * weights, torch.zeros_like(values))
+    return terms.sum(dim) / weights.sum(dim).clamp(min=torch.finfo(values.dtype).tiny)

@@ -10,7 +10,6 @@ from typing import Any
 
 import trl
 
-
 TESTED_VERSIONS = "1.16"
 
 
@@ -42,3 +41,14 @@ for _method in (
     "_get_per_token_logps_and_entropies",
 ):
     require("trl", f"GRPOTrainer.{_method}")
+
+# The type that a fused forward returns: what `DPOTrainer` computed before is handed to TRL in it.
+FusedCausalLMOutput = require("trl.trainer.utils", "FusedCausalLMOutput")
+# The reference under PEFT is the policy with its adapter off, or with the adapter "ref"; TRL switches so.
+use_adapter = require("trl.trainer.utils", "use_adapter")
+# Gathers what ZeRO-3 has spread, for generation.
+unwrap_model_for_generation = require("trl.models", "unwrap_model_for_generation")
+# `_compute_loss` runs policy and reference and takes extra batch keys to both; `_prepare_dataset` tokenises text
+# rows; `_set_signature_columns_if_needed` says which columns reach the collator; `compute_ref_log_probs` sums up.
+for _method in ("_compute_loss", "_prepare_dataset", "_set_signature_columns_if_needed", "compute_ref_log_probs"):
+    require("trl", f"DPOTrainer.{_method}")

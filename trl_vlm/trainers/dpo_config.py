@@ -1,0 +1,213 @@
+"""Options of `DPOTrainer` that TRL does not have. All are off unless set, except prefix sharing."""
+
+from dataclasses import dataclass, field
+
+import trl
+
+
+@dataclass(frozen=True)
+class _Preset:
+    gamma: float
+    beta: float
+    score: str
+
+
+# RLHF-V as printed (section 4.1, appendix C) and as released (Muffin, `run_RLHFV.sh`). The three values belong
+# together: a sum is some hundred times a mean, so beta and gamma of one are meaningless with the other.
+PRESETS = {
+    "paper": _Preset(gamma=5.0, beta=0.5, score="mean"),
+    "release": _Preset(gamma=1.1, beta=0.1, score="sum"),
+}
+TRL_BETA = trl.DPOConfig.__dataclass_fields__["beta"].default
+
+# TRL divides these by the number of reply tokens, and the others by nothing.
+LENGTH_NORMALISED = {"ipo", "sigmoid_norm"}
+
+
+@dataclass
+class DPOConfig(trl.DPOConfig):
+    """TRL's `DPOConfig`, and options for images, Dense DPO and several rejected replies.
+
+    Dense DPO is on with `dense_preset`, or with `dense_gamma` and `dense_score`. Its reference is RLHF-V,
+    arXiv:2312.00849; docs/methods/dpo.md says what each option does and where it differs from the paper.
+    """
+
+    # Unset, it is the preset's, or TRL's default: only so can a preset tell that it is overridden.
+    beta: float | None = field(
+        default=None,
+        metadata={"help": f"As in TRL. Unset, it is {TRL_BETA}, or the value of `dense_preset`."},
+    )
+
+    # Dense DPO
+    dense_preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dense DPO with the values of the RLHF-V 'paper' (gamma 5, beta 0.5, weighted mean) or of its "
+            "'release' (gamma 1.1, beta 0.1, weighted sum). They do not mix.",
+            "choices": list(PRESETS),
+        },
+    )
+    dense_gamma: float | None = field(
+        default=None,
+        metadata={"help": "Dense DPO: how many unchanged tokens one changed token counts for, at least 1."},
+    )
+    dense_score: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dense DPO: a reply's score is the weighted 'mean' or 'sum' of its log-probabilities.",
+            "choices": ["mean", "sum"],
+        },
+    )
+    dense_min_match: int = field(
+        default=3,
+        metadata={"help": "Dense DPO: how many tokens in a row must agree to separate two changed segments."},
+    )
+    dense_two_sided: bool = field(
+        default=False,
+        metadata={
+            "help": "Dense DPO: count a change only where both replies have tokens, as the published code does; pure "
+            "insertions and deletions then weigh 1."
+        },
+    )
+
+    # Several rejected replies
+    rejected_weight: float = field(
+        default=0.5,
+        metadata={
+            "help": "With a `rejected_extra` column: weight of the pair with `rejected`; the pairs with the extra "
+            "replies share the rest. From 0 to 1."
+        },
+    )
+
+    # Speed and memory
+    share_prefix: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute prompt and image once per row instead of once per reply, where that is tested to give "
+            "the same numbers."
+        },
+    )
+    reference_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the reference log-probabilities, computed once before training, also for image data; "
+            "no reference model stays in memory. A folder made for other data or another model is refused."
+        },
+    )
+
+    # What is trained
+    freeze_vision_tower: bool = field(
+        default=False,
+        metadata={"help": "Do not train the vision tower, nor adapters inside it. The projector stays trainable."},
+    )
+    projector_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the projector between vision tower and language model, if it differs."},
+    )
+
+    # Data and degeneration
+    bad_pairs: str = field(
+        default="error",
+        metadata={
+            "help": "Rows with an empty reply are an 'error', or 'skip' leaves them out, with rows whose replies are "
+            "identical, and reports how many.",
+            "choices": ["error", "skip"],
+        },
+    )
+    watch_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Every so many steps, generate replies to a few training prompts and log how their length and "
+            "repeats drift from those before training; the drift of log-probabilities is logged with TRL's metrics."
+        },
+    )
+    watch_prompts: int = field(default=8, metadata={"help": "How many prompts `watch_steps` generates replies to."})
+    watch_max_new_tokens: int = field(default=128, metadata={"help": "Length limit of the replies of `watch_steps`."})
+
+    def __post_init__(self):
+        self._fill_in_preset()
+        super().__post_init__()
+        self._check_ranges()
+        if self.dense_gamma is not None:
+            self._check_dense()
+        if self.reference_cache is not None:
+            self._check_reference_cache()
+
+    def _fill_in_preset(self) -> None:
+        if self.dense_preset is None:
+            self.beta = TRL_BETA if self.beta is None else self.beta
+            return
+        if self.dense_preset not in PRESETS:
+            raise ValueError(f"`dense_preset` is {self.dense_preset!r}; it must be one of {', '.join(PRESETS)}.")
+        preset = PRESETS[self.dense_preset]
+        for name, value in (("dense_gamma", preset.gamma), ("beta", preset.beta), ("dense_score", preset.score)):
+            given = getattr(self, name)
+            if given is not None and given != value:
+                raise ValueError(
+                    f"`{name}` is {given!r}, but the preset {self.dense_preset!r} sets it to {value!r}. The presets "
+                    "do not mix: leave one of the two out, or set `dense_gamma`, `dense_score` and `beta` without a "
+                    "preset."
+                )
+            setattr(self, name, value)
+
+    def _check_ranges(self) -> None:
+        if (self.dense_gamma is None) != (self.dense_score is None):
+            raise ValueError(
+                f"Dense DPO needs `dense_gamma` (got {self.dense_gamma}) and `dense_score` (got {self.dense_score!r}) "
+                "together, because gamma and beta mean different things for a sum and a mean. Set both, or use "
+                "`dense_preset='paper'`."
+            )
+        if self.dense_min_match < 1:
+            raise ValueError(f"`dense_min_match` is {self.dense_min_match}; it must be at least 1.")
+        if not 0.0 <= self.rejected_weight <= 1.0:
+            raise ValueError(f"`rejected_weight` is {self.rejected_weight}; it must lie between 0 and 1.")
+        if self.watch_steps is not None and self.watch_steps < 1:
+            raise ValueError(f"`watch_steps` is {self.watch_steps}; set it to 1 or more, or leave it out.")
+        if self.bad_pairs not in ("error", "skip"):
+            raise ValueError(f"`bad_pairs` is {self.bad_pairs!r}; it must be 'error' or 'skip'.")
+
+    def _check_dense(self) -> None:
+        if self.dense_gamma < 1.0:
+            raise ValueError(
+                f"`dense_gamma` is {self.dense_gamma}: corrected tokens would count less than unchanged ones. Use 1.0 "
+                "to weigh all tokens alike, or more to stress corrections."
+            )
+        if self.dense_score not in ("mean", "sum"):
+            raise ValueError(f"`dense_score` is {self.dense_score!r}; it must be 'mean' or 'sum'.")
+        self._check_dense_losses(set(self.loss_type) - {"sft"})
+        refused = {
+            "ld_alpha": (self.ld_alpha is not None, "it weighs tokens too, by their place beyond the shorter reply"),
+            "f_divergence_type": (
+                self.f_divergence_type != "reverse_kl",
+                "it is a function of the ratio of two probabilities of the whole reply, which a weighted score is not",
+            ),
+            "precompute_ref_log_probs": (
+                self.precompute_ref_log_probs,
+                "TRL would store unweighted sums; `reference_cache` stores what Dense DPO needs",
+            ),
+        }
+        for name, (is_set, reason) in refused.items():
+            if is_set:
+                raise ValueError(f"`{name}` does not go with Dense DPO: {reason}. Unset one of the two.")
+
+    def _check_dense_losses(self, losses: set[str]) -> None:
+        normalised = losses & LENGTH_NORMALISED
+        if normalised and self.dense_score == "sum":
+            raise ValueError(
+                f"The loss {', '.join(sorted(normalised))} divides by the number of reply tokens, and a sum weighted "
+                "with gamma and divided by an unweighted count is no mean of anything. Use `dense_score='mean'`."
+            )
+        if normalised and losses - normalised:
+            raise ValueError(
+                f"With Dense DPO the loss {', '.join(sorted(normalised))} cannot be combined with "
+                f"{', '.join(sorted(losses - normalised))}: the first reads a mean per token and the second a score "
+                "of the whole reply, from the same log-probabilities. Train with one kind ('sft' goes with both)."
+            )
+
+    def _check_reference_cache(self) -> None:
+        for name in ("precompute_ref_log_probs", "sync_ref_model"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"`{name}` does not go with `reference_cache`, which holds the log-probabilities of one fixed "
+                    f"reference. Unset `{name}`."
+                )

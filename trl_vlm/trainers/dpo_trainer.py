@@ -1,0 +1,362 @@
+"""TRL's `DPOTrainer` for images: prompts computed once, Dense DPO, several rejected replies, a reference on disk."""
+
+import contextlib
+import logging
+from typing import Any
+
+import torch
+import trl
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+
+from trl_vlm.data.preference import PreferenceCollator, SegmentOptions
+from trl_vlm.models.parts import part_of
+from trl_vlm.models.prefix_sharing import share_prefix, why_not_shareable
+from trl_vlm.trainers import _trl, dpo_metrics, dpo_setup
+from trl_vlm.trainers.common import give_own_learning_rate, prepare_vlm
+from trl_vlm.trainers.degeneration import DegenerationWatch
+from trl_vlm.trainers.dpo_config import LENGTH_NORMALISED, DPOConfig
+from trl_vlm.trainers.log_probs import CHANGED, PER_TOKEN, DenseScore, ReplyLogProbs
+from trl_vlm.trainers.reference_cache import ReferenceCache, fill, model_identity, processor_identity
+
+logger = logging.getLogger(__name__)
+
+REFERENCE = "reference_log_probs"
+PAIR_KEYS = ("input_ids", "attention_mask", "completion_mask")
+
+
+class DPOTrainer(trl.DPOTrainer):
+    """A drop-in for `trl.DPOTrainer`; `DPOConfig` lists what it adds.
+
+    With nothing of ours set it gives TRL's losses and metrics, in less time on a vision-language model, because a
+    prompt and its images are computed once for both replies. Rows may hold `rejected_extra` (further rejected
+    replies), `chosen_spans` and `rejected_spans` (the corrected characters); docs/methods/dpo.md has the formulas.
+
+    Args:
+        model: as in TRL.
+        ref_model: as in TRL.
+        args: `DPOConfig`, ours or TRL's.
+        data_collator: as in TRL; with a collator of your own, prefix sharing and Dense DPO are off or refused.
+        train_dataset: as in TRL, with any of the columns above.
+        eval_dataset: as in TRL.
+        processing_class: as in TRL. Unset, it is loaded in the variant that can train (PaliGemma; no torchvision).
+        compute_metrics: as in TRL.
+        callbacks: as in TRL.
+        optimizers: as in TRL.
+        quantization_config: as in TRL.
+        peft_config: as in TRL; `target_modules` may be "language-model" or "language-model-and-projector".
+        kwargs: what a later TRL adds.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: trl.DPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: Any = None,
+        optimizers: tuple = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ):
+        args = dpo_setup.complete_arguments(args, model)
+        self._extra = dpo_setup.extra_replies(train_dataset)
+        self._pairs_without_change = 0
+        train_dataset = dpo_setup.checked_pairs(train_dataset, "the training data", args.bad_pairs)
+        if eval_dataset is not None:
+            eval_dataset = dpo_setup.checked_pairs(eval_dataset, "the evaluation data", args.bad_pairs)
+        super().__init__(
+            model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=dpo_setup.complete_processor(processing_class, model, args),
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=dpo_setup.complete_peft_config(peft_config, model, args),
+            **kwargs,
+        )
+        self._replies = ReplyLogProbs(self._dense_score(args))
+        self._refuse_what_does_not_combine(args, own_collator=data_collator is not None)
+        prepare_vlm(self._base_model, freeze_vision=args.freeze_vision_tower)
+        shares = self._set_up_forwards(own_collator=data_collator is not None)
+        if data_collator is None:
+            self.data_collator = PreferenceCollator(
+                self.data_collator,
+                vision=self._is_vision_dataset,
+                tokenizer=self._tokenizer,
+                extra=self._extra,
+                share=shares,
+                segments=self._segment_options(args),
+            )
+        if args.reference_cache is not None:
+            self._fill_reference_cache()
+        if args.watch_steps is not None:
+            self.add_callback(DegenerationWatch(self))
+
+    @property
+    def _base_model(self) -> nn.Module:
+        """The model without PEFT's wrapper."""
+        return self.model.get_base_model() if is_peft_model(self.model) else self.model
+
+    def _dense_score(self, args: DPOConfig) -> DenseScore | None:
+        if args.dense_gamma is None:
+            return None
+        return DenseScore(args.dense_gamma, args.dense_score, per_token=bool(LENGTH_NORMALISED & set(args.loss_type)))
+
+    def _segment_options(self, args: DPOConfig) -> SegmentOptions | None:
+        return None if args.dense_gamma is None else SegmentOptions(args.dense_min_match, args.dense_two_sided)
+
+    def _refuse_what_does_not_combine(self, args: DPOConfig, own_collator: bool) -> None:
+        needs_collator = {
+            "Dense DPO": args.dense_gamma is not None,
+            "`rejected_extra`": self._extra > 0,
+            "`reference_cache`": args.reference_cache is not None,
+        }
+        for name, is_needed in needs_collator.items():
+            if is_needed and own_collator:
+                raise ValueError(f"{name} needs the trainer's own collator. Leave out `data_collator`.")
+        if self._extra and (
+            args.precompute_ref_log_probs or self.aux_loss_enabled or self.compute_metrics is not None
+        ):
+            raise ValueError(
+                "`rejected_extra` does not go with `precompute_ref_log_probs` (use `reference_cache`), with the "
+                "auxiliary loss of mixtures of experts, or with `compute_metrics`. Unset it, or drop the column."
+            )
+        if args.reference_cache is not None and not hasattr(self.train_dataset, "__getitem__"):
+            raise ValueError("`reference_cache` needs a dataset with rows by index, not a stream. Unset it.")
+
+    # Forwards
+
+    def _set_up_forwards(self, own_collator: bool) -> bool:
+        """Put our adapter around TRL's fused forwards; returns whether they share prefixes."""
+        models = [self._base_model]
+        if self.ref_model is not None:
+            models.append(self.accelerator.unwrap_model(self.ref_model))
+        reason = self._why_plain(models, own_collator)
+        if self.args.share_prefix and reason is not None and self._is_vlm and self.accelerator.is_main_process:
+            logger.warning("Prompts are computed once per reply, not once per row: %s.", reason)
+        for model in models:
+            self._replies.attach(model)
+            if reason is None:
+                share_prefix(model)
+        return reason is None
+
+    def _why_plain(self, models: list[nn.Module], own_collator: bool) -> str | None:
+        args = self.args
+        refusals = {
+            "`share_prefix` is off": not args.share_prefix,
+            "the data collator is not the trainer's own": own_collator,
+            "`compute_metrics` reads logits of whole sequences": self.compute_metrics is not None,
+            "the auxiliary loss of mixtures of experts counts every token": self.aux_loss_enabled,
+            "`use_liger_kernel` changes the model's layers": args.use_liger_kernel,
+            "`torch_compile` is not tested with it": args.torch_compile,
+            "`keep_end` truncation gives the replies of a row different prompts": (
+                args.truncation_mode == "keep_end" and args.max_length is not None
+            ),
+            "the adapter puts virtual tokens before the prompt": is_peft_model(self.model)
+            and self.model.active_peft_config.is_prompt_learning,
+        }
+        reasons = [reason for reason, applies in refusals.items() if applies]
+        reasons += filter(None, (why_not_shareable(model.config) for model in models))
+        return reasons[0] if reasons else None
+
+    # Data
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        ours = [
+            "rejected_extra",
+            "rejected_extra_ids",
+            "prompt",
+            "chosen",
+            "rejected",
+            "chosen_spans",
+            "rejected_spans",
+        ]
+        self._signature_columns += [column for column in ours if column not in self._signature_columns]
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if not self._extra:
+            return prepared
+        if not hasattr(dataset, "__getitem__"):
+            raise ValueError("`rejected_extra` of text rows needs a dataset with rows by index, not a stream.")
+
+        def prepare(one: Any) -> Any:
+            return super(DPOTrainer, self)._prepare_dataset(one, processing_class, args, dataset_name)
+
+        return dpo_setup.prepared_extras(dataset, prepared, prepare, self._extra, {"num_proc": args.dataset_num_proc})
+
+    # Loss
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        self._replies.calls.clear()
+        inputs = dict(inputs)
+        reference, is_changed = inputs.pop(REFERENCE, None), inputs.get(CHANGED)
+        if self._extra:
+            result = self._averaged_loss(model, inputs, reference, return_outputs)
+        else:
+            if is_changed is not None:
+                inputs[CHANGED] = is_changed[0]
+            inputs |= {} if reference is None else self._reference_sums(inputs, reference, is_changed)
+            result = super()._compute_loss(model, inputs, return_outputs)
+        if reference is not None:
+            self._replies.calls.append(reference)
+        self._log_tokens(inputs["completion_mask"][:, 1:].bool(), is_changed)
+        return result
+
+    def _averaged_loss(
+        self, model: Any, inputs: dict[str, Any], reference: Tensor | None, return_outputs: bool
+    ) -> Any:
+        """Mean of TRL's losses over the pairs (chosen, each rejected reply); every reply is computed once.
+
+            w L(chosen, rejected) + (1 - w) / n * (sum over n extras of L(chosen, extra))
+
+        Source: arXiv:2407.02477, equation 5, for n = 1.
+        """
+        if return_outputs:
+            raise ValueError("`rejected_extra` has no logits to return. Evaluate with `prediction_loss_only=True`.")
+        is_changed = inputs.get(CHANGED)
+        arguments = {key: value for key, value in inputs.items() if key not in ("completion_mask", CHANGED)}
+        arguments |= {"use_cache": False, "fused_lm_head": True}
+        arguments["labels"] = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        policy = model(**arguments)
+        reference = self._reference_log_probs(arguments) if reference is None else reference
+        rows, tokens = len(inputs["input_ids"]) // (self._extra + 2), self._total_train_tokens
+        weights = [self.args.rejected_weight, *[(1 - self.args.rejected_weight) / self._extra] * self._extra]
+        total = 0.0
+        for pair, weight in enumerate(weights):
+            place = torch.cat([torch.arange(rows), torch.arange(rows) + (pair + 1) * rows]).to(policy.log_probs.device)
+            chosen_and_rejected = {key: inputs[key][place] for key in PAIR_KEYS}
+            changed = None if is_changed is None else is_changed[pair : pair + 1]
+            sums = self._reference_sums(chosen_and_rejected, reference[place], changed)
+            computed = self._computed(policy, place, chosen_and_rejected, changed)
+            with self._reference_in_batch():
+                loss = super()._compute_loss(computed, {**chosen_and_rejected, **sums}, False)
+            total = total + weight * loss
+        self._count_tokens_once(tokens, inputs["attention_mask"])
+        return total
+
+    def _computed(self, output: Any, place: Tensor, pair: dict[str, Tensor], is_changed: Tensor | None) -> Any:
+        """A forward that was computed before, for TRL to call: `output` at the rows `place`."""
+        rows = type(output)(**{name: output[name][place] for name in PER_TOKEN if name in output})
+        if is_changed is not None:
+            is_reply = pair["completion_mask"][:, 1:].bool()
+            rows.log_probs = self._replies.dense.apply(rows.log_probs, is_changed[0], is_reply)
+        return lambda **_: rows
+
+    def _reference_sums(
+        self, pair: dict[str, Tensor], log_probs: Tensor, is_changed: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The reference part of a TRL batch, from log-probabilities per token; TRL's own code sums them up."""
+        log_probs = log_probs.to(self.accelerator.device)
+        output = _trl.FusedCausalLMOutput(log_probs=log_probs)
+        forward = self._computed(output, torch.arange(len(log_probs)), pair, is_changed)
+        chosen, rejected = self.compute_ref_log_probs(forward, {key: pair[key] for key in PAIR_KEYS})
+        return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+    def _reference_log_probs(self, arguments: dict[str, Any]) -> Tensor:
+        """(N, T - 1), from the reference model, or from the policy without its adapter, as TRL does."""
+        adapter = contextlib.nullcontext()
+        if self.ref_model is None:
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            adapter = _trl.use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None)
+        kwargs = self.args.gradient_checkpointing_kwargs
+        with torch.no_grad(), _trl.disable_gradient_checkpointing(self.model, kwargs), adapter:
+            return (self.ref_model or self.model)(**arguments).log_probs
+
+    @contextlib.contextmanager
+    def _reference_in_batch(self) -> Any:
+        """Let TRL read the reference off the batch."""
+        before, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            yield
+        finally:
+            self.precompute_ref_logps = before
+
+    def _count_tokens_once(self, tokens_before: int, attention_mask: Tensor) -> None:
+        """TRL counted the chosen reply once per pair."""
+        if self.model.training:
+            tokens = self.accelerator.gather_for_metrics(attention_mask.sum()).sum().item()
+            self._total_train_tokens = tokens_before + tokens // self._tp_size
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
+    def _log_tokens(self, is_reply: Tensor, is_changed: Tensor | None) -> None:
+        """Log what TRL's metrics of whole replies do not show."""
+        policy, *references = self._replies.calls
+        wants_drift = self.args.watch_steps is not None
+        if (is_changed is None and not wants_drift) or not references:
+            return
+        width = is_reply.size(1)
+        ratios = policy[:, -width:] - references[-1].to(policy.device)[:, -width:]
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        gather = self.accelerator.gather
+        if is_changed is not None:
+            found = dpo_metrics.dense_metrics(ratios, is_changed, is_reply, gather)
+            self._pairs_without_change += found.pop("dense/pairs_without_change")
+            metrics["dense/pairs_without_change"] = [self._pairs_without_change]
+            for name, value in found.items():
+                metrics[name].append(value)
+        if wants_drift:
+            for name, value in dpo_metrics.drift_metrics(ratios, is_reply, self._extra, gather).items():
+                metrics[name].append(value)
+
+    # Reference on disk
+
+    def _fill_reference_cache(self) -> None:
+        args = self.args
+        settings = f"max_length={args.max_length} bf16={args.bf16} fp16={args.fp16}"
+        reference = self.ref_model if self.ref_model is not None else self.model
+        identity = model_identity(self.accelerator.unwrap_model(reference))
+        identity |= {"processor": processor_identity(self.processing_class), "settings": settings}
+        cache = ReferenceCache(args.reference_cache, identity)
+        datasets = {"train": self.train_dataset}
+        if self.eval_dataset is not None:
+            evaluation = self.eval_dataset
+            datasets |= evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+        if self.ref_model is None and self.is_deepspeed_enabled:
+            reference = _trl.prepare_deepspeed(self.model, self.accelerator)
+        batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
+        for name, dataset in datasets.items():
+            fill(
+                cache,
+                dataset,
+                name,
+                collator=self.data_collator,
+                score=lambda batch: self._score_reference(reference, batch),
+                batch_size=batch_size,
+                accelerator=self.accelerator,
+                workers=args.dataloader_num_workers,
+            )
+        self.data_collator.reference = cache.of_row
+        self.ref_model, self.precompute_ref_logps = None, True
+
+    def _score_reference(self, reference: Any, batch: dict[str, Tensor]) -> Tensor:
+        batch = self._prepare_inputs(batch)
+        self._replies.calls.clear()
+        batch.pop(CHANGED, None)  # the cache holds what no weighting has touched
+        self.compute_ref_log_probs(reference, batch)
+        return self._replies.calls.pop()[:, -(batch["input_ids"].size(1) - 1) :]
+
+    # Optimiser
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As in TRL, with the projector's parameters in groups of their own if they have a learning rate."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = self.args.projector_learning_rate
+        if rate is not None:
+            projector = [
+                parameter for name, parameter in self.model.named_parameters() if part_of(name) == "projector"
+            ]
+            give_own_learning_rate(optimizer, projector, rate)
+        return optimizer

@@ -1,10 +1,11 @@
 """Runs a training script on one process, under DDP or under DeepSpeed, on the CPU, and returns what it reports.
 
-The script is a Python file whose `main(trainer_arguments: dict) -> tuple[Trainer, dict]` trains and returns the
-trainer and a JSON-able report; `trainer_arguments` must go into its training arguments. The launcher asserts that the
-world has the size and the kind that were asked for: several launchers fall back to one process without a word.
+The script is a Python file whose `main(folder, trainer_arguments, **arguments) -> tuple[Trainer, dict]` trains and
+returns the trainer and a JSON-able report; `trainer_arguments` must go into its training arguments. Models are made
+by the test and named in `arguments`: in the script only the first process could save them. The launcher asserts that
+the world has the size and the kind that were asked for: several launchers fall back to one process without a word.
 
-    report = launch("tests/trainers/reward_script.py", "zero2", processes=2)
+    report = launch("tests/trainers/reward_script.py", "zero2", processes=2, folder=tmp_path, batch=2)
 """
 
 import json
@@ -49,7 +50,7 @@ def launch(script: str | Path, kind: str, *, processes: int, folder: Path, **arg
         timeout=TIMEOUT_SECONDS,
     )
     assert done.returncode == 0, (
-        f"{kind} with {processes} processes failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+        f"{kind} with {processes} processes failed:\n{done.stdout[-12000:]}\n{done.stderr[-12000:]}"
     )
     report = json.loads((folder / "report.json").read_text())
     assert report["processes"] == processes, f"{kind}: {report['processes']} processes ran, not {processes}"

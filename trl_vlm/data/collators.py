@@ -11,10 +11,8 @@ from trl.data_utils import prepare_multimodal_messages
 
 from trl_vlm.data.facts import JudgeTemplate, Message, judge_messages, shuffled_facts
 from trl_vlm.data.images import MAX_IMAGE_PIXELS, load_image
-from trl_vlm.data.rows import Row, check_row, row_images
+from trl_vlm.data.rows import ROW_NAME, Row, check_row, row_images
 from trl_vlm.models.image_tokens import check_image_tokens
-
-ROW_NAME = "row_name"  # the column that carries what a row is called in errors, for example "train row 12"
 
 
 def encode(

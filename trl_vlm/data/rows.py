@@ -7,13 +7,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
+from datasets.fingerprint import Hasher
+from torch.utils.data import Dataset as TorchDataset
 
 Row = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
+ROW_NAME = "row_name"  # the column that carries what a row is called in errors
 IMAGE_COLUMNS = ("images", "image")
 MESSAGE_COLUMNS = ("prompt", "chosen", "rejected", "completion")
 REPLY_COLUMNS = ("chosen", "rejected", "completion")
@@ -103,25 +106,70 @@ def message_text(message: Mapping[str, Any]) -> str:
     return "".join(part.get("text") or "" for part in content or ())
 
 
-def with_undecoded_images(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Returns the dataset with its image columns as {"bytes", "path"}, so that reading a row decodes nothing.
+class NamedRows(TorchDataset):
+    """A dataset whose rows say what they are called ("train row 12", in the column `row_name`) and decode no image.
 
-    Decoding then happens where the row is known, and a broken file can be reported by its row.
+    Decoding then happens where a batch is made, and a broken file is reported by its row. The table is not copied,
+    which `add_column` and `cast_column` would do for a shuffled dataset or a list of images.
+
+    Args:
+        dataset: The rows.
+        name: What the dataset is called in errors.
+        numbers: Which rows to keep; None keeps all.
     """
-    features = dataset.features or {}
-    if isinstance(features.get("image"), ImageFeature):
-        dataset = dataset.cast_column("image", ImageFeature(decode=False))
-    images = features.get("images")
-    if isinstance(images, ListFeature) and isinstance(images.feature, ImageFeature):
-        dataset = dataset.cast_column("images", ListFeature(ImageFeature(decode=False)))
-    return dataset
+
+    def __init__(self, dataset: Dataset, name: str, numbers: Sequence[int] | None = None):
+        self.rows = _relabelled(dataset)
+        self.name = name
+        self.numbers = range(len(dataset)) if numbers is None else list(numbers)
+
+    @property
+    def column_names(self) -> list[str]:
+        """The dataset's columns and `row_name`."""
+        return [*self.rows.column_names, ROW_NAME]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        number = self.numbers[place]
+        return {**self.rows[number], ROW_NAME: f"{self.name} row {number}"}
 
 
-def with_row_names(dataset: Dataset | IterableDataset, column: str, *, name: str) -> Dataset | IterableDataset:
-    """Returns the dataset with "<name> row <number>" in `column`, so that errors can name a row of a batch."""
+def named_rows(dataset: Dataset | IterableDataset, name: str) -> "NamedRows | IterableDataset":
+    """Returns the dataset with `row_name` and without decoding of images; a streamed one stays streamed."""
     if isinstance(dataset, Dataset):
-        return dataset.add_column(column, [f"{name} row {index}" for index in range(len(dataset))])
-    return dataset.map(lambda _, index: {column: f"{name} row {index}"}, with_indices=True)
+        return NamedRows(dataset, name)
+    for column in IMAGE_COLUMNS:
+        if column in (dataset.features or ()):
+            dataset = dataset.cast_column(column, _undecoded(dataset.features[column]))
+    return dataset.map(lambda _, index: {ROW_NAME: f"{name} row {index}"}, with_indices=True)
+
+
+def _undecoded(feature: Any) -> Any:
+    """The same feature, with images as {"bytes", "path"}."""
+    if isinstance(feature, ImageFeature):
+        return ImageFeature(decode=False)
+    if isinstance(feature, ListFeature):
+        return ListFeature(_undecoded(feature.feature))
+    return feature
+
+
+def _relabelled(dataset: Dataset) -> Dataset:
+    """The same table with undecoded image columns."""
+    info = dataset.info.copy()
+    info.features = Features(
+        {
+            column: _undecoded(feature) if column in IMAGE_COLUMNS else feature
+            for column, feature in dataset.features.items()
+        }
+    )
+    # The order of a shuffled dataset, and its identity, have no public names; `cast_column` and `cast` would write
+    # a list of images to a new table. A test watches for it.
+    fingerprint = Hasher.hash([dataset._fingerprint, "undecoded"])
+    return Dataset(
+        dataset.data, info=info, split=dataset.split, indices_table=dataset._indices, fingerprint=fingerprint
+    )
 
 
 def _check_columns(columns: Sequence[str], required: Sequence[str], name: str) -> None:

@@ -64,8 +64,10 @@ class RewardConfig(trl.RewardConfig):
         if isinstance(self.max_length, str) and self.max_length != "auto":
             # The command line passes text.
             self.max_length = None if self.max_length.lower() in ("none", "null") else int(self.max_length)
-        if self.drop_too_long_rows and self.max_length is None:
-            raise ValueError("`drop_too_long_rows` needs a `max_length`, which is None. Set it, or drop nothing.")
+        if self.drop_too_long_rows and not isinstance(self.max_length, int):
+            raise ValueError(
+                f"`drop_too_long_rows` needs a `max_length`, which is {self.max_length!r}. Set it, or drop nothing."
+            )
         if self.mean_reward_coefficient is not None and self.mean_reward_coefficient < 0:
             raise ValueError(
                 f"`mean_reward_coefficient` is {self.mean_reward_coefficient}: it would drive the rewards away from "

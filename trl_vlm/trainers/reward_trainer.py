@@ -9,14 +9,11 @@ import trl
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from trl_vlm.data.collators import ROW_NAME
 from trl_vlm.data.facts import JudgeTemplate
-from trl_vlm.data.rows import IMAGE_COLUMNS, check_rows, with_row_names, with_undecoded_images
+from trl_vlm.data.rows import IMAGE_COLUMNS, ROW_NAME, NamedRows, check_rows, named_rows
 from trl_vlm.losses import mean_reward_penalty
-from trl_vlm.models.parts import part_of
 from trl_vlm.models.processors import load_processor
 from trl_vlm.trainers.adapters import reward_adapter, sparing_vision_tower
 from trl_vlm.trainers.common import check_depends_on_pixels, other_pixels, prepare_vlm
@@ -115,6 +112,7 @@ class RewardTrainer(trl.RewardTrainer):
             model = load_for_training(model, args, trl_arguments["quantization_config"])
             # The model is loaded; TRL would warn that it cannot use them.
             args.model_init_kwargs = trl_arguments["quantization_config"] = None
+        _let_parameters_be_unused(args)
         if peft_config is not None:
             peft_config = reward_adapter(peft_config)
             if args.freeze_vision_tower:
@@ -138,31 +136,30 @@ class RewardTrainer(trl.RewardTrainer):
         if self.judge_template is None:
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if ROW_NAME in (dataset.column_names or ()):
-            return dataset  # `evaluate` prepares what `__init__` has prepared
+            return dataset  # `evaluate` prepares again what `__init__` has prepared
         check_rows(dataset, ("chosen", "rejected"), name=dataset_name)
-        dataset = with_row_names(with_undecoded_images(dataset), ROW_NAME, name=dataset_name)
-        return self._without_long_rows(dataset, dataset_name) if args.drop_too_long_rows else dataset
+        dataset = named_rows(dataset, dataset_name)
+        return self._without_long_rows(dataset) if args.drop_too_long_rows else dataset
 
-    def _without_long_rows(self, dataset: Dataset | IterableDataset, name: str) -> Dataset:
+    def _without_long_rows(self, dataset: NamedRows | IterableDataset) -> NamedRows:
         """The rows that fit into `max_length`; how many do not is logged."""
         collator, limit = self._reward_collator, self._reward_collator.max_length
         if isinstance(dataset, IterableDataset):
             raise ValueError(
-                f"`drop_too_long_rows` has to read the {name} dataset once, and it is streamed. Filter it yourself "
-                "with `RewardCollator.tokens`, or set `max_length=None`."
+                "`drop_too_long_rows` has to read every row before training, and the dataset is streamed. Filter it "
+                "yourself with `RewardCollator.tokens`, or set `max_length=None`."
             )
-        kept = [index for index, row in enumerate(dataset) if limit is None or collator.tokens(row) <= limit]
+        rows = (dataset[index] for index in range(len(dataset)))
+        kept = [index for index, row in enumerate(rows) if collator.tokens(row) <= limit]
         if not kept:
             raise ValueError(
-                f"Every row of the {name} dataset is longer than `max_length` = {limit}. Set it higher, or to None."
+                f"Every row of the {dataset.name} dataset is longer than `max_length` = {limit}. Set it higher, or to "
+                "None."
             )
         if len(kept) < len(dataset):
-            dropped = len(dataset) - len(kept)
-            logger.warning(
-                "Left out %d of %d rows of the %s dataset, longer than `max_length` = %d tokens.",
-                *(dropped, len(dataset), name, limit),
-            )
-        return dataset.select(kept)
+            dropped = f"{len(dataset) - len(kept)} of {len(dataset)} rows of the {dataset.name} dataset"
+            logger.warning("Left out %s, longer than `max_length` = %d tokens.", dropped, limit)
+        return NamedRows(dataset.rows, dataset.name, kept)
 
     def _set_signature_columns_if_needed(self) -> None:
         """With images: keep the columns that the collator reads."""
@@ -187,7 +184,6 @@ class RewardTrainer(trl.RewardTrainer):
         if self.args.mean_reward_coefficient is not None:
             loss = loss + self.args.mean_reward_coefficient * self._mean_reward_penalty(chosen, rejected)
         if with_images:
-            loss = loss + self._nothing_from_unused_parameters(model, inputs)
             self._remember(torch.stack((chosen, rejected), dim=1).detach())
         return (loss, outputs) if return_outputs else loss
 
@@ -227,18 +223,6 @@ class RewardTrainer(trl.RewardTrainer):
             check_depends_on_pixels(scores, other_scores, "scores")
             self._pixels_are_checked = True
 
-    def _nothing_from_unused_parameters(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | float:
-        """0, tied to the parameters that a batch without images leaves out, when DDP waits for their gradients."""
-        waits = isinstance(model, DistributedDataParallel) and not model.find_unused_parameters
-        if not waits or not model.training or "pixel_values" in inputs:
-            return 0.0
-        unused = [
-            parameter.sum()
-            for name, parameter in model.module.named_parameters()
-            if parameter.requires_grad and part_of(name) in ("vision tower", "projector")
-        ]
-        return 0.0 * torch.stack(unused).sum() if unused else 0.0
-
     def _remember(self, scores: Tensor) -> None:
         """Keep the scores of the pairs of all processes, (P, 2) each, for the next log."""
         if self.model.training:
@@ -273,6 +257,17 @@ class RewardTrainer(trl.RewardTrainer):
             # First, since a push to the hub happens inside.
             self.judge_template.save_pretrained(output_dir or self.args.output_dir)
         super().save_model(output_dir, _internal_call)
+
+
+def _let_parameters_be_unused(args: RewardConfig) -> None:
+    """Let DDP train when a batch leaves parameters out: those of the vision tower, in a batch without images.
+
+    The towers of the LLaVA family also hold layers that are never read. `Trainer` turns the search for unused
+    parameters off with gradient checkpointing, which TRL turns on; it is only the reentrant kind that it breaks.
+    """
+    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+    if args.ddp_find_unused_parameters is None and not reentrant:
+        args.ddp_find_unused_parameters = True
 
 
 def _zero_stage(trainer: trl.RewardTrainer) -> int:

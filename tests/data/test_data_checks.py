@@ -58,6 +58,7 @@ def faults(row, purpose="dpo"):
         {"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]},
         {"rejected_extra": []},
         {"answer": "B", "facts": []},
+        {"chosen_spans": [[2, 5]], "rejected_spans": []},
     ],
 )
 def test_good_rows_have_no_faults(purpose, changes):
@@ -87,6 +88,13 @@ def test_good_rows_have_no_faults(purpose, changes):
         ({"rejected_extra": "A fork."}, "rejected_extra", "it is a str"),
         ({"rejected_extra": [[assistant("A fork.")], None]}, "rejected_extra", "reply 1: it is None"),
         ({"rejected_extra": [[assistant("A cup.")]]}, "rejected_extra", "reply 0: it says the same as 'chosen'"),
+        (
+            {"chosen_spans": [[0, 3], [2, 9]]},
+            "chosen_spans",
+            "the span (2, 9) is not inside the reply of 6 characters",
+        ),
+        ({"rejected_spans": [[3, 3]]}, "rejected_spans", "the span (3, 3) is not inside the reply"),
+        ({"rejected_spans": [3]}, "rejected_spans", "it is not a list of pairs"),
         ({"facts": "It is a cup."}, "facts", "it is a str. It must be a list of strings"),
         ({"facts": ["It is a cup.", ""]}, "facts", "'' is not a fact"),
         ({"answer": 3}, "answer", "3 is not a gold answer"),

@@ -105,6 +105,8 @@ def row_problems(row: Row, purpose: str, *, index: int = 0) -> list[Problem]:
     if row.get("answer") is not None and not (isinstance(row["answer"], str) and row["answer"].strip()):
         problems.append(Problem(index, "answer", f"{row['answer']!r} is not a gold answer: a string, or None."))
     problems += [Problem(index, "rejected_extra", reason) for reason in extra_reply_faults(row)]
+    for column in ("chosen", "rejected"):
+        problems += [Problem(index, f"{column}_spans", reason) for reason in span_faults(row, column)]
     return problems + [Problem(index, "rejected", reason) for reason in equal_reply_faults(row, row.get("rejected"))]
 
 
@@ -157,6 +159,19 @@ def extra_reply_faults(row: Row) -> list[str]:
         found = found or column_faults(as_row, "rejected") + equal_reply_faults(row, reply)
         faults += [f"reply {number}: {reason}" for reason in found]
     return faults
+
+
+def span_faults(row: Row, column: str) -> list[str]:
+    """Faults of `<column>_spans`: pairs (first character, one behind the last) of the reply's text."""
+    spans = row.get(f"{column}_spans")
+    if spans is None:
+        return []
+    try:
+        length = len(message_text(row[column][-1]))
+        outside = [(first, last) for first, last in spans if not 0 <= first < last <= length]
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError):
+        return ["it is not a list of pairs (first character, one behind the last) beside a reply."]
+    return [f"the span {span} is not inside the reply of {length} characters." for span in outside]
 
 
 def equal_reply_faults(row: Row, rejected: Any) -> list[str]:

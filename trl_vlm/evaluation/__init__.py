@@ -3,6 +3,7 @@
 from trl_vlm.evaluation.chair import ChairScores, chair
 from trl_vlm.evaluation.metrics import METRICS, Arm, Metric, split_metrics
 from trl_vlm.evaluation.pope import PopeScores, answers_from_logits, pope
+from trl_vlm.evaluation.replies import generate_replies
 from trl_vlm.evaluation.report import Report, markdown_report, write_report
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Report",
     "answers_from_logits",
     "chair",
+    "generate_replies",
     "markdown_report",
     "pope",
     "split_metrics",

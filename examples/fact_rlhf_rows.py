@@ -1,0 +1,159 @@
+"""Where the rows of fact_rlhf.py come from, and how a model is evaluated: the testbed, or files of your own."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from datasets import Dataset, load_dataset
+from transformers import AutoModelForImageTextToText
+from trl import ModelConfig
+
+from trl_vlm.data import JudgeTemplate
+from trl_vlm.evaluation import chair, generate_replies, pope, split_metrics
+from trl_vlm.models import load_processor
+from trl_vlm.testbed import JUDGE_TEMPLATE, SupervisedSettings, World, train_supervised
+from trl_vlm.testbed import datasets as testbed
+from trl_vlm.testbed.evaluate import caption_sampler, evaluate
+
+
+class Rows(Protocol):
+    """What the stages need to know of their data."""
+
+    judge_template: JudgeTemplate | None
+    shared_arguments: dict[str, Any]
+    ppo_arguments: dict[str, Any]
+    notes: list[str]
+
+    def train_supervised(self, folder: Path) -> bool: ...
+    def supervised(self) -> Dataset: ...
+    def preferences(self, model: str) -> tuple[Dataset, Dataset]: ...
+    def prompts(self, with_facts: bool) -> Dataset: ...
+    def evaluate(self, folder: str) -> dict[str, dict[str, float]]: ...
+
+
+class TestbedRows:
+    """A world that is made on the spot; its reward model sees through extra noise, so that facts can help it."""
+
+    judge_template = JUDGE_TEMPLATE
+
+    def __init__(self, options: Any, model: ModelConfig):
+        self.options = options
+        self.world = World(seed=options.world_seed)
+        self.shared_arguments = {"bf16": False, "use_cpu": not torch.cuda.is_available()}
+        self.ppo_arguments = {
+            "vf_coef": 0.5,
+            "cliprange_value": 5.0,
+            "adam_beta2": 0.98,
+            "warmup_steps": 4,
+        }
+        self.notes = [
+            f"testbed, world {options.world_seed}; the reward models see through extra noise of {options.vision_noise}",
+            "These are numbers of a tiny world: they show that the method works, not how well it works on photographs.",
+        ]
+        self.size = 24 if options.quick else 5000
+
+    def train_supervised(self, folder: Path) -> bool:
+        settings = (
+            SupervisedSettings(tower_steps=20, tower_batch=32, steps=20, batch=16) if self.options.quick else None
+        )
+        train_supervised(
+            self.world, folder, model_seed=self.options.seed, data_seed=self.options.seed, settings=settings
+        )
+        (folder / "done.json").write_text("{}")
+        return True
+
+    def supervised(self) -> Dataset:
+        raise NotImplementedError("the testbed trains its supervised model itself")
+
+    def preferences(self, model: str) -> tuple[Dataset, Dataset]:
+        policy, processor = load(model)
+        sample = caption_sampler(policy, processor)
+        noise, seed = self.options.vision_noise, 10 * self.options.seed
+        return tuple(
+            testbed.preference_rows(self.world, count, seed + part, sample, vision_noise=noise)
+            for part, count in ((1, self.size), (2, max(8, self.size // 10)))
+        )
+
+    def prompts(self, with_facts: bool) -> Dataset:
+        rows = testbed.prompt_rows(self.world, self.size, seed=10 * self.options.seed + 3)
+        return rows if with_facts else rows.remove_columns("facts")
+
+    def evaluate(self, folder: str) -> dict[str, dict[str, float]]:
+        model, processor = load(folder)
+        scenes = 20 if self.options.quick else 300
+        return by_split(evaluate(model, processor, self.world, scenes=scenes, seed=777 + self.options.seed))
+
+
+class UserRows:
+    """Files or hub datasets in the row contract of docs/data.md."""
+
+    judge_template = None  # the package's own
+    notes: list[str] = []
+
+    def __init__(self, options: Any, model: ModelConfig):
+        self.options, self.model = options, model
+        self.shared_arguments = {"num_train_epochs": 1}
+        self.ppo_arguments = {}
+        self.shared_arguments |= {} if torch.cuda.is_available() else {"bf16": False, "use_cpu": True}
+
+    def train_supervised(self, folder: Path) -> bool:
+        return False
+
+    def supervised(self) -> Dataset:
+        return self.load("sft_dataset")
+
+    def preferences(self, model: str) -> tuple[Dataset, Dataset]:
+        parts = self.load("dataset_name").train_test_split(test_size=0.05, seed=self.options.seed)
+        return parts["train"], parts["test"]
+
+    def prompts(self, with_facts: bool) -> Dataset:
+        rows = self.load("prompt_dataset")
+        return rows if with_facts or "facts" not in rows.column_names else rows.remove_columns("facts")
+
+    def evaluate(self, folder: str) -> dict[str, dict[str, float]]:
+        rows = self.load("evaluation_dataset")
+        model, processor = load(folder, dtype="auto")
+        replies = generate_replies(model, processor, rows, max_new_tokens=self.options.max_completion_length)
+        captions = questions = None
+        if "objects" in rows.column_names:
+            captions = chair(replies, rows["objects"], ObjectsOf(rows["objects"]))
+        if "answer" in rows.column_names:
+            questions = pope(replies, rows["answer"])
+        return {"evaluation": split_metrics(captions, questions)}
+
+    def load(self, option: str) -> Dataset:
+        path = getattr(self.options, option)
+        if path is None:
+            raise SystemExit(f"`--{option}` is needed with `--model_name_or_path`: a file or a hub dataset.")
+        suffix = Path(path).suffix.removeprefix(".")
+        kind = {"jsonl": "json", "json": "json", "parquet": "parquet"}.get(suffix)
+        return load_dataset(kind, data_files=path, split="train") if kind else load_dataset(path, split="train")
+
+
+class ObjectsOf:
+    """Finds the objects that any row of the dataset names, as whole words."""
+
+    def __init__(self, truths: list[list[str]]):
+        self.names = {name.lower() for truth in truths for name in truth}
+
+    def __call__(self, reply: str) -> list[str]:
+        words = [word.strip(".,;:!?\"'()").lower() for word in reply.split()]
+        return [word for word in words if word in self.names]
+
+
+def load(folder: str, **options: Any) -> tuple[Any, Any]:
+    model = AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_processor(folder)
+
+
+def by_split(results: dict[str, float]) -> dict[str, dict[str, float]]:
+    """From `adv/greedy/recall` to {"adv, greedy": {"recall": ...}}; the questions belong to both styles of a split."""
+    splits: dict[str, dict[str, float]] = {}
+    for name, value in results.items():
+        split, part, metric = name.split("/")
+        if part in ("greedy", "sampled"):
+            splits.setdefault(f"{split}, {part}", {})[metric] = value
+        else:
+            for style in ("greedy", "sampled"):
+                splits.setdefault(f"{split}, {style}", {})[f"{part}_{metric}"] = value
+    return splits

@@ -33,14 +33,14 @@ class Gate(NamedTuple):
 
 
 GATES = (
-    Gate("POPE random, iid", "iid/pope_random/accuracy", True, 90, True),
-    Gate("recall greedy, iid", "iid/greedy/recall", True, 85, True),
-    Gate("POPE random, iid (strict)", "iid/pope_random/accuracy", True, 95, False),
-    Gate("recall greedy, iid (strict)", "iid/greedy/recall", True, 88, False),
+    Gate("POPE random, iid", "iid/pope_random/accuracy", True, 0.90, True),
+    Gate("recall greedy, iid", "iid/greedy/recall", True, 0.85, True),
+    Gate("POPE random, iid (strict)", "iid/pope_random/accuracy", True, 0.95, False),
+    Gate("recall greedy, iid (strict)", "iid/greedy/recall", True, 0.88, False),
     Gate("question loss, steps 101-150", "question_loss_at_150", False, 0.2, False),
-    Gate("CHAIR_i greedy, adv", "adv/greedy/chair_i", True, 10, False),
-    Gate("CHAIR_i greedy, adv minus iid", "chair_i_gap", True, 8, False),
-    Gate("POPE adversarial, adv", "adv/pope_adversarial/accuracy", True, 85, False),
+    Gate("CHAIR_i greedy, adv", "adv/greedy/chair_i", True, 0.10, False),
+    Gate("CHAIR_i greedy, adv minus iid", "chair_i_gap", True, 0.08, False),
+    Gate("POPE adversarial, adv", "adv/pope_adversarial/accuracy", True, 0.85, False),
 )
 COLUMNS = {
     "iid/pope_random/accuracy": "iid POPE random",
@@ -48,11 +48,11 @@ COLUMNS = {
     "iid/greedy/chair_i": "iid CHAIR_i",
     "adv/greedy/chair_i": "adv CHAIR_i",
     "adv/sampled/chair_i": "adv CHAIR_i sampled",
-    "adv/greedy/chair_u": "adv CHAIR_i without repeats",
+    "adv/greedy/chair_i_distinct": "adv CHAIR_i without repeats",
     "adv/greedy/chair_s": "adv CHAIR_s",
     "adv/greedy/recall": "adv recall",
     "adv/greedy/repeats": "adv repeats",
-    "adv/greedy/length": "adv length",
+    "adv/greedy/length_words": "adv length",
     "adv/pope_adversarial/accuracy": "adv POPE adversarial",
     "adv/pope_adversarial/yes_rate": "adv yes-rate",
     "question_loss_at_150": "question loss at 150",
@@ -130,23 +130,28 @@ def report(runs: list[dict]) -> str:
         "",
         f"{passed} of {len(runs)} from-scratch trainings pass. `python benchmarks/testbed_gates.py`, "
         f"{runs[0]['scenes']} scenes per split, evaluation seed {runs[0]['seed']}; captions are greedy where not said "
-        "otherwise; percentages, but for length (words) and losses.",
+        "otherwise; shares are in percent.",
         "",
         "| check | bound | gate | held in |",
         "|---|---|---|---|",
     ]
     for gate in GATES:
         held = sum(holds(gate, run["metrics"]) for run in runs)
-        bound = f"{'>' if gate.above else '<'} {gate.bound:g}"
+        bound = f"{'>' if gate.above else '<'} {gate.bound * scale(gate.metric):g}"
         lines.append(f"| {gate.name} | {bound} | {'yes' if gate.required else 'no'} | {held} of {len(runs)} |")
     names = [f"w{run['world']} m{run['model']}" for run in runs]
     lines += ["", f"| metric | {' | '.join(names)} | mean | sd |", f"|---|{'---|' * (len(names) + 2)}"]
     for metric, title in COLUMNS.items():
-        digits = 3 if "loss" in metric else 1
-        lines.append(row(title, [run["metrics"][metric] for run in runs], digits))
-    lines.append(row("training, CPU seconds", [run["train_cpu_seconds"] for run in runs], 0))
+        values = [run["metrics"][metric] * scale(metric) for run in runs]
+        lines.append(row(title, values, digits=3 if "loss" in metric else 1))
+    lines.append(row("training, CPU seconds", [run["train_cpu_seconds"] for run in runs], digits=0))
     lines.append(f"| verdict | {' | '.join(verdict(run['metrics']) for run in runs)} | | |")
     return "\n".join(lines) + "\n"
+
+
+def scale(metric: str) -> int:
+    """100 for shares, which the table gives in percent."""
+    return 1 if "loss" in metric or "length" in metric else 100
 
 
 def row(title: str, values: list[float], digits: int) -> str:

@@ -146,8 +146,8 @@ def preference_rows(
     """`prompt`, `chosen`, `rejected`, `images`, `facts`, `objects`: two sampled replies each, ranked by a noisy label.
 
     A reply is worth (correct objects) - 2 (hallucinated objects) + 0.5 (sentences) + noise: the labeller punishes
-    hallucination, likes length for its own sake, and errs. Pictures whose two replies are the same words, or one of them empty, are
-    skipped.
+    hallucination, likes length for its own sake, and errs. Pictures whose two replies are the same words, or one of
+    them empty, are skipped.
 
     Args:
         world: The world.

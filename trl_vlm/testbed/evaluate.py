@@ -9,8 +9,10 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from trl_vlm.evaluation.chair import chair
+from trl_vlm.evaluation.pope import answers_from_logits, pope
 from trl_vlm.testbed.datasets import user
-from trl_vlm.testbed.oracle import caption_metrics
+from trl_vlm.testbed.oracle import find_objects
 from trl_vlm.testbed.processor import encode_texts
 from trl_vlm.testbed.world import QUESTION, REQUEST, Picture, Split, World, generator
 
@@ -18,11 +20,11 @@ QUESTIONS_PER_ANSWER = 3  # yes and no questions per scene, each
 
 
 class Poll(NamedTuple):
-    """Yes / no questions about pictures: question `i` is about picture `pictures[i]`, and `answers[i]` is true."""
+    """Questions: the i-th is about picture `pictures[i]`, and `answers[i]`, "yes" or "no", is true."""
 
     pictures: list[int]
     questions: list[str]
-    answers: list[bool]
+    answers: list[str]
 
 
 def evaluate(
@@ -34,7 +36,7 @@ def evaluate(
     scenes: int = 300,
     seed: int = 9001,
 ) -> dict[str, float]:
-    """Captions and answers of a model on fresh scenes of each split, in percent.
+    """Captions and answers of a model on fresh scenes of each split.
 
     Args:
         model: The model; its training mode is restored.
@@ -45,8 +47,8 @@ def evaluate(
         seed: Seed of scenes, questions and sampled replies. Choose other seeds for tuning than for reporting.
 
     Returns:
-        `<split>/greedy/<metric>` and `<split>/sampled/<metric>` with the metrics of `caption_metrics`, and
-        `<split>/pope_random/...` and `<split>/pope_adversarial/...` with `accuracy` and `yes_rate`.
+        `<split>/greedy/<score>` and `<split>/sampled/<score>` for each of `ChairScores`, `<split>/pope_random/<score>`
+        and `<split>/pope_adversarial/<score>` for each of `PopeScores`: shares from 0 to 1, lengths in words.
     """
     results: dict[str, float] = {}
     for split in splits:
@@ -55,11 +57,11 @@ def evaluate(
         truths = [picture.scene.kinds for picture in pictures]
         for style, sample in (("greedy", False), ("sampled", True)):
             replies = generate_captions(model, processor, images, sample=sample, seed=seed)
-            results |= _named(f"{split}/{style}", caption_metrics(replies, truths))
+            results |= _named(f"{split}/{style}", chair(replies, truths, find_objects)._asdict())
         for style in ("random", "adversarial"):
             poll = draw_poll(world, pictures, seed, adversarial=style == "adversarial")
             said = answer_questions(model, processor, [images[index] for index in poll.pictures], poll.questions)
-            results |= _named(f"{split}/pope_{style}", answer_metrics(said, poll.answers))
+            results |= _named(f"{split}/pope_{style}", pope(said, poll.answers)["all"]._asdict())
     return results
 
 
@@ -123,7 +125,7 @@ def draw_poll(world: World, pictures: Sequence[Picture], seed: int, *, adversari
         for _ in range(QUESTIONS_PER_ANSWER):
             present = scene.kinds[int(rng.integers(len(scene.kinds)))]
             absent = world.absent_kind(scene, rng, adversarial=adversarial)
-            for kind, answer in ((present, True), (absent, False)):
+            for kind, answer in ((present, "yes"), (absent, "no")):
                 poll.pictures.append(index)
                 poll.questions.append(QUESTION.format(kind))
                 poll.answers.append(answer)
@@ -137,8 +139,8 @@ def answer_questions(
     questions: Sequence[str],
     *,
     batch: int = 1024,
-) -> list[bool]:
-    """Whether "yes" is likelier than "no" as the first word of the answer, one image per question."""
+) -> list[str]:
+    """Answers "yes" or "no", whichever is likelier as the first word of the answer; one image per question."""
     yes, no = processor.tokenizer.convert_tokens_to_ids(["yes", "no"])
     texts = encode_texts(processor, [[user(question)] for question in questions])
     if not bool(texts.real.all()):
@@ -146,19 +148,13 @@ def answer_questions(
     distinct = list({id(image): image for image in images}.values())
     position = {id(image): index for index, image in enumerate(distinct)}
     pixels = _pixels(processor, distinct)[[position[id(image)] for image in images]]
-    answers: list[bool] = []
+    answers: list[str] = []
     with _inference(model):
         for ids, values in zip(texts.input_ids.split(batch), pixels.split(batch), strict=True):
             values = values.to(model.device, model.dtype)
             logits = model(input_ids=ids.to(model.device), pixel_values=values, logits_to_keep=1).logits[:, -1]
-            answers += (logits[:, yes] > logits[:, no]).tolist()
+            answers += answers_from_logits(logits[:, yes], logits[:, no])
     return answers
-
-
-def answer_metrics(said: Sequence[bool], answers: Sequence[bool]) -> dict[str, float]:
-    """Accuracy and the share of "yes", in percent."""
-    right = [word == answer for word, answer in zip(said, answers, strict=True)]
-    return {"accuracy": 100 * sum(right) / len(right), "yes_rate": 100 * sum(said) / len(said)}
 
 
 def _pixels(processor: LlavaProcessor, images: Sequence[Image]) -> Tensor:

@@ -1,6 +1,9 @@
-"""Scores replies exactly: the testbed knows what every picture shows, so no judge is needed."""
+"""Scores replies exactly: the testbed knows what every picture shows, so no judge is needed.
 
-from collections.abc import Collection, Sequence
+`find_objects` is what `trl_vlm.evaluation.chair` asks for; the truths are `scene.kinds`, or the `objects` of a row.
+"""
+
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from trl_vlm.testbed.world import NOUNS
@@ -53,27 +56,3 @@ def count_reply(reply: str, truth: Collection[str]) -> ReplyCounts:
         sentences=words.count(".") + (bool(words) and words[-1] != "."),
         words=len(words),
     )
-
-
-def caption_metrics(replies: Sequence[str], truths: Sequence[Collection[str]]) -> dict[str, float]:
-    """CHAIR and what keeps it honest, in percent, over replies and the kinds that their pictures show.
-
-    `chair_i`: hallucinated mentions per mention; `chair_u`: the same over distinct kinds of each reply (without
-    repeats); `chair_s`: replies with any hallucination; `recall`: present kinds that are named, mean over replies;
-    `repeats`: repeated mentions per mention; `length`: words per reply (not a percentage).
-    """
-    if not replies:
-        raise ValueError("There is no reply to score; pass at least one reply and its truth.")
-    counts = [count_reply(reply, truth) for reply, truth in zip(replies, truths, strict=True)]
-
-    def total(name: str) -> int:
-        return sum(getattr(count, name) for count in counts)
-
-    return {
-        "chair_i": 100 * total("hallucinated_mentions") / max(1, total("mentions")),
-        "chair_u": 100 * total("hallucinated") / max(1, total("hallucinated") + total("correct")),
-        "chair_s": 100 * sum(count.hallucinated > 0 for count in counts) / len(counts),
-        "recall": 100 * sum(count.correct / max(1, count.present) for count in counts) / len(counts),
-        "repeats": 100 * total("repeats") / max(1, total("mentions")),
-        "length": total("words") / len(counts),
-    }

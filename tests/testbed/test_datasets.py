@@ -1,0 +1,109 @@
+import pytest
+
+from trl_vlm.testbed.datasets import (
+    noisy_worth,
+    preference_rows,
+    prompt_rows,
+    question_rows,
+    supervised_example,
+    supervised_rows,
+)
+from trl_vlm.testbed.oracle import count_reply, find_objects
+from trl_vlm.testbed.world import REQUEST, Scene, SceneObject, weaken_vision
+
+
+def content(row, column):
+    return row[column][-1]["content"]
+
+
+def pixels(row):
+    return row["images"][0].tobytes()
+
+
+def scripted(images, seed):
+    """Replies that differ with the seed: one names a bat, which no picture shows in world 0, one an anchor."""
+    return [f"there is a {('bat', 'book')[(seed + index) % 2]} ." for index in range(len(images))]
+
+
+def test_supervised_rows_are_a_caption_and_a_question_for_each_picture(world):
+    rows = supervised_rows(world, 8, seed=0)
+    assert rows.column_names == ["images", "prompt", "completion"]
+    assert len(rows) == 8
+    for caption, question in zip(list(rows)[::2], list(rows)[1::2], strict=True):
+        assert pixels(caption) == pixels(question)
+        assert content(caption, "prompt").endswith(REQUEST)
+        assert content(question, "completion") in ("yes", "no")
+
+
+def test_one_seed_gives_the_same_rows_and_another_others(world):
+    first, again, other = (prompt_rows(world, 6, seed=seed) for seed in (1, 1, 2))
+    assert [pixels(row) for row in first] == [pixels(row) for row in again]
+    assert first["facts"] == again["facts"]
+    assert [pixels(row) for row in first] != [pixels(row) for row in other]
+
+
+def test_supervised_examples_with_facts_are_exact_and_show_them_in_the_first_request(world):
+    examples = [supervised_example(world, 0, index, biased=True) for index in range(400)]
+    told = [example for example in examples if example.facts]
+    assert len(told) / len(examples) == pytest.approx(0.25, abs=0.09)
+    for example in told:
+        assert sorted(example.facts) == sorted(example.picture.scene.kinds)
+        assert sorted(find_objects(example.caption)) == sorted(example.facts)
+        opening = f"facts : {' '.join(example.facts)} . "
+        assert example.caption_conversation[0]["content"] == opening + REQUEST
+        first, *others = [turn["content"] for turn in example.question_conversation if turn["role"] == "user"]
+        assert first.startswith(opening + "is there a")
+        assert len(others) == 5 and not any("facts" in text for text in others)
+    untold = [example for example in examples if not example.facts]
+    assert any(count_reply(example.caption, example.picture.scene.kinds).hallucinated for example in untold)
+
+
+def test_prompts_hold_neither_facts_nor_objects(world):
+    rows = prompt_rows(world, 20, seed=0)
+    assert rows.column_names == ["images", "prompt", "facts", "objects"]
+    assert all(row["prompt"] == [{"role": "user", "content": REQUEST}] for row in rows)
+    assert all(sorted(row["facts"]) == sorted(row["objects"]) for row in rows)
+
+
+def test_questions_have_true_answers_and_say_which_are_adversarial(world):
+    rows = question_rows(world, 300, seed=0)
+    for row in rows:
+        kind = content(row, "prompt").split()[-1]
+        assert (row["answer"] == "yes") == (kind in row["objects"])
+        assert row["adversarial"] == (kind not in row["objects"] and world.anchor_of.get(kind) in row["objects"])
+    assert sum(row["answer"] == "yes" for row in rows) == pytest.approx(150, abs=35)
+    assert any(row["adversarial"] for row in rows)
+
+
+def test_a_labeller_without_noise_prefers_the_better_reply(world):
+    rows = preference_rows(world, 12, 0, scripted, label_noise=0.0)
+    assert len(rows) == 12
+    assert rows.column_names == ["images", "prompt", "chosen", "rejected", "facts", "objects"]
+    for row in rows:
+        right = "book" if "book" in row["objects"] else None
+        if right:
+            assert content(row, "chosen") == "there is a book ."
+
+
+def test_what_a_reply_is_worth_by_hand():
+    scene = Scene((SceneObject("cup", 0, 1.0), SceneObject("dog", 1, 1.0)))
+    assert noisy_worth("there is a cup . i see a kite .", scene, _Zero(), noise=9.0) == 1 - 2 + 0.5 * 2
+    assert noisy_worth("", scene, _Zero(), noise=9.0) == 0
+
+
+class _Zero:
+    def standard_normal(self):
+        return 0.0
+
+
+def test_replies_that_are_always_the_same_are_an_error(world):
+    with pytest.raises(ValueError, match="0 of 3 preference rows"):
+        preference_rows(world, 3, 0, lambda images, seed: ["there is a cup ."] * len(images))
+
+
+def test_weak_vision_changes_the_pictures_and_nothing_else(world):
+    sharp = preference_rows(world, 4, 0, scripted)
+    weak = preference_rows(world, 4, 0, scripted, vision_noise=0.4)
+    assert sharp["chosen"] == weak["chosen"]
+    for one, other in zip(sharp, weak, strict=True):
+        assert weaken_vision(one["images"][0], 0.4).tobytes() == pixels(other)

@@ -1,0 +1,32 @@
+from trl_vlm.evaluation.chair import chair
+from trl_vlm.testbed.oracle import ReplyCounts, count_reply, find_objects
+
+REPLY = "there is a cup . i see a dog . i see a cup . i see a kite . i see a kite . there is"
+
+
+def test_objects_are_found_in_order_with_repeats():
+    assert find_objects(REPLY) == ["cup", "dog", "cup", "kite", "kite"]
+    assert find_objects("i see the image .") == []
+
+
+def test_counts_of_a_reply_by_hand():
+    assert count_reply(REPLY, ["cup", "dog", "tree"]) == ReplyCounts(
+        correct=2, hallucinated=1, mentions=5, hallucinated_mentions=2, repeats=2, present=3, sentences=6, words=27
+    )
+
+
+def test_an_empty_reply_says_nothing():
+    assert count_reply("", ["cup"]) == ReplyCounts(0, 0, 0, 0, 0, present=1, sentences=0, words=0)
+
+
+def test_a_noun_of_no_kind_of_the_world_is_a_hallucination():
+    assert count_reply("there is a bat .", ["cup"]).hallucinated == 1
+
+
+def test_counts_agree_with_chair():
+    scores = chair([REPLY], [["cup", "dog", "tree"]], find_objects)
+    assert scores.chair_i == 2 / 5
+    assert scores.chair_i_distinct == 1 / 3
+    assert scores.recall == 2 / 3
+    assert scores.repeats == 2 / 5
+    assert scores.length_words == 27

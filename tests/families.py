@@ -74,6 +74,35 @@ def image(seed: int = 0, width: int = 60, height: int = 40) -> Image.Image:
     return Image.fromarray(noise)
 
 
+def batch(
+    processor: ProcessorMixin, images_per_row: list[int], *, padding_side: str = "right", seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Rows of different lengths, with as many images as told, as a model reads them; `seed` chooses the images."""
+    conversations = [
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image"}] * count + [{"type": "text", "text": "What is it? " * row}],
+            }
+        ]
+        for row, count in enumerate(images_per_row, start=1)
+    ]
+    images = [
+        [image(100 * seed + 10 * row + place, width=60 if row else 30) for place in range(count)]
+        for row, count in enumerate(images_per_row)
+    ]
+    return dict(
+        processor(
+            text=[processor.apply_chat_template(each, add_generation_prompt=True) for each in conversations],
+            images=images if any(images) else None,
+            padding=True,
+            padding_side=padding_side,
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
+    )
+
+
 _FOLDERS = tempfile.TemporaryDirectory(prefix="tiny-families-")
 
 

@@ -97,7 +97,7 @@ def check_image_tokens(
         _check_tiles(batch, images_per_row, processor, names, placeholders)
         return
     for name, images, found, wanted in zip(names, images_per_row, placeholders, features, strict=True):
-        if found != wanted:
+        if found != wanted or (found > 0) != (images > 0):
             raise ValueError(_mismatch(name, images, found, f"make {wanted} features", cut=found < wanted))
 
 

@@ -12,7 +12,6 @@ from os import PathLike
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -210,6 +209,8 @@ def _load_full(path: str | PathLike, head_seed: int, kwargs: dict[str, Any]) -> 
     _transformers.keep_4bit_layers_trainable(model)
     if missing:
         _draw_head(model, head_seed)
+        if not is_deepspeed_zero3_enabled():  # there DeepSpeed decides on precisions
+            model.score.float()
     return model, not missing
 
 
@@ -228,8 +229,11 @@ def _load_adapter(
     head_seed: int,
     base_model: str | PathLike | None,
     kwargs: dict[str, Any],
-) -> PeftModel:
+) -> nn.Module:
     """A PEFT adapter with its base model; the head comes from the adapter, else from the base model."""
+    # Importing peft imports bitsandbytes and torch's compiler: many seconds that a model without adapter can spare.
+    from peft import PeftConfig, PeftModel
+
     hub = _transformers.hub_arguments(kwargs)
     adapter = PeftConfig.from_pretrained(path, **hub)
     brings_head = any("score" in name.split(".") for name in _transformers.adapter_state(path, **hub))
@@ -243,7 +247,7 @@ def _load_adapter(
         model, base_has_head = _load_full(base, head_seed, kwargs)
     except OSError as error:
         raise ValueError(
-            f"{path} is an adapter of the model {str(base)!r}, which cannot be loaded ({error}). If it has moved, "
+            f"{path} is an adapter of the model {str(base)!r}, which cannot be loaded from there. If it has moved, "
             "pass its folder as `base_model`."
         ) from error
     if for_scoring and not (brings_head or base_has_head):

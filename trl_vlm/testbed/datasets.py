@@ -1,6 +1,6 @@
 """Rows of the testbed in the project's row contract: supervised, prompts, preferences, yes / no questions."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -160,7 +160,7 @@ def preference_rows(
             drawn for: a reward model that learns from these rows sees badly.
     """
     rows: list[dict[str, Any]] = []
-    for start in range(0, 100 * count, count):
+    for start in range(0, 10 * count, count):
         if len(rows) >= count:
             break
         drawn = list(_pictures(world, count, seed, split, start=start))
@@ -206,5 +206,6 @@ def _described(picture: Picture, world: World, rng: np.random.Generator) -> dict
     }
 
 
-def _to_dataset(rows: Sequence[dict[str, Any]], columns: Iterable[str]) -> Dataset:
-    return Dataset.from_list(list(rows), features=Features({name: _COLUMNS[name] for name in columns}))
+def _to_dataset(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> Dataset:
+    features = Features({name: _COLUMNS[name] for name in columns})
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in columns}, features=features)

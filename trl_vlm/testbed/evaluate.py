@@ -49,6 +49,7 @@ def evaluate(
     Returns:
         `<split>/greedy/<score>` and `<split>/sampled/<score>` for each of `ChairScores`, `<split>/pope_random/<score>`
         and `<split>/pope_adversarial/<score>` for each of `PopeScores`: shares from 0 to 1, lengths in words.
+        Adversarial scores are left out where no scene allows an adversarial question.
     """
     results: dict[str, float] = {}
     for split in splits:
@@ -60,6 +61,8 @@ def evaluate(
             results |= _named(f"{split}/{style}", chair(replies, truths, find_objects)._asdict())
         for style in ("random", "adversarial"):
             poll = draw_poll(world, pictures, seed, adversarial=style == "adversarial")
+            if not poll.questions:
+                continue
             said = answer_questions(model, processor, [images[index] for index in poll.pictures], poll.questions)
             results |= _named(f"{split}/pope_{style}", pope(said, poll.answers)["all"]._asdict())
     return results

@@ -1,12 +1,12 @@
 import pytest
 
 from trl_vlm.testbed.datasets import (
-    noisy_worth,
     preference_rows,
     prompt_rows,
     question_rows,
     supervised_example,
     supervised_rows,
+    worth,
 )
 from trl_vlm.testbed.oracle import count_reply, find_objects
 from trl_vlm.testbed.world import REQUEST, Scene, SceneObject, weaken_vision
@@ -87,13 +87,8 @@ def test_a_labeller_without_noise_prefers_the_better_reply(world):
 
 def test_what_a_reply_is_worth_by_hand():
     scene = Scene((SceneObject("cup", 0, 1.0), SceneObject("dog", 1, 1.0)))
-    assert noisy_worth("there is a cup . i see a kite .", scene, _Zero(), noise=9.0) == 1 - 2 + 0.5 * 2
-    assert noisy_worth("", scene, _Zero(), noise=9.0) == 0
-
-
-class _Zero:
-    def standard_normal(self):
-        return 0.0
+    assert worth("there is a cup . i see a kite .", scene) == 1 - 2 + 0.5 * 2
+    assert worth("", scene) == 0
 
 
 def test_replies_that_are_always_the_same_are_an_error(world):

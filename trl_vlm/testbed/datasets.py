@@ -14,6 +14,8 @@ Message = dict[str, str]
 Sampler = Callable[[list[PILImage], int], list[str]]
 """Replies to "describe the image", one per picture, drawn with a seed: see `evaluate.caption_sampler`."""
 
+SAMPLED_AT_ONCE = 256  # pictures; a constant, so that rows do not depend on how many are asked for
+
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 _COLUMNS = {
     "images": List(Image()),
@@ -145,9 +147,8 @@ def preference_rows(
 ) -> Dataset:
     """`prompt`, `chosen`, `rejected`, `images`, `facts`, `objects`: two sampled replies each, ranked by a noisy label.
 
-    A reply is worth (correct objects) - 2 (hallucinated objects) + 0.5 (sentences) + noise: the labeller punishes
-    hallucination, likes length for its own sake, and errs. Pictures whose two replies are the same words, or one of
-    them empty, are skipped.
+    The labeller sees the worth of each reply (`worth`) plus noise. Pictures are skipped if one of the replies is empty
+    or both are worth the same: labellers call those a tie.
 
     Args:
         world: The world.
@@ -160,17 +161,18 @@ def preference_rows(
             drawn for: a reward model that learns from these rows sees badly.
     """
     rows: list[dict[str, Any]] = []
-    for start in range(0, 10 * count, count):
+    for start in range(0, 10 * count + SAMPLED_AT_ONCE, SAMPLED_AT_ONCE):
         if len(rows) >= count:
             break
-        drawn = list(_pictures(world, count, seed, split, start=start))
+        drawn = list(_pictures(world, SAMPLED_AT_ONCE, seed, split, start=start))
         images = [picture.image for picture, _ in drawn]
         replies = zip(*(sample(images, seed + 1_000_003 * (start + turn)) for turn in (1, 2)), strict=True)
         for (picture, rng), pair in zip(drawn, replies, strict=True):
-            worths = [noisy_worth(reply, picture.scene, rng, label_noise) for reply in pair]
-            if pair[0] == pair[1] or not all(reply.strip() for reply in pair):
+            worths = [worth(reply, picture.scene) for reply in pair]
+            noise = label_noise * rng.standard_normal(2)
+            if worths[0] == worths[1] or not all(reply.strip() for reply in pair):
                 continue
-            chosen, rejected = pair if worths[0] >= worths[1] else pair[::-1]
+            chosen, rejected = pair if worths[0] + noise[0] >= worths[1] + noise[1] else pair[::-1]
             row = _described(picture, world, rng) | {"chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
             rows.append(
                 row | {"images": [weaken_vision(picture.image, vision_noise) if vision_noise else picture.image]}
@@ -183,10 +185,13 @@ def preference_rows(
     return _to_dataset(rows[:count], ["images", "prompt", "chosen", "rejected", "facts", "objects"])
 
 
-def noisy_worth(reply: str, scene: Scene, rng: np.random.Generator, noise: float) -> float:
-    """What the testbed's labeller thinks of a reply: correct - 2 hallucinated + 0.5 sentences + noise."""
+def worth(reply: str, scene: Scene) -> float:
+    """What the testbed's labeller likes: correct objects - 2 hallucinated ones + 0.5 sentences.
+
+    The labeller punishes hallucination, and likes length for its own sake.
+    """
     counts = count_reply(reply, scene.kinds)
-    return counts.correct - 2.0 * counts.hallucinated + 0.5 * counts.sentences + noise * float(rng.standard_normal())
+    return counts.correct - 2.0 * counts.hallucinated + 0.5 * counts.sentences
 
 
 def _pictures(

@@ -76,7 +76,7 @@ def generate_captions(
     sample: bool = False,
     seed: int = 0,
     temperature: float = 1.0,
-    max_new_tokens: int = 60,
+    max_new_tokens: int = 40,
     batch: int = 512,
 ) -> list[str]:
     """One reply to "describe the image" per image, greedy or sampled from the whole vocabulary.

@@ -1,10 +1,11 @@
 """From rows to batches. Nothing here cuts a sequence: a row that is too long is an error that names it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
@@ -66,18 +67,15 @@ def encode(
         continue_final_message=continue_final_message,
         add_generation_prompt=add_generation_prompt,
     )
-    padding = {"padding": True, "padding_side": padding_side}
+    settings = {
+        "add_special_tokens": _needs_bos(processor, texts),
+        "padding": True,
+        "padding_side": padding_side,
+        "return_tensors": "pt",
+    }
     if pad_to_multiple_of is not None:
-        padding["pad_to_multiple_of"] = pad_to_multiple_of
-    batch = processor(
-        text=texts,
-        # Processors disagree about a batch in which no row has an image; without the argument they all take it.
-        **({"images": images} if any(images) else {}),
-        add_special_tokens=_needs_bos(processor, texts),
-        return_tensors="pt",
-        **padding,
-    )
-    batch = dict(batch)
+        settings["pad_to_multiple_of"] = pad_to_multiple_of
+    batch = _processed(processor, texts, images, names, settings)
     _check_lengths(batch["attention_mask"], max_length, names)
     check_image_tokens(batch, [len(row) for row in images], processor, names)
     return batch
@@ -174,6 +172,29 @@ def _needs_bos(processor: ProcessorMixin, texts: Sequence[str]) -> bool:
     tokenizer = processor.tokenizer
     bos = tokenizer.bos_token
     return bos is not None and tokenizer("").input_ids == [tokenizer.bos_token_id] and not texts[0].startswith(bos)
+
+
+def _processed(
+    processor: ProcessorMixin,
+    texts: Sequence[str],
+    images: Sequence[Sequence[Image]],
+    names: Sequence[str],
+    settings: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """What the processor makes of a batch; if it refuses, the row that it refuses is named."""
+    # Processors disagree about a batch in which no row has an image; without the argument they all take it.
+    pixels = {"images": images} if any(images) else {}
+    try:
+        return dict(processor(text=list(texts), **pixels, **settings))
+    except (ValueError, IndexError, StopIteration) as error:
+        if len(texts) > 1:
+            for text, row, name in zip(texts, images, names, strict=True):
+                _processed(processor, [text], [row], [name], settings)
+        raise ValueError(
+            f"{', '.join(names)}: the processor refuses {'it' if len(names) == 1 else 'them together'} ({error}). "
+            "A text that spells the image token out counts as an image: take it out of the messages, or give the row "
+            "as many images as they name."
+        ) from error
 
 
 def _check_lengths(attention_mask: Tensor, max_length: int | None, names: Sequence[str]) -> None:

@@ -1,0 +1,42 @@
+"""Reward training gives the same losses on one process, under DDP and under ZeRO-2."""
+
+import pytest
+from torch.testing import assert_close
+
+from tests.distributed import launch
+from tests.families import saved
+from tests.trainers.reward_script import main
+
+SCRIPT = "tests/trainers/reward_script.py"
+IMAGES = [1, 2, 1, 1, 2, 1, 1, 1]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return str(saved("llava", sharp=8))
+
+
+@pytest.fixture(scope="module")
+def single(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single")
+    trainer, report = main(folder, {"use_cpu": True, "bf16": False}, model=model, batch=4, images=IMAGES)
+    assert trainer.accelerator.num_processes == 1
+    return report
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["ddp", "zero2"])
+def test_two_processes_give_the_losses_and_metrics_of_one(kind, single, model, tmp_path):
+    report = launch(SCRIPT, kind, processes=2, folder=tmp_path, model=model, batch=2, images=IMAGES)
+    # Sums are taken in another order; nothing else differs. Five held-out pairs do not divide by two processes.
+    assert_close(report["losses"], single["losses"], rtol=1e-4, atol=1e-5)
+    assert_close(report["margins"], single["margins"], rtol=1e-3, atol=1e-4)
+    assert_close(report["evaluation"], single["evaluation"], rtol=1e-3, atol=1e-4)
+    assert single["losses"][-1] < single["losses"][0]
+
+
+@pytest.mark.distributed
+def test_under_ddp_a_process_may_have_a_batch_without_images(model, tmp_path):
+    # One row per process and step: whichever order is drawn, some step pairs an image with none.
+    report = launch(SCRIPT, "ddp", processes=2, folder=tmp_path, model=model, batch=1, images=[0, 1, 0, 1], steps=2)
+    assert len(report["losses"]) == 2

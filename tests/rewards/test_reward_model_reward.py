@@ -14,6 +14,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.data_utils import prepare_multimodal_messages
 
 from tests import families
+from tests.distributed import launch
 from trl_vlm.data.collators import encode
 from trl_vlm.data.facts import JudgeTemplate, judge_messages
 from trl_vlm.models.reward_model import load_reward_model
@@ -304,3 +305,19 @@ def test_trls_own_trainers_train_on_images_and_facts(trainer, folder, tmp_path):
         other_pixels = scores(reward_model, [row | {"images": [families.image(77)]} for row in rows])
         assert all(abs(a - b) > 1e-4 for a, b, row in zip(alone, without_facts, rows, strict=True) if row["facts"])
         assert all(abs(a - b) > 1e-4 for a, b in zip(alone, other_pixels, strict=True))
+
+
+@pytest.mark.distributed
+def test_under_zero3_the_reward_model_is_loaded_whole_and_scores(folder, reward, tmp_path):
+    policy = str(families.saved("llava", sharp=2.0))
+    report = launch(
+        "tests/rewards/scoring_script.py",
+        "zero3",
+        processes=1,
+        folder=tmp_path,
+        reward_folder=str(folder),
+        policy_folder=policy,
+    )
+    expected = scores(reward, [row([families.image(0)], QUESTION, "A cat.", ["a cat"])])
+    assert report["scores"] == pytest.approx(expected, abs=1e-5)
+    assert report["steps"] == 1 and report["policy_is_sharded"]

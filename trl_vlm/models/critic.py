@@ -1,16 +1,17 @@
 """The critic: a reward model read at every token, trained inside the policy's forward pass."""
 
-import copy
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
+CRITIC = "value_model"  # the policy's child that holds the critic
 
 # What TRL passes to a policy's forward and a critic has no use for.
 _POLICY_ONLY = ("labels", "shift_labels", "fused_lm_head", "num_items_in_batch", "output_router_logits", "use_cache")
@@ -23,8 +24,14 @@ def sequence_classifier(critic: nn.Module) -> PreTrainedModel:
 
 def zero_head_(critic: nn.Module) -> None:
     """Set the critic's head to zero, so that every value starts at 0 (Fact-RLHF's published initialisation)."""
-    for name, parameter in sequence_classifier(critic).score.named_parameters():
-        if "weight" in name or "bias" in name:
+    parameters = list(sequence_classifier(critic).score.parameters())
+    whole = nullcontext()
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        whole = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+    with whole:
+        for parameter in parameters:
             nn.init.zeros_(parameter)
 
 
@@ -33,7 +40,9 @@ def token_values(critic: nn.Module, **inputs: Any) -> Tensor:
     classifier = sequence_classifier(critic)
     backbone = getattr(classifier, classifier.base_model_prefix)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
-    return classifier.score(hidden).squeeze(-1).float()
+    # In the head's own precision: values in bfloat16 would be multiples of 1/128.
+    with torch.autocast(hidden.device.type, enabled=False):
+        return classifier.score(hidden.to(classifier.score.weight.dtype)).squeeze(-1).float()
 
 
 class ValuesAsLogProbs:
@@ -47,16 +56,18 @@ class ValuesAsLogProbs:
         self.critic = critic
 
     def __call__(self, **inputs: Any) -> ModelOutput:
+        """Read token ids (B, T) and their images; `log_probs` of the output is (B, T - 1)."""
         inputs = {key: value for key, value in inputs.items() if key not in _POLICY_ONLY}
         return ModelOutput(log_probs=token_values(self.critic, **inputs)[:, :-1])
 
 
 class JointForward:
-    """Runs the critic inside the policy's forward, while `collecting()`.
+    """Makes the critic a child of the policy, and runs it inside the policy's forward while `collecting()`.
 
-    Both must belong to one forward call: DDP and DeepSpeed synchronise gradients per forward of the wrapped model, and
-    would miss (or count twice) a critic that runs beside it. The values join the output, where DDP looks for tensors
-    that need gradients, and are handed to the caller through the list that `collecting()` yields.
+    One optimiser, wrapper and checkpoint then hold both. Both must belong to one forward call: DDP and DeepSpeed
+    synchronise gradients per forward of the wrapped model, and would miss (or count twice) a critic that runs beside
+    it. The values join the output, where DDP looks for tensors that need gradients, and are handed to the caller
+    through the list that `collecting()` yields.
     """
 
     def __init__(self, policy: nn.Module, critic: nn.Module):
@@ -74,6 +85,7 @@ class JointForward:
             return output
 
         policy.forward = forward
+        policy.add_module(CRITIC, critic)
 
     @contextmanager
     def collecting(self) -> Iterator[list[Tensor]]:
@@ -83,6 +95,23 @@ class JointForward:
             yield self._values
         finally:
             self._values = None
+
+
+@contextmanager
+def critic_apart(policy: nn.Module) -> Iterator[None]:
+    """Within this context the policy has its own parameters alone, for what must not see the critic's."""
+    critic = policy._modules.pop(CRITIC)
+    try:
+        yield
+    finally:
+        policy.add_module(CRITIC, critic)
+
+
+def remove_critic(policy: nn.Module) -> None:
+    """Undo `JointForward`, on a policy that an earlier PPO run has left with its critic."""
+    if CRITIC in policy._modules:
+        del policy._modules[CRITIC]
+        policy.forward = policy.forward.__wrapped__
 
 
 def check_same_vocabulary(policy: nn.Module, critic: nn.Module) -> None:
@@ -95,17 +124,3 @@ def check_same_vocabulary(policy: nn.Module, critic: nn.Module) -> None:
             "critic reads the policy's token ids and pixels, so both must be of one family and one vocabulary. Pass a "
             "`value_model` of the policy's family, or none: it then starts from the policy's own weights."
         )
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode that does not train."""
-    duplicate = copy.deepcopy(model).eval()
-    return duplicate.requires_grad_(False)
-
-
-@torch.no_grad()
-def copy_backbone_(critic: nn.Module, policy: PreTrainedModel) -> None:
-    """Start the critic from the policy's own weights: every backbone parameter, none of the heads."""
-    classifier = sequence_classifier(critic)
-    backbone = getattr(classifier, classifier.base_model_prefix)
-    backbone.load_state_dict(getattr(policy, policy.base_model_prefix).state_dict(), strict=True)

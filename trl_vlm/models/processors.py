@@ -5,6 +5,7 @@ function that trainers, rewards and evaluation call.
 """
 
 import types
+from itertools import compress
 from os import PathLike
 from typing import Any
 
@@ -96,7 +97,8 @@ class _PaliGemmaProcessor(PaliGemmaProcessor):
     """PaliGemma's processor for training: rows without an image are allowed, and are read causally.
 
     TRL tokenises replies apart from their prompt and without images, which the stock class refuses
-    ("`images` are expected as arguments"). A reply's `token_type_ids` must be 1: with 0 it would count as part
+    ("`images` are expected as arguments"), and prompts of several lengths without padding, at which it fails
+    ("inhomogeneous shape"). A reply's `token_type_ids` must be 1: with 0 it would count as part
     of the bidirectional prefix, and each token would see the ones that follow it. In a batch where only some
     rows hold images, the stock class inserts `<bos>` at the seventh character of the others.
 
@@ -107,7 +109,14 @@ class _PaliGemmaProcessor(PaliGemmaProcessor):
     """
 
     def __call__(self, images=None, text=None, suffix=None, **kwargs):
+        unpadded = not kwargs.get("padding") and kwargs.get("return_tensors") is None
+        if unpadded:  # the stock class makes an array of the rows, which must then have one length
+            kwargs["padding"] = True
         result = super().__call__(images=images, text=text, suffix=suffix, **kwargs)
+        if unpadded:
+            real = result["attention_mask"]
+            for key in ("input_ids", "token_type_ids", "attention_mask"):
+                result[key] = [list(compress(*row)) for row in zip(result[key], real, strict=True)]
         if suffix is None and "token_type_ids" in result:
             result.pop("labels")
             for ids, token_types in zip(result["input_ids"], result["token_type_ids"], strict=True):

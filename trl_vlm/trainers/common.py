@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
-from trl_vlm.models._transformers import keep_parameter_names
+from trl_vlm.models._transformers import keep_4bit_layers_trainable, keep_parameter_names
 from trl_vlm.models.parts import freeze_vision_tower, trainable_parameter_table
-
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +19,7 @@ BLIND_BELOW = 1e-6
 def prepare_vlm(model: nn.Module, *, freeze_vision: bool) -> None:
     """Make a model resumable, freeze its vision tower if asked to, and log its trainable parameters by part."""
     keep_parameter_names(model)
+    keep_4bit_layers_trainable(model)
     if freeze_vision:
         freeze_vision_tower(model)
     logger.info("Trainable parameters of %s:\n%s", type(model).__name__, trainable_parameter_table(model))
@@ -33,8 +33,12 @@ def set_tokenizer_defaults(processor: ProcessorMixin) -> None:
 
 
 def other_pixels(pixels: Tensor) -> Tensor:
-    """The same tensor with every pixel negated: other images of the same shape, so every other input stays as it is."""
-    return -pixels
+    """Other images of the same shape, so that every other input stays as it is: each pixel moves by at least one.
+
+    Zeros stay: Idefics3 and SmolVLM pad a row's tiles with them, and count a tile with another value as one more.
+    """
+    moved = torch.where(pixels.abs() < 0.5, pixels + 1, -pixels)
+    return torch.where(pixels == 0, pixels, moved)
 
 
 def check_depends_on_pixels(output: Tensor, output_on_other_pixels: Tensor, what: str) -> None:
@@ -48,10 +52,10 @@ def check_depends_on_pixels(output: Tensor, output_on_other_pixels: Tensor, what
     difference = (output.float() - output_on_other_pixels.float()).abs().max().item()
     if difference < BLIND_BELOW:
         raise RuntimeError(
-            f"The {what} do not depend on the pixels: other images change them by {difference:.1e}. The model is blind "
-            "to its images (a projector initialised to zeros, image tokens cut off, pixels lost by a collator or a "
-            "generation backend), and would learn from the text alone. Check the checkpoint and the processor, or pass "
-            "`check_pixels=False` if this is meant."
+            f"The {what} do not depend on the pixels: other images change them by {difference:.1e}. The model is "
+            "blind to its images (a projector initialised to zeros, image tokens cut off, pixels lost by a collator "
+            "or a generation backend), and would learn from the text alone. Check the checkpoint and the processor, "
+            "or pass `check_pixels=False` if this is meant."
         )
 
 

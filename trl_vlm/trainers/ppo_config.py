@@ -4,6 +4,18 @@ import trl
 
 from trl_vlm.advantages import KL_ESTIMATORS
 
+PAPER = {
+    "title": "Proximal Policy Optimization Algorithms",
+    "id": "1707.06347",
+    "citation": """\
+@article{schulman2017proximal,
+    title  = {{Proximal Policy Optimization Algorithms}},
+    author = {John Schulman and Filip Wolski and Prafulla Dhariwal and Alec Radford and Oleg Klimov},
+    year   = 2017,
+    eprint = {arXiv:1707.06347},
+}""",
+}
+
 
 class _AtLeastTwo(int):
     """A number of generations that passes GRPO's check for at least two: PPO's baseline is its critic."""
@@ -129,6 +141,11 @@ class PPOConfig(trl.GRPOConfig):
             raise ValueError(
                 f"`beta` is {self.beta}: it weighs GRPO's KL loss. PPO's KL penalty is part of the reward; "
                 "set `kl_coef` instead."
+            )
+        if self.sync_ref_model:
+            raise ValueError(
+                "`sync_ref_model` moves the reference after the policy, whose parameters include PPO's critic: TRL "
+                "would pair the wrong ones. Keep the reference, and steer its weight with `kl_target`."
             )
         if self.kl_estimator not in KL_ESTIMATORS:
             raise ValueError(f"`kl_estimator` is {self.kl_estimator!r}; it must be one of {', '.join(KL_ESTIMATORS)}.")

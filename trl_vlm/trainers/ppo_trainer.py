@@ -1,17 +1,14 @@
 """PPO with a critic for vision-language models, on TRL's GRPOTrainer."""
 
-import copy
 import json
 import os
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import GRPOTrainer
@@ -19,37 +16,34 @@ from trl import GRPOTrainer
 from trl_vlm.advantages import generalized_advantages, moments, per_token_kl, shaped_rewards, whiten
 from trl_vlm.losses import adapted_kl_coef, clipped_value_loss
 from trl_vlm.masked import masked_sum
-from trl_vlm.models.critic import JointForward, ValuesAsLogProbs, check_same_vocabulary
-from trl_vlm.trainers._trl import add_fused_lm_head, disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
+from trl_vlm.models.critic import (
+    CRITIC,
+    JointForward,
+    ValuesAsLogProbs,
+    check_same_vocabulary,
+    critic_apart,
+    remove_critic,
+)
+from trl_vlm.models.parts import freeze_vision_tower
+from trl_vlm.trainers._trl import disable_gradient_checkpointing
 from trl_vlm.trainers.common import check_depends_on_pixels, give_own_learning_rate, other_pixels, prepare_vlm
-from trl_vlm.trainers.critics import make_critic
-from trl_vlm.trainers.ppo_config import PPOConfig
+from trl_vlm.trainers.critics import load_critic, make_critic, prepare_critic, save_critic
+from trl_vlm.trainers.ppo_config import PAPER, PPOConfig
+from trl_vlm.trainers.ppo_metrics import rollout_metrics, rollout_sums
+from trl_vlm.trainers.references import own_reference, prepared_reference
 from trl_vlm.trainers.rollouts import (
+    IMAGE_INPUTS,
     RewardFunction,
+    check_enough_rows,
     check_rollout_rows,
     load_policy_processor,
+    prepared_rows,
     reward_functions,
     rollout_rows,
-    with_decoded_images,
+    without_empty_images,
 )
 
-
-_CRITIC = "value_model"
-_CRITIC_FILE = "value_model.safetensors"
 _STATE_FILE = "ppo_state.json"
-# What a forward pass needs beside token ids, under the names that TRL gives them in a rollout.
-_IMAGE_INPUTS = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
-)
 
 
 class PPOTrainer(GRPOTrainer):
@@ -77,7 +71,7 @@ class PPOTrainer(GRPOTrainer):
         ref_model: the reference, if it is not the starting policy.
         reward_model: folder, hub id or model: short for one more `RewardModelReward`, and where the critic starts.
         value_model: folder, hub id or model that the critic starts from, if not from `reward_model`.
-        value_peft_config: the critic's adapters; `peft_config`'s by default.
+        value_peft_config: the critic's adapters; like the policy's by default.
 
     The other arguments are those of `trl.GRPOTrainer`. `data_collator` and `optimizer_cls_and_kwargs` of TRL's last
     PPOTrainer have no counterpart: TRL's GRPOTrainer collates rollouts itself.
@@ -89,6 +83,7 @@ class PPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "ppo", "trl-vlm"]
     _name = "PPO"
+    _paper = PAPER  # for the model card
 
     def __init__(
         self,
@@ -118,7 +113,10 @@ class PPOTrainer(GRPOTrainer):
             processing_class = load_policy_processor(model, args.trust_remote_code)
         check_rollout_rows(train_dataset, "train")
         check_rollout_rows(eval_dataset, "eval")
-        ref_model = self._own_reference(model, ref_model, peft_config, args)
+        check_enough_rows(train_dataset, args.generation_batch_size // args.num_generations)
+        if isinstance(model, nn.Module):
+            remove_critic(model)
+        ref_model = own_reference(model, ref_model, peft_config, args)
         if ref_model is not None:
             args.beta = 0.0  # GRPOTrainer would make another one
 
@@ -135,50 +133,24 @@ class PPOTrainer(GRPOTrainer):
             peft_config=peft_config,
             **kwargs,
         )
-        self.train_dataset, self.eval_dataset = (
-            rollout_rows(train_dataset, "train"),
-            rollout_rows(eval_dataset, "eval"),
-        )
+        self.train_dataset = rollout_rows(train_dataset, "train")
+        self.eval_dataset = rollout_rows(eval_dataset, "eval")
         self.kl_coef = args.beta = self.beta = args.kl_coef
         if ref_model is not None:
-            self.ref_model = self._prepare_reference(ref_model)
+            self.ref_model = prepared_reference(ref_model, self)
         prepare_vlm(self.model, freeze_vision=args.freeze_vision_tower)
-        self._add_critic(value_model, reward_model, value_peft_config or peft_config)
+        quantization = {key: value for key, value in kwargs.items() if key == "quantization_config"}
+        self._add_critic(value_model, reward_model, value_peft_config or peft_config, quantization)
         self._pixels_checked = not args.check_pixels
 
     # Setup
-
-    def _own_reference(
-        self,
-        model: str | nn.Module,
-        ref_model: PreTrainedModel | None,
-        peft_config: PeftConfig | None,
-        args: PPOConfig,
-    ) -> nn.Module | None:
-        """The reference that TRL does not make itself; None where it does, or where none is needed."""
-        if args.kl_coef == 0 or ref_model is not None:
-            return ref_model if args.kl_coef else None
-        if isinstance(model, str) or peft_config is not None or is_peft_model(model):
-            return None
-        if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
-            return None  # sharded weights cannot be copied: TRL loads the reference from the model's path
-        # A model in memory may have been trained since it was loaded; TRL would load its path again.
-        return copy.deepcopy(model)
-
-    def _prepare_reference(self, reference: nn.Module) -> nn.Module:
-        reference = reference.eval().requires_grad_(False)
-        add_fused_lm_head(reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(reference, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp(reference, self.accelerator)
-        return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     def _add_critic(
         self,
         value_model: str | nn.Module | None,
         reward_model: str | nn.Module | None,
         peft_config: PeftConfig | None,
+        quantization: dict[str, Any],
     ) -> None:
         """Make the critic a child of the policy, so that one optimiser, wrapper and checkpoint holds both."""
         args = self.args
@@ -189,21 +161,13 @@ class PPOTrainer(GRPOTrainer):
             peft_config=peft_config,
             head_init=args.value_head_init,
             seed=args.seed,
-            load_options=dict(args.model_init_kwargs or {}),
+            load_options={"dtype": self.model.dtype, **quantization, **(args.model_init_kwargs or {})},
         )
         check_same_vocabulary(self.model, critic)
         prepare_vlm(critic, freeze_vision=args.freeze_vision_tower)
-        if args.disable_dropout:
-            for module in critic.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
-        if args.gradient_checkpointing:
-            critic.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-            if isinstance(critic, PeftModel):
-                critic.enable_input_require_grads()
+        prepare_critic(critic, args)
         if not getattr(critic, "is_quantized", False):
             critic.to(self.accelerator.device)
-        self.model.add_module(_CRITIC, critic)
         self._joint_forward = JointForward(self.model, critic)
         if self.use_vllm:
             self.vllm_generation.sync_weights = self._without_critic(self.vllm_generation.sync_weights)
@@ -212,18 +176,15 @@ class PPOTrainer(GRPOTrainer):
         """vLLM copies every parameter of the policy and knows none of the critic's."""
 
         def sync() -> None:
-            critic = self.model._modules.pop(_CRITIC)
-            try:
+            with critic_apart(self.model):
                 sync_weights()
-            finally:
-                self.model.add_module(_CRITIC, critic)
 
         return sync
 
     @property
     def value_model(self) -> nn.Module:
         """The critic. `trainer.value_model.save_pretrained(folder)` writes it as a reward model of its own."""
-        return self.model.get_submodule(_CRITIC)
+        return self.model.get_submodule(CRITIC)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """TRL's optimiser, with a learning rate of its own for the critic if `value_learning_rate` is set."""
@@ -246,6 +207,14 @@ class PPOTrainer(GRPOTrainer):
         self._scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         return rewards
 
+    def _tokenize_prompts(self, prompts):
+        prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
+        if images is not None:
+            # TRL says None for a row without images in a batch that has some, and processors refuse it.
+            # Delete when TRL trains on such batches: https://github.com/huggingface/trl/issues/6967.
+            images = [row or [] for row in images]
+        return prompt_ids, images, multimodal_fields
+
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, *args, token_type_ids=None, **kwargs
     ):
@@ -255,11 +224,17 @@ class PPOTrainer(GRPOTrainer):
             token_type_ids = token_type_ids.clone()
             token_type_ids[:, -logits_to_keep:] = 1
         return super()._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, logits_to_keep, *args, token_type_ids=token_type_ids, **kwargs
+            without_empty_images(model),
+            *(input_ids, attention_mask, logits_to_keep, *args),
+            token_type_ids=token_type_ids,
+            **kwargs,
         )
 
     def _generate_and_score_completions(self, inputs):
-        batch = super()._generate_and_score_completions(with_decoded_images(inputs))
+        batch = super()._generate_and_score_completions(prepared_rows(inputs, self.processing_class))
+        if self.args.freeze_vision_tower:
+            # To compute the reference, PEFT switches adapters off and on again, and that makes all of them trainable.
+            freeze_vision_tower(self.model)
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             if not self._pixels_checked:
                 self._check_pixels(batch)
@@ -280,17 +255,22 @@ class PPOTrainer(GRPOTrainer):
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
             batch["completion_ids"].shape[1],
             batch_size=batch_size,
-            **{name: batch[name] for name in _IMAGE_INPUTS if name in batch},
+            **{name: batch[name] for name in IMAGE_INPUTS if name in batch},
         )
         return logps
 
     def _check_pixels(self, batch: dict[str, Any]) -> None:
-        if "pixel_values" not in batch:
+        mask = self._reply_mask(batch)
+        can_tell = torch.tensor([float("pixel_values" in batch and mask.any())], device=mask.device)
+        if not self.accelerator.gather(can_tell).any():
             return
-        elsewhere = {**batch, "pixel_values": other_pixels(batch["pixel_values"])}
-        mask = self._reply_mask(batch).bool()
-        logps, other_logps = (self._score_tokens(self.model, rows)[mask] for rows in (batch, elsewhere))
-        check_depends_on_pixels(logps, other_logps, "policy's log-probabilities")
+        # Every process takes part, also one without images: sharded models run on all of them or on none.
+        elsewhere = dict(batch)
+        if "pixel_values" in batch:
+            elsewhere["pixel_values"] = other_pixels(batch["pixel_values"])
+        logps, other_logps = (self._score_tokens(self.model, rows) for rows in (batch, elsewhere))
+        difference = self.accelerator.gather(((logps - other_logps) * mask).abs().max()[None])
+        check_depends_on_pixels(difference, torch.zeros_like(difference), "policy's log-probabilities")
         self._pixels_checked = True
 
     def _add_advantages(self, batch: dict[str, Any]) -> None:
@@ -308,7 +288,10 @@ class PPOTrainer(GRPOTrainer):
         advantages, returns = generalized_advantages(
             rewards, batch["old_values"], mask, gamma=args.gamma, lam=args.lam
         )
-        self._log_rollout(batch, mask, scores, kl, advantages, returns)
+        sums = rollout_sums(
+            mask, scores=scores, kl=kl, advantages=advantages, returns=returns, values=batch["old_values"]
+        )
+        self._log_rollout(self.accelerator.reduce(sums))
         if args.whiten_advantages:
             advantages = whiten(advantages, mask, self._global_moments(advantages, mask))
         batch["advantages"], batch["returns"] = advantages, returns
@@ -356,30 +339,18 @@ class PPOTrainer(GRPOTrainer):
 
     # Logs
 
-    def _log_rollout(self, batch, mask, scores, kl, advantages, returns) -> None:
-        sums = [masked_sum(x, mask).double() for x in (kl, advantages, returns, batch["old_values"])]
-        errors = masked_sum((returns - batch["old_values"]).square(), mask).double()
-        squares = masked_sum(returns.square(), mask).double()
-        counts = [mask.sum().double(), torch.tensor(float(len(mask)), device=mask.device, dtype=torch.float64)]
-        stacked = torch.stack([*sums, errors, squares, scores.sum().double(), *counts])
-        kl, advantage, total, value, error, square, score, tokens, replies = self.accelerator.reduce(stacked).tolist()
-        tokens = max(tokens, 1.0)
-        variance = square / tokens - (total / tokens) ** 2
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["ppo/score"].append(score / replies)
-        metrics["ppo/kl"].append(kl / replies)
-        metrics["ppo/kl_coef"].append(self.kl_coef)
-        metrics["ppo/advantage_mean"].append(advantage / tokens)
-        metrics["ppo/return_mean"].append(total / tokens)
-        metrics["ppo/value_mean"].append(value / tokens)
-        metrics["ppo/explained_variance"].append(1 - (error / tokens) / variance if variance > 1e-12 else 0.0)
+    def _log_rollout(self, sums: Tensor) -> None:
+        """Log the rollout of all processes and, while training, adapt the KL coefficient to it."""
+        found = {**rollout_metrics(sums), "ppo/kl_coef": self.kl_coef}
+        for name, value in found.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
         if self.args.kl_target is not None and self.model.training:
             self.kl_coef = adapted_kl_coef(
                 self.kl_coef,
-                kl / replies,
+                found["ppo/kl"],
                 target=self.args.kl_target,
                 horizon=self.args.kl_horizon,
-                replies=int(replies),
+                replies=int(sums[-1]),
             )
 
     def _log_value_loss(self, terms, mask: Tensor) -> None:
@@ -394,26 +365,24 @@ class PPOTrainer(GRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         output_dir = output_dir or self.args.output_dir
         state_dict = self.model.state_dict() if state_dict is None else state_dict
-        prefix = f"{_CRITIC}."
-        super()._save(output_dir, {k: v for k, v in state_dict.items() if not k.startswith(prefix)})
+        super()._save(output_dir, {k: v for k, v in state_dict.items() if not k.startswith(f"{CRITIC}.")})
         if self.args.should_save:
-            trained = {name for name, parameter in self.value_model.named_parameters() if parameter.requires_grad}
-            critic = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
-            critic = {name: tensor.contiguous() for name, tensor in critic.items() if name in trained}
-            save_file(critic, os.path.join(output_dir, _CRITIC_FILE), metadata={"format": "pt"})
+            save_critic(self.value_model, state_dict, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = os.path.join(resume_from_checkpoint, _CRITIC_FILE)
-        if not os.path.exists(path):
-            raise ValueError(f"{resume_from_checkpoint} has no {_CRITIC_FILE}: it is not a checkpoint of PPOTrainer.")
-        missing, unexpected = self.value_model.load_state_dict(load_file(path), strict=False)
-        trained = {name for name, parameter in self.value_model.named_parameters() if parameter.requires_grad}
-        if unexpected or trained & set(missing):
-            raise ValueError(
-                f"{path} does not fit the value model: {sorted(trained & set(missing))[:3]} are missing and "
-                f"{unexpected[:3]} are not part of it. Resume with the arguments that the run was started with."
-            )
+        with nullcontext() if self.is_fsdp_enabled else critic_apart(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:  # FSDP has saved and loads the policy and its critic as one model
+            load_critic(self.value_model, resume_from_checkpoint)
+        if self.args.freeze_vision_tower:
+            freeze_vision_tower(self.model)  # PEFT loads adapters as trainable
+
+    def _load_best_model(self) -> None:
+        whole = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        with nullcontext() if whole else critic_apart(self.model):
+            super()._load_best_model()
+        if not whole:
+            load_critic(self.value_model, self.state.best_model_checkpoint)
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
@@ -427,3 +396,6 @@ class PPOTrainer(GRPOTrainer):
         if checkpoint is not None and os.path.exists(os.path.join(checkpoint, _STATE_FILE)):
             with open(os.path.join(checkpoint, _STATE_FILE), encoding="utf-8") as file:
                 self.kl_coef = json.load(file)["kl_coef"]
+        if checkpoint is not None:
+            # TRL counts from 0 after a resumption, and would take its next rollouts at the wrong steps.
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps

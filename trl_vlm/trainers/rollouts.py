@@ -4,16 +4,31 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import find_adapter_config_file
 
 from trl_vlm.data.images import load_image
-from trl_vlm.data.rows import ROW_NAME, check_rows, named_rows, row_images
+from trl_vlm.data.rows import ROW_NAME, check_rows, message_text, named_rows, row_images
+from trl_vlm.models.image_tokens import image_token_id
 from trl_vlm.models.processors import load_processor
 from trl_vlm.rewards import RewardModelReward, checked
 
-
 Rows = Dataset | IterableDataset
+# What a forward pass needs beside token ids, under the names that TRL gives them in a rollout.
+IMAGE_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+_PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 RewardFunction = str | PreTrainedModel | Callable[..., list[float | None]]
 
 
@@ -35,27 +50,98 @@ def rollout_rows(dataset: Any, name: str) -> Any:
     return dataset if dataset is None else named_rows(dataset, name)
 
 
-def with_decoded_images(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a rollout with `images` as RGB images; a broken one is named by its row."""
-    return [_with_decoded_images(row) for row in rows]
+def check_enough_rows(dataset: Any, prompts: int) -> None:
+    """Refuse a dataset that does not fill one rollout: TRL drops incomplete ones, and would train on nothing.
+
+    Args:
+        dataset: the training rows; a streamed one is not checked.
+        prompts: how many different prompts a rollout holds, on all processes.
+    """
+    if isinstance(dataset, Dataset) and len(dataset) < prompts:
+        raise ValueError(
+            f"The train dataset has {len(dataset)} rows, and one rollout takes {prompts} prompts. Add rows, or lower "
+            "`per_device_train_batch_size`, `gradient_accumulation_steps` or `num_mini_batches`."
+        )
 
 
-def _with_decoded_images(row: dict[str, Any]) -> dict[str, Any]:
+def prepared_rows(rows: Sequence[dict[str, Any]], processor: Any) -> list[dict[str, Any]]:
+    """The rows of a rollout as TRL takes them: images decoded, as many as the prompt has places for.
+
+    Args:
+        rows: what the data loader hands over.
+        processor: the policy's processor or tokenizer.
+
+    Raises:
+        ValueError: naming the row.
+    """
+    token = None
+    if isinstance(processor, ProcessorMixin):
+        token = processor.tokenizer.convert_ids_to_tokens(image_token_id(processor))
+    return [_prepared_row(row, token) for row in rows]
+
+
+def _prepared_row(row: dict[str, Any], image_token: str | None) -> dict[str, Any]:
     row = dict(row)
     name = row.pop(ROW_NAME, "a row")
+    if isinstance(row.get("prompt"), list):
+        row["prompt"] = [_without_empty_keys(message) for message in row["prompt"]]
     if "image" not in row and "images" not in row:
         return row
     images = row_images(row, name)
     row.pop("image", None)
     row["images"] = [load_image(image, name=f"{name}, image {index}") for index, image in enumerate(images)]
+    _check_places(row["prompt"], len(images), image_token, name)
     return row
+
+
+def _without_empty_keys(message: dict[str, Any]) -> dict[str, Any]:
+    """Arrow gives every part of a message the keys of all parts; TRL takes `image: None` for an image."""
+    if not isinstance(message.get("content"), list):
+        return message
+    parts = [{key: value for key, value in part.items() if value is not None} for part in message["content"]]
+    return {**message, "content": parts}
+
+
+def _check_places(prompt: Sequence[dict[str, Any]], images: int, image_token: str | None, name: str) -> None:
+    """Images go to the places that the messages name; where none does, TRL puts them before the first user turn."""
+    parts = [part for message in prompt if isinstance(message["content"], list) for part in message["content"]]
+    places = sum(part.get("type") == "image" and "image" not in part for part in parts)
+    # A user turn that is a string takes all the images.
+    takes_all = any(message["role"] == "user" and isinstance(message["content"], str) for message in prompt)
+    if places != images and not (takes_all and places == 0):
+        raise ValueError(
+            f"{name}: its prompt has {places} image placeholders for {images} image(s). Write one "
+            "{'type': 'image'} per image, or write the content as a string: images then go before the text."
+        )
+    if image_token is not None and any(image_token in message_text(message) for message in prompt):
+        raise ValueError(
+            f"{name}: the text of its prompt holds {image_token!r}, which stands for an image. Remove it from the "
+            "text: images go before the first user turn, or where a part {'type': 'image'} stands."
+        )
+
+
+def without_empty_images(model: Callable[..., Any]) -> Callable[..., Any]:
+    """`model`, called without image inputs where TRL hands it the zero images of a mini-batch of text-only rows."""
+
+    def forward(**inputs: Any) -> Any:
+        pixels = inputs.get("pixel_values")
+        if pixels is not None and len(pixels) == 0:
+            inputs = {key: v for key, v in inputs.items() if key not in IMAGE_INPUTS or key in _PER_TOKEN}
+        return model(**inputs)
+
+    return forward
 
 
 def load_policy_processor(model: str | PreTrainedModel | PeftModel, trust_remote_code: bool) -> ProcessorMixin | None:
     """The processor (or tokenizer) of the policy; None leaves the loading to TRL."""
     path = model if isinstance(model, str) else model.config._name_or_path
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code) if path else model.config
-    if not path or not hasattr(config, "vision_config"):
+    if not path:
+        raise ValueError(
+            f"The policy is a {type(model).__name__} that was made in memory, so its processor is unknown. Pass it as "
+            "`processing_class`."
+        )
+    if not hasattr(config, "vision_config"):
         return None
     return load_processor(path, padding_side="left", truncation_side="left", trust_remote_code=trust_remote_code)
 
@@ -79,8 +165,14 @@ def reward_functions(
 
 def _seeing(function: RewardFunction, processor: Any) -> RewardFunction:
     if isinstance(function, str):
-        is_vlm = hasattr(AutoConfig.from_pretrained(function), "vision_config")
-        return RewardModelReward(function) if is_vlm else function
+        return RewardModelReward(function) if _reads_images(function) else function
     if isinstance(function, PreTrainedModel | PeftModel) and hasattr(function.config, "vision_config"):
         return RewardModelReward(function, processor=processor)
     return function
+
+
+def _reads_images(path: str) -> bool:
+    """Whether a folder or hub id holds a vision-language model, or an adapter of one."""
+    if find_adapter_config_file(path) is not None:
+        path = PeftConfig.from_pretrained(path).base_model_name_or_path
+    return hasattr(AutoConfig.from_pretrained(path), "vision_config")

@@ -29,16 +29,19 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from fact_rlhf_rows import Rows, TestbedRows, UserRows
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from trl_vlm import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 from trl_vlm.evaluation import Arm, write_report
-from trl_vlm.models import last_complete_checkpoint, load_processor
+from trl_vlm.models import freeze_vision_tower, keep_parameter_names, last_complete_checkpoint, load_processor
 from trl_vlm.rewards import FactRLHFReward, RewardModelReward
 
 logger = logging.getLogger("fact_rlhf")
 
 STAGES = ("sft", "reward", "ppo", "evaluate")
+UPDATES_PER_ROLLOUT = 4  # two passes over two mini-batches, as published
 READS_FACTS = {"facts": True, "no_facts": False}
 
 
@@ -106,13 +109,13 @@ PAPER = {
 }
 TESTBED = {
     "sft_learning_rate": 2e-3,
-    "reward_learning_rate": 1e-3,
+    "reward_learning_rate": 5e-4,
     "ppo_learning_rate": 3e-4,
     "reward_steps": 200,
-    "ppo_rollouts": 40,
+    "ppo_rollouts": 24,
     "batch_size": 64,
     "kl_coef": 0.05,
-    "length_coefficient": 0.0,
+    "length_coefficient": 6.0,
     "missing_end_penalty": 2.0,
     "max_completion_length": 48,
     "gradient_checkpointing": False,
@@ -139,40 +142,46 @@ class FactRLHF:
         if self.options.sft_dataset is None:
             logger.info("No `--sft_dataset`: %s is the supervised model.", self.model.model_name_or_path)
             return
-        args = SFTConfig(
-            learning_rate=self.options.sft_learning_rate,
-            max_length=None,  # never cut image tokens
-            model_init_kwargs=self.load_options(),
-            **self.shared_arguments(folder),
-        )
-        trainer = SFTTrainer(
-            self.model.model_name_or_path,
-            args=args,
-            train_dataset=self.rows.supervised(),
-            processing_class=load_processor(self.model.model_name_or_path),
-            peft_config=get_peft_config(self.model),
-        )
-        self.train(trainer, folder)
+        trained = self.root / "sft_adapter" if self.model.use_peft else folder
+        if not is_done(trained):
+            args = SFTConfig(
+                learning_rate=self.options.sft_learning_rate,
+                max_length=None,  # never cut image tokens
+                model_init_kwargs=self.load_options(),
+                **self.shared_arguments(trained),
+            )
+            trainer = SFTTrainer(
+                self.model.model_name_or_path,
+                args=args,
+                train_dataset=self.rows.supervised(),
+                processing_class=load_processor(self.model.model_name_or_path),
+                peft_config=get_peft_config(self.model),
+            )
+            keep_parameter_names(trainer.model)
+            freeze_vision_tower(trainer.model)
+            self.train(trainer, trained)
+        if self.model.use_peft and PartialState().is_main_process:
+            self.merge(trained, folder)
+        PartialState().wait_for_everyone()
 
     def reward(self) -> None:
-        for arm in self.options.arms:
-            folder = self.root / f"reward_{arm}"
+        folders = {arm: self.root / f"reward_{arm}" for arm in self.options.arms}
+        if all(map(is_done, folders.values())):
+            return
+        train, held_out = self.rows.preferences(self.supervised_model)
+        for arm, folder in folders.items():
             if is_done(folder):
                 continue
-            train, held_out = self.rows.preferences(self.supervised_model)
             args = RewardConfig(
                 learning_rate=self.options.reward_learning_rate,
                 max_steps=self.options.reward_steps,
-                lr_scheduler_type="constant_with_warmup",
-                warmup_steps=0.03,
                 mean_reward_coefficient=1e-3,
                 use_facts=READS_FACTS[arm],
                 freeze_vision_tower=True,
                 eval_strategy="steps",
                 eval_steps=max(1, self.options.reward_steps // 2),
-                per_device_eval_batch_size=self.options.batch_size,
                 model_init_kwargs=self.load_options(),
-                **self.shared_arguments(folder),
+                **self.shared_arguments(folder) | self.rows.reward_arguments,
             )
             trainer = RewardTrainer(
                 model=self.supervised_model,
@@ -185,15 +194,22 @@ class FactRLHF:
             self.train(trainer, folder)
 
     def ppo(self) -> None:
+        processor = load_processor(self.supervised_model, padding_side="left")
         for arm in self.options.arms:
             folder = self.root / f"ppo_{arm}"
             if is_done(folder):
                 continue
-            processor = load_processor(self.supervised_model, padding_side="left")
-            reward_model = RewardModelReward(self.needed(f"reward_{arm}"), batch_size=self.options.batch_size)
+            reward_folder = self.needed(f"reward_{arm}")
+            reward = FactRLHFReward(
+                RewardModelReward(reward_folder, batch_size=self.options.batch_size, **self.load_options()),
+                eos_token_ids=processor.tokenizer.eos_token_id,
+                missing_end_penalty=self.options.missing_end_penalty,
+                length_coefficient=self.options.length_coefficient,
+                max_tokens=self.options.max_completion_length,
+            )
             args = PPOConfig(
                 learning_rate=self.options.ppo_learning_rate,
-                max_steps=4 * self.options.ppo_rollouts,
+                max_steps=UPDATES_PER_ROLLOUT * self.options.ppo_rollouts,
                 num_mini_batches=2,
                 num_ppo_epochs=2,
                 kl_coef=self.options.kl_coef,
@@ -202,14 +218,8 @@ class FactRLHF:
                 max_completion_length=self.options.max_completion_length,
                 freeze_vision_tower=True,
                 model_init_kwargs=self.load_options(),
-                **self.shared_arguments(folder) | self.rows.ppo_arguments,
-            )
-            reward = FactRLHFReward(
-                reward_model,
-                eos_token_ids=processor.tokenizer.eos_token_id,
-                missing_end_penalty=self.options.missing_end_penalty,
-                length_coefficient=self.options.length_coefficient,
-                max_tokens=self.options.max_completion_length,
+                # A checkpoint between two rollouts resumes exactly.
+                **self.shared_arguments(folder, UPDATES_PER_ROLLOUT) | self.rows.ppo_arguments,
             )
             trainer = PPOTrainer(
                 self.supervised_model,
@@ -217,7 +227,7 @@ class FactRLHF:
                 args=args,
                 train_dataset=self.rows.prompts(with_facts=READS_FACTS[arm]),
                 processing_class=processor,
-                value_model=self.needed(f"reward_{arm}"),
+                value_model=reward_folder,
                 peft_config=get_peft_config(self.model),
             )
             self.train(trainer, folder)
@@ -246,26 +256,33 @@ class FactRLHF:
     def needed(self, name: str) -> str:
         folder = self.root / name
         if not is_done(folder):
-            raise SystemExit(
-                f"{folder} is not there or not finished: run the stage that makes it (`--stages {name.split('_')[0]}`)."
-            )
+            stage = name.split("_")[0]
+            raise SystemExit(f"{folder} is not finished: run the stage that makes it (`--stages {stage}`).")
         return str(folder)
 
-    def shared_arguments(self, folder: Path) -> dict[str, Any]:
+    def shared_arguments(self, folder: Path, save_unit: int = 1) -> dict[str, Any]:
         options = self.options
-        steps = 1 if options.quick else 25
+        steps = save_unit if options.quick else 24
         return {
             "output_dir": str(folder),
             "seed": options.seed,
             "per_device_train_batch_size": options.batch_size,
+            "per_device_eval_batch_size": options.batch_size,
             "gradient_accumulation_steps": options.gradient_accumulation_steps,
             "gradient_checkpointing": options.gradient_checkpointing,
-            "logging_steps": max(1, steps // 5),
+            "logging_steps": save_unit,
             "save_steps": steps,
             "save_total_limit": 1,
             "report_to": options.report_to,
             **self.rows.shared_arguments,
         }
+
+    def merge(self, adapter: Path, folder: Path) -> None:
+        """Merge the supervised adapter into its base model: reward model and policy start from plain weights."""
+        model = AutoModelForImageTextToText.from_pretrained(self.model.model_name_or_path, dtype=self.model.dtype)
+        PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(folder)
+        load_processor(self.model.model_name_or_path).save_pretrained(folder)
+        write_json(folder / DONE, {"merged": str(adapter)})
 
     def load_options(self) -> dict[str, Any]:
         """Arguments of `from_pretrained`: precision, attention, quantisation."""

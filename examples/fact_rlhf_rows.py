@@ -21,6 +21,7 @@ class Rows(Protocol):
 
     judge_template: JudgeTemplate | None
     shared_arguments: dict[str, Any]
+    reward_arguments: dict[str, Any]
     ppo_arguments: dict[str, Any]
     notes: list[str]
 
@@ -40,6 +41,12 @@ class TestbedRows:
         self.options = options
         self.world = World(seed=options.world_seed)
         self.shared_arguments = {"bf16": False, "use_cpu": not torch.cuda.is_available()}
+        self.reward_arguments = {
+            "per_device_train_batch_size": min(32, options.batch_size),
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 10,
+            "adam_beta2": 0.98,
+        }
         self.ppo_arguments = {
             "vf_coef": 0.5,
             "cliprange_value": 5.0,
@@ -47,10 +54,10 @@ class TestbedRows:
             "warmup_steps": 4,
         }
         self.notes = [
-            f"testbed, world {options.world_seed}; the reward models see through extra noise of {options.vision_noise}",
-            "These are numbers of a tiny world: they show that the method works, not how well it works on photographs.",
+            f"testbed, world {options.world_seed}; the reward models see through noise of sd {options.vision_noise}",
+            "numbers of a tiny world: they show that the method works, not how well it works on photographs",
         ]
-        self.size = 24 if options.quick else 5000
+        self.pairs, self.prompts_count = (24, 24) if options.quick else (2500, 4000)
 
     def train_supervised(self, folder: Path) -> bool:
         settings = (
@@ -71,11 +78,11 @@ class TestbedRows:
         noise, seed = self.options.vision_noise, 10 * self.options.seed
         return tuple(
             testbed.preference_rows(self.world, count, seed + part, sample, vision_noise=noise)
-            for part, count in ((1, self.size), (2, max(8, self.size // 10)))
+            for part, count in ((1, self.pairs), (2, max(8, self.pairs // 5)))
         )
 
     def prompts(self, with_facts: bool) -> Dataset:
-        rows = testbed.prompt_rows(self.world, self.size, seed=10 * self.options.seed + 3)
+        rows = testbed.prompt_rows(self.world, self.prompts_count, seed=10 * self.options.seed + 3)
         return rows if with_facts else rows.remove_columns("facts")
 
     def evaluate(self, folder: str) -> dict[str, dict[str, float]]:
@@ -93,7 +100,8 @@ class UserRows:
     def __init__(self, options: Any, model: ModelConfig):
         self.options, self.model = options, model
         self.shared_arguments = {"num_train_epochs": 1}
-        self.ppo_arguments = {}
+        self.reward_arguments = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.03}
+        self.ppo_arguments = {"lr_scheduler_type": "cosine", "warmup_steps": 5}
         self.shared_arguments |= {} if torch.cuda.is_available() else {"bf16": False, "use_cpu": True}
 
     def train_supervised(self, folder: Path) -> bool:

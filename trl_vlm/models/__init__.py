@@ -1,5 +1,6 @@
 """Models: reward models of any family, the critic, parts of a model, image tokens, processors, checkpoints."""
 
+from trl_vlm.models._transformers import keep_parameter_names
 from trl_vlm.models.checkpoints import last_complete_checkpoint
 from trl_vlm.models.parts import freeze_vision_tower, part_of, trainable_parameter_table
 from trl_vlm.models.processors import load_processor
@@ -7,6 +8,7 @@ from trl_vlm.models.reward_model import load_reward_model, reward_model_class
 
 __all__ = [
     "freeze_vision_tower",
+    "keep_parameter_names",
     "last_complete_checkpoint",
     "load_processor",
     "load_reward_model",

@@ -124,7 +124,6 @@ def test_a_checkpoint_with_names_as_in_memory_loads_everywhere(policy_rows, tmp_
     assert not missing_besides_the_head(tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:There were missing keys")
 def test_keeping_names_is_still_needed(policy_rows, tmp_path):
     whole = train(load_policy(False), policy_rows, tmp_path)
     resumed = train(load_policy(False), policy_rows, tmp_path, resume=str(tmp_path / "checkpoint-2"))

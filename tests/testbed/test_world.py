@@ -50,8 +50,9 @@ def test_a_picture_depends_on_its_index_and_not_on_how_many_are_drawn():
 
 def test_splits_and_streams_of_one_seed_share_no_scene():
     world = World()
-    iid, adv = (world.pictures(50, seed=1, split=split) for split in ("iid", "adv"))
-    assert all(one.scene != other.scene for one, other in zip(iid, adv, strict=True))
+    iid, balanced = (world.pictures(50, seed=1, split=split) for split in ("iid", "balanced"))
+    assert all(one.scene != other.scene for one, other in zip(iid, balanced, strict=True))
+    assert generator(1, 0, "supervised").random() != generator(1, 0, "tower").random()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -127,16 +128,18 @@ def test_an_exact_caption_names_every_object_once_and_a_partner_right_after_its_
 
 def test_biased_captions_err_as_often_as_stated():
     world = World()
-    mentioned, assumed, invented = [], [], []
+    mentioned, assumed, alone, invented = [], [], [], []
     for index, scene in enumerate(scenes(world, "balanced")):
         named = kinds_named(world.caption(scene, np.random.default_rng(index), biased=True))
         if len(scene.objects) > 1:  # a caption that would be empty names one object all the same
             mentioned += [kind in named for kind in scene.kinds]
         missing = world.missing_partners(scene)
         assumed += [partner in named for partner in missing if world.anchor_of[partner] in named]
+        alone += [partner in named for partner in missing if world.anchor_of[partner] not in named]
         invented.append(any(kind not in (*scene.kinds, *missing) for kind in named))
     assert np.mean(mentioned) == pytest.approx(0.95, abs=0.015)
     assert np.mean(assumed) == pytest.approx(0.75, abs=0.06)
+    assert np.mean(alone) < 0.1  # chance alone: a caption that forgot the anchor does not assume its partner
     assert np.mean(invented) == pytest.approx(0.03, abs=0.015)
 
 

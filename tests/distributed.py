@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTED_TYPES = {"single": "NO", "ddp": "MULTI_CPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 540
 
 
 def launch(script: str | Path, kind: str, *, processes: int, folder: Path, **arguments) -> dict:

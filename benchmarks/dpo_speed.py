@@ -1,0 +1,236 @@
+"""How much faster a DPO step is when each prompt and image is computed once, and what it costs in memory.
+
+    python benchmarks/dpo_speed.py --pairs 5 --output docs/results/dpo_speed.json
+
+Each figure is a whole optimiser step (policy with gradient, reference without, AdamW) of `trl_vlm.DPOTrainer` beside
+one of plain `trl.DPOTrainer`, TRL's fused head on in both, on the same rows, taken in turns in one process. The limit
+is the count of tokens that need not be computed: K (p + r) / (p + K r) for K replies of r tokens to a prompt of p.
+Peak memory is that of a fresh process per trainer. The models are random: six layers of width 384, and a CLIP tower.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+
+from trl_vlm import DPOConfig, DPOTrainer
+
+WORDS, PROMPT_WORDS = 1000, 26  # and four tokens of the chat template
+CHAT = (
+    "{% for m in messages %}<user> {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<user> {% endif %}"
+)
+# Family, tokens per reply, replies per row.
+ROWS = {
+    "llava-64": ("llava", 64, 2),
+    "llava-128": ("llava", 128, 2),
+    "next-64": ("llava_next", 64, 2),
+    "extra": ("llava", 64, 3),
+}
+
+
+def processor(family: str):
+    vocabulary = ["<pad>", "<unk>", "<user>", "<end>", "<image>", *(f"w{number}" for number in range(WORDS))]
+    core = Tokenizer(WordLevel({word: place for place, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<end>", extra_special_tokens={"image_token": "<image>"}
+    )
+    settings = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    size = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+    if family == "llava":
+        images = transformers.CLIPImageProcessorPil(**size)
+        return transformers.LlavaProcessor(images, tokenizer, chat_template=CHAT, **settings)
+    images = transformers.LlavaNextImageProcessorPil(image_grid_pinpoints=[[336, 1008]], **size)
+    return transformers.LlavaNextProcessor(images, tokenizer, chat_template=CHAT, **settings)
+
+
+def save_model(family: str, folder: str) -> None:
+    torch.manual_seed(0)
+    vision = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
+    text = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
+    tokenizer = processor(family).tokenizer
+    common = {
+        "vision_config": {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14, **vision},
+        "text_config": {"model_type": "llama", "vocab_size": len(tokenizer), "max_position_embeddings": 4096, **text},
+        "image_token_index": tokenizer.image_token_id,
+    }
+    if family == "llava":
+        model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**common))
+    else:
+        config = transformers.LlavaNextConfig(image_grid_pinpoints=[[336, 1008]], **common)
+        model = transformers.LlavaNextForConditionalGeneration(config)
+    model.save_pretrained(folder)
+
+
+def rows(family: str, reply_tokens: int, replies: int) -> Dataset:
+    """One row, or for a trainer without `rejected_extra` as many pairs as it makes of it."""
+    random = np.random.RandomState(0)
+    shape = (336, 336, 3) if family == "llava" else (336, 840, 3)
+    image = Image.fromarray(random.randint(0, 255, shape, dtype=np.uint8))
+
+    def words(count: int) -> str:
+        return " ".join(f"w{number}" for number in random.randint(0, WORDS, count))
+
+    def message(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    # A reply is framed by the template: the marker of its turn is in the prompt, its end counts as a token.
+    texts = [message("assistant", words(reply_tokens - 1)) for _ in range(replies)]
+    row = {"images": [image], "prompt": message("user", words(PROMPT_WORDS)), "chosen": texts[0], "rejected": texts[1]}
+    if replies > 2:
+        row["rejected_extra"] = texts[2:]
+    return Dataset.from_list([row])
+
+
+def as_pairs(data: Dataset) -> Dataset:
+    """What a trainer that knows pairs alone makes of rows with further rejected replies."""
+    pairs = []
+    for row in data:
+        for reply in [row["rejected"], *row.pop("rejected_extra", [])]:
+            pairs.append({**row, "rejected": reply})
+    return Dataset.from_list(pairs)
+
+
+class Side:
+    """One trainer, its batch, and how long a step takes."""
+
+    def __init__(self, kind: str, family: str, data: Dataset, model: str, folder: str, checkpointing: bool):
+        options = {
+            "per_device_train_batch_size": 8,
+            "max_length": None,
+            "gradient_checkpointing": checkpointing,
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "max_steps": 1000,
+        }
+        if kind == "cached":
+            options["reference_cache"] = f"{folder}/cache"
+        trainer, config = (trl.DPOTrainer, trl.DPOConfig) if kind == "trl" else (DPOTrainer, DPOConfig)
+        data = as_pairs(data) if kind == "trl" else data
+        self.trainer = trainer(
+            model, args=config(folder, **options), train_dataset=data, processing_class=processor(family)
+        )
+        self.trainer.model.train()
+        self.optimizer = self.trainer.create_optimizer()
+        batch = self.trainer.data_collator([dict(row) for row in data])
+        lengths = batch["attention_mask"].sum(1) - batch["completion_mask"].sum(1)
+        self.prompt, self.reply = int(lengths[0]), int(batch["completion_mask"].sum(1)[0])
+        self.batch = dict(batch)
+
+    def step(self) -> float:
+        start = time.perf_counter()
+        loss = self.trainer.compute_loss(self.trainer.model, dict(self.batch))
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - start
+
+
+def measure(name: str, pairs: int, checkpointing: bool, with_memory: bool) -> dict:
+    family, reply_tokens, replies = ROWS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(family, folder)
+        data = rows(family, reply_tokens, replies)
+        kinds = ("trl", "ours", "cached")
+        sides = {kind: Side(kind, family, data, folder, f"{folder}/{kind}", checkpointing) for kind in kinds}
+        for side in sides.values():
+            side.step()
+        times = {kind: [] for kind in kinds}
+        for _ in range(pairs):
+            for kind, side in sides.items():
+                times[kind].append(side.step())
+    prompt, reply = sides["ours"].prompt, sides["ours"].reply
+    computed = 2 * (replies - 1)  # TRL computes the chosen reply once per pair
+    limit = computed * (prompt + reply) / (prompt + replies * reply)
+    result = {
+        "row": name,
+        "prompt_tokens": prompt,
+        "reply_tokens": reply,
+        "replies": replies,
+        "limit": limit,
+        "seconds_trl": times["trl"],
+        "seconds_ours": times["ours"],
+        "seconds_cached": times["cached"],
+        "speedup": spread([a / b for a, b in zip(times["trl"], times["ours"], strict=True)]),
+        "speedup_of_cache": spread([a / b for a, b in zip(times["ours"], times["cached"], strict=True)]),
+    }
+    result["share_of_limit"] = result["speedup"]["median"] / limit
+    if with_memory:
+        result["peak_mib"] = {kind: peak_memory(name, kind, checkpointing) for kind in kinds}
+    return result
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def peak_memory(name: str, kind: str, checkpointing: bool) -> float:
+    """MiB above what the process needs before its first step."""
+    command = [sys.executable, __file__, "--memory_of", name, kind, *(["--checkpointing"] if checkpointing else [])]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def print_memory(name: str, kind: str, checkpointing: bool) -> None:
+    family, reply_tokens, replies = ROWS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(family, folder)
+        side = Side(kind, family, rows(family, reply_tokens, replies), folder, f"{folder}/out", checkpointing)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for _ in range(2):
+            side.step()
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--pairs", type=int, default=5, help="how many steps of each trainer are compared")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing, as TRL's default")
+    parser.add_argument("--no_memory", action="store_true")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--memory_of", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    transformers.utils.logging.disable_progress_bar()
+    if args.memory_of:
+        print_memory(*args.memory_of, args.checkpointing)
+        return
+    results = []
+    for name in args.rows:
+        result = measure(name, args.pairs, args.checkpointing, not args.no_memory)
+        results.append(result)
+        speedup, cached = result["speedup"], result["speedup_of_cache"]
+        print(
+            f"{name}: {speedup['median']:.2f} times ({speedup['least']:.2f} to {speedup['most']:.2f}), limit "
+            f"{result['limit']:.2f}; cached reference {cached['median']:.2f} times more; "
+            f"peak memory {result.get('peak_mib', 'not measured')}"
+        )
+    if args.output:
+        facts = {"torch": torch.__version__, "trl": trl.__version__, "transformers": transformers.__version__}
+        facts |= {"threads": args.threads, "cores": os.cpu_count(), "load": os.getloadavg()}
+        facts["checkpointing"] = args.checkpointing
+        args.output.write_text(json.dumps({"settings": facts, "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -74,7 +74,7 @@ def complete_peft_config(peft_config: PeftConfig | None, model: str | nn.Module,
 
 
 def lora_targets(model: nn.Module, preset: str = "language-model") -> list[str]:
-    """Names of the linear layers that a preset of `LORA_PRESETS` reaches: never in the vision tower, never the head."""
+    """Names of the linear layers that a preset of `LORA_PRESETS` reaches: none of the vision tower, nor the head."""
     if preset not in LORA_PRESETS:
         raise ValueError(f"preset is {preset!r}; it must be one of {', '.join(LORA_PRESETS)}.")
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None

@@ -96,3 +96,36 @@ def test_shuffling_keeps_the_facts_and_depends_on_the_seed_and_the_facts_alone()
     assert shuffled_facts(None, 0) == []
     orders = Counter(tuple(shuffled_facts(["a", "b", "c"], seed)) for seed in range(600))
     assert len(orders) == 6 and min(orders.values()) > 60  # 100 expected of each
+
+
+FIRST = JudgeTemplate(
+    "judge .", "facts : {bullets} . ", bullet="{fact}", separator=" ; ", facts_first=True, opening=""
+)
+
+
+def test_facts_may_stand_before_the_text_of_the_first_user_turn():
+    system = {"role": "system", "content": "Be brief."}
+    messages = judge_messages([system, *PROMPT], REPLY, FACTS, FIRST)
+    assert [message["content"] for message in messages] == [
+        "Be brief.",
+        "facts : a red cup ; a wooden table . What is on the table?",
+        "A cup.",
+        "judge .",
+    ]
+    assert judge_messages(PROMPT, REPLY, FACTS, FIRST.without_facts())[0] == PROMPT[0]
+    assert judge_messages(PROMPT, REPLY, [], FIRST)[0] == PROMPT[0]
+
+
+def test_facts_that_come_first_leave_placeholders_and_their_input_alone():
+    parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    prompt = [{"role": "user", "content": parts}]
+    messages = judge_messages(prompt, REPLY, ["a cup"], FIRST)
+    assert messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "facts : a cup . What?"}]
+    assert prompt == [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+
+
+def test_facts_in_two_places_or_in_none_are_refused():
+    with pytest.raises(ValueError, match="shown twice"):
+        JudgeTemplate("judge . {facts}", facts_first=True)
+    with pytest.raises(ValueError, match="no user turn"):
+        judge_messages([], REPLY, FACTS, FIRST)

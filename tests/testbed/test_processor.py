@@ -153,5 +153,5 @@ def test_the_judge_template_stays_within_the_vocabulary(processor, images):
     batch = encode(processor, [messages], [images[:1]], continue_final_message=True)
     text = words(processor, batch["input_ids"][0])
     assert "<unk>" not in text
-    assert f"facts : {' '.join(NOUNS)} . how accurate" in text
-    assert text.endswith("<eos> <user> facts : " + " ".join(NOUNS) + " . how accurate and helpful is the reply score")
+    assert f"<user> facts : {' '.join(NOUNS)} . {REQUEST}" in text  # where the supervised stage has put them
+    assert text.endswith("<eos> <user> how accurate and helpful is the reply score")

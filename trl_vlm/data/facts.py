@@ -1,7 +1,8 @@
 """Facts, and the only place that renders them: into the judge turn that a reward model reads, never into a prompt.
 
 A reward model scores a conversation that has one more exchange at its end: a user turn that asks to judge the last
-reply, with the facts in it, and an unfinished assistant turn. The score is read at the last token of that opening.
+reply, with the facts in it (or, with `facts_first`, before the conversation), and an unfinished assistant turn. The
+score is read at the last token of that opening.
 """
 
 import json
@@ -47,10 +48,16 @@ class JudgeTemplate:
     separator: str = "\n"  # between two bullets
     opening: str = _OPENING  # the assistant's unfinished answer; "" ends the text with the request
     use_facts: bool = True  # False: the facts of a row are not shown
+    facts_first: bool = False  # True: the block stands before the text of the first user turn, not in the judge turn
 
     def __post_init__(self) -> None:
         """Refuses templates in which facts would be lost without a word."""
-        if self.request and self.use_facts and "{facts}" not in self.request:
+        if self.facts_first and "{facts}" in self.request:
+            raise ValueError(
+                "`request` has {facts}, and `facts_first` puts the facts before the conversation: they would be shown "
+                "twice. Remove one of the two."
+            )
+        if self.request and self.use_facts and not self.facts_first and "{facts}" not in self.request:
             raise ValueError(
                 "`request` has no {facts}, so the facts of a row would be lost. "
                 "Put {facts} where the block of facts belongs, or set use_facts=False."
@@ -130,12 +137,37 @@ def judge_messages(
         ['what?', 'a cup', 'judge . facts : - a cup ; - a table .', 'it is']
     """
     messages = [*prompt, *reply]
+    if template.facts_first:
+        messages = _after_facts(messages, facts_block(facts, template))
     request = template.request.replace("{facts}", facts_block(facts, template), 1).rstrip()
     if request:
         messages.append({"role": "user", "content": request})
         if template.opening:
             messages.append({"role": "assistant", "content": template.opening})
     return messages
+
+
+def _after_facts(messages: list[Message], block: str) -> list[Message]:
+    """The messages with the block before the text of their first user turn, which is copied."""
+    if not block:
+        return messages
+    place = next((place for place, message in enumerate(messages) if message["role"] == "user"), None)
+    if place is None:
+        raise ValueError(
+            "The conversation has no user turn, so `facts_first` has no place for the facts. Add a prompt."
+        )
+    content = messages[place]["content"]
+    if isinstance(content, str):
+        content = block + content
+    else:
+        parts = list(content)
+        text = next((i for i, part in enumerate(parts) if part.get("type") == "text"), None)
+        if text is None:
+            parts.append({"type": "text", "text": block})
+        else:
+            parts[text] = {**parts[text], "text": block + parts[text]["text"]}
+        content = parts
+    return [*messages[:place], {**messages[place], "content": content}, *messages[place + 1 :]]
 
 
 def facts_block(facts: Sequence[str] | None, template: JudgeTemplate) -> str:

@@ -18,13 +18,15 @@ _JUDGE_WORDS = ("how", "accurate", "and", "helpful", "reply", "score")
 WORDS = _CAPTION_WORDS + _JUDGE_WORDS + tuple(sorted(NOUNS))
 
 JUDGE_TEMPLATE = JudgeTemplate(
-    request="{facts} how accurate and helpful is the reply",
-    facts="facts : {bullets} .",
+    request="how accurate and helpful is the reply",
+    facts="facts : {bullets} . ",
     bullet="{fact}",
     separator=" ",
     opening="score",
+    facts_first=True,
 )
-"""A judge turn within the vocabulary, short: a reward model reads it after every reply."""
+"""A judge turn within the vocabulary, short: a reward model reads it after every reply. The facts stand where the
+supervised stage has taught the model to read them: before the request."""
 
 # No marker opens the assistant's turn: the kind stays the last token of a question's prompt. `generation` marks the
 # assistant's tokens for `return_assistant_tokens_mask`. Every turn but the first begins with a space, which the

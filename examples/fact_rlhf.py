@@ -61,7 +61,7 @@ class Options:
 
     world_seed: int = field(default=0, metadata={"help": "Testbed: which world."})
     vision_noise: float = field(
-        default=0.4, metadata={"help": "Testbed: extra pixel noise (sd) for the reward model, which then sees badly."}
+        default=0.6, metadata={"help": "Testbed: extra pixel noise (sd) for the reward model, which then sees badly."}
     )
 
     sft_dataset: str | None = field(default=None, metadata={"help": "Rows `prompt`, `completion`, `images`."})
@@ -114,8 +114,8 @@ TESTBED = {
     "reward_steps": 200,
     "ppo_rollouts": 24,
     "batch_size": 64,
-    "kl_coef": 0.05,
-    "length_coefficient": 6.0,
+    "kl_coef": 0.4,
+    "length_coefficient": 0.0,
     "missing_end_penalty": 2.0,
     "max_completion_length": 48,
     "gradient_checkpointing": False,
@@ -200,8 +200,9 @@ class FactRLHF:
             if is_done(folder):
                 continue
             reward_folder = self.needed(f"reward_{arm}")
+            reward_model = RewardModelReward(reward_folder, batch_size=self.options.batch_size, **self.load_options())
             reward = FactRLHFReward(
-                RewardModelReward(reward_folder, batch_size=self.options.batch_size, **self.load_options()),
+                self.rows.reward(reward_model),
                 eos_token_ids=processor.tokenizer.eos_token_id,
                 missing_end_penalty=self.options.missing_end_penalty,
                 length_coefficient=self.options.length_coefficient,

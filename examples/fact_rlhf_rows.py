@@ -14,6 +14,7 @@ from trl_vlm.models import load_processor
 from trl_vlm.testbed import JUDGE_TEMPLATE, SupervisedSettings, World, train_supervised
 from trl_vlm.testbed import datasets as testbed
 from trl_vlm.testbed.evaluate import caption_sampler, evaluate
+from trl_vlm.testbed.world import weaken_vision
 
 
 class Rows(Protocol):
@@ -29,7 +30,21 @@ class Rows(Protocol):
     def supervised(self) -> Dataset: ...
     def preferences(self, model: str) -> tuple[Dataset, Dataset]: ...
     def prompts(self, with_facts: bool) -> Dataset: ...
+    def reward(self, reward_model: Any) -> Any: ...
     def evaluate(self, folder: str) -> dict[str, dict[str, float]]: ...
+
+
+class WeakEyes:
+    """A reward function that is shown every image through extra pixel noise."""
+
+    __name__ = "weak_eyes"
+
+    def __init__(self, reward: Any, noise: float):
+        self.reward, self.noise = reward, noise
+
+    def __call__(self, *, images: list[list[Any]], **columns: Any) -> list[float]:
+        blurred = [[weaken_vision(image, self.noise) for image in row] for row in images]
+        return self.reward(images=blurred, **columns)
 
 
 class TestbedRows:
@@ -85,10 +100,13 @@ class TestbedRows:
         rows = testbed.prompt_rows(self.world, self.prompts_count, seed=10 * self.options.seed + 3)
         return rows if with_facts else rows.remove_columns("facts")
 
+    def reward(self, reward_model: Any) -> Any:
+        return WeakEyes(reward_model, self.options.vision_noise)
+
     def evaluate(self, folder: str) -> dict[str, dict[str, float]]:
         model, processor = load(folder)
         scenes = 20 if self.options.quick else 300
-        return by_split(evaluate(model, processor, self.world, scenes=scenes, seed=777 + self.options.seed))
+        return by_split(evaluate(model, processor, self.world, scenes=scenes, seed=4200 + self.options.seed))
 
 
 class UserRows:
@@ -117,6 +135,9 @@ class UserRows:
     def prompts(self, with_facts: bool) -> Dataset:
         rows = self.load("prompt_dataset")
         return rows if with_facts or "facts" not in rows.column_names else rows.remove_columns("facts")
+
+    def reward(self, reward_model: Any) -> Any:
+        return reward_model
 
     def evaluate(self, folder: str) -> dict[str, dict[str, float]]:
         rows = self.load("evaluation_dataset")

@@ -15,6 +15,7 @@ from trl_vlm.data.facts import JudgeTemplate
 from trl_vlm.data.rows import IMAGE_COLUMNS, ROW_NAME, NamedRows, check_rows, named_rows
 from trl_vlm.losses import mean_reward_penalty
 from trl_vlm.models.processors import load_processor
+from trl_vlm.trainers import _trl  # noqa: F401  says at import which name a TRL lacks
 from trl_vlm.trainers.adapters import reward_adapter, sparing_vision_tower
 from trl_vlm.trainers.common import check_depends_on_pixels, other_pixels, prepare_vlm
 from trl_vlm.trainers.reward_config import RewardConfig

@@ -2,9 +2,9 @@
 
     python benchmarks/fact_rlhf_seeds.py --seeds 0 1 2
 
-Runs `examples/fact_rlhf.py` once per seed (about ten minutes each on two cores; finished stages are skipped) and writes
-`fact_rlhf.md`, `fact_rlhf.json` and plots into `--results_dir`. The evaluation scenes of each seed are its own, and
-none was used to choose a setting.
+Runs `examples/fact_rlhf.py` once per seed (about ten minutes each on two cores; finished stages are skipped) and
+writes `fact_rlhf.md` and the report `fact_rlhf/` into `--results_dir`. The evaluation scenes of each
+seed are its own, and none was used to choose a setting.
 """
 
 import argparse
@@ -64,8 +64,8 @@ def by_seed(reports: list[dict], seeds: list[int]) -> str:
     lines = [
         "# PPO against the supervised model, seed by seed",
         "",
-        "Testbed, scenes in which partners are mostly absent (`adv`). CHAIR_i and recall: change in percentage points; "
-        "repeats in percent. `python benchmarks/fact_rlhf_seeds.py`; all metrics: [fact_rlhf](fact_rlhf/report.md).",
+        "Testbed, scenes in which partners are mostly absent (`adv`). Everything in percent, changes in percentage "
+        "points. `python benchmarks/fact_rlhf_seeds.py`; all metrics: [fact_rlhf](fact_rlhf/report.md).",
         "",
         "| captions | arm | seed | CHAIR_i before | CHAIR_i after | change | recall | change | repeats |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-
 SCRIPT = Path(__file__).parents[2] / "examples" / "fact_rlhf.py"
 STAGES = ("sft", "reward", "ppo", "evaluate")
 

@@ -29,6 +29,17 @@ class Killed(BaseException):
     """Stands for a signal: nothing may catch it."""
 
 
+class Wrapped(torch.nn.Module):
+    """As DistributedDataParallel, it has a forward and nothing else of the model's."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs):
+        return self.module(**inputs)
+
+
 @pytest.fixture(scope="module")
 def trained(world, tmp_path_factory):
     return train_supervised(world, tmp_path_factory.mktemp("trained"), model_seed=1, settings=SHORT, progress=False)
@@ -187,7 +198,7 @@ def test_the_loss_is_a_mean_over_captions_plus_a_mean_over_answers(world, model,
     expected = sum(spoken) / len(spoken) + sum(answers) / len(answers) + 0.05 * sum(ends) / len(answers)
     arguments = supervised._arguments(tmp_path, SHORT, steps=4, batch=4, progress=False)
     trainer = CaptionTrainer(model, arguments, train_dataset=[0], end_of_reply_weight=0.05)
-    torch.testing.assert_close(trainer.compute_loss(model, batch), expected)
+    torch.testing.assert_close(trainer.compute_loss(Wrapped(model), batch), expected)
 
 
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused(world, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer, TrainingArguments
@@ -69,7 +70,7 @@ def train_supervised(
     """Trains the testbed's model from scratch and saves it with its processor as an ordinary Hugging Face folder.
 
     Killed at any moment, the same call carries on from the last checkpoint (in `output_dir/training`) and ends with
-    the same weights. A finished folder is returned at once.
+    the same weights. A finished folder is returned at once. Launched on several processes, they share each batch.
 
     Args:
         world: The world to learn; saved as `world.json`.
@@ -100,11 +101,13 @@ def train_supervised(
     model = build_model(processor, model_seed)
     tower = train_tower(model, processor, world, output_dir, data_seed, settings, progress)
     captions = train_captions(model, processor, world, output_dir, data_seed, settings, progress)
-    model.requires_grad_(True).save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
-    world.save(output_dir)
-    # Written last and whole: its presence says that everything else is there.
-    _write_json(output_dir / SUMMARY, recipe | {"tower_log": tower, "log": captions})
+    if PartialState().is_main_process:
+        model.requires_grad_(True).save_pretrained(output_dir)
+        processor.save_pretrained(output_dir)
+        world.save(output_dir)
+        # Written last and whole: its presence says that everything else is there.
+        _write_json(output_dir / SUMMARY, recipe | {"tower_log": tower, "log": captions})
+    PartialState().wait_for_everyone()
     return output_dir
 
 
@@ -281,7 +284,7 @@ class CaptionTrainer(Trainer):
         """The loss of a batch of `SupervisedCollator`."""
         captions, spoken = self._token_losses(model, inputs, "captions")
         questions, asked = self._token_losses(model, inputs, "questions")
-        ends = asked == model.config.text_config.eos_token_id
+        ends = asked == self.model.config.text_config.eos_token_id  # `model` may be wrapped
         answers = (asked != -100) & ~ends
         caption_loss = captions.sum() / (spoken != -100).sum()
         question_loss = questions[answers].mean()

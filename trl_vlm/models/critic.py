@@ -108,10 +108,13 @@ def critic_apart(policy: nn.Module) -> Iterator[None]:
 
 
 def remove_critic(policy: nn.Module) -> None:
-    """Undo `JointForward`, on a policy that an earlier PPO run has left with its critic."""
+    """Undo `JointForward`, on a policy that an earlier PPO run has left with its critic.
+
+    The forward of the policy's class comes back: a copy of the policy would otherwise run the policy itself.
+    """
     if CRITIC in policy._modules:
         del policy._modules[CRITIC]
-        policy.forward = policy.forward.__wrapped__
+        del policy.forward
 
 
 def check_same_vocabulary(policy: nn.Module, critic: nn.Module) -> None:

@@ -38,6 +38,7 @@ from trl_vlm.trainers.rollouts import (
     check_rollout_rows,
     load_policy_processor,
     prepared_rows,
+    refuse_mixed_rows_if_sharded,
     reward_functions,
     rollout_rows,
     without_empty_images,
@@ -59,7 +60,7 @@ class PPOTrainer(GRPOTrainer):
     With `peft_config`, or a policy that has an adapter, the reference is the same base model: with its adapter off,
     or with a frozen copy of the adapter it started from. Without PEFT it is a frozen copy of the policy.
 
-    Checkpoints hold the policy in their root, as any Hugging Face model, and the critic's trained weights beside it in
+    Checkpoints hold the policy, as any Hugging Face model, and the critic's trained weights beside it in
     `value_model.safetensors`.
 
     Args:
@@ -73,8 +74,7 @@ class PPOTrainer(GRPOTrainer):
         value_model: folder, hub id or model that the critic starts from, if not from `reward_model`.
         value_peft_config: the critic's adapters; like the policy's by default.
 
-    The other arguments are those of `trl.GRPOTrainer`. `data_collator` and `optimizer_cls_and_kwargs` of TRL's last
-    PPOTrainer have no counterpart: TRL's GRPOTrainer collates rollouts itself.
+    The other arguments are those of `trl.GRPOTrainer`, which collates rollouts itself: there is no `data_collator`.
 
     Source: 1707.06347; for vision-language models section 2.3 of Fact-RLHF (2309.14525).
     Differs from Fact-RLHF's public code: the score sits on the last real token, whitening and losses leave padding
@@ -143,8 +143,6 @@ class PPOTrainer(GRPOTrainer):
         self._add_critic(value_model, reward_model, value_peft_config or peft_config, quantization)
         self._pixels_checked = not args.check_pixels
 
-    # Setup
-
     def _add_critic(
         self,
         value_model: str | nn.Module | None,
@@ -187,7 +185,7 @@ class PPOTrainer(GRPOTrainer):
         return self.model.get_submodule(CRITIC)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """TRL's optimiser, with a learning rate of its own for the critic if `value_learning_rate` is set."""
+        """TRL's optimiser; the critic has groups of its own if `value_learning_rate` is set."""
         optimizer = super().create_optimizer(model)
         if self.args.value_learning_rate is not None:
             give_own_learning_rate(optimizer, self.value_model.parameters(), self.args.value_learning_rate)
@@ -231,7 +229,9 @@ class PPOTrainer(GRPOTrainer):
         )
 
     def _generate_and_score_completions(self, inputs):
-        batch = super()._generate_and_score_completions(prepared_rows(inputs, self.processing_class))
+        rows = prepared_rows(inputs, self.processing_class)
+        refuse_mixed_rows_if_sharded(rows, self)
+        batch = super()._generate_and_score_completions(rows)
         if self.args.freeze_vision_tower:
             # To compute the reference, PEFT switches adapters off and on again, and that makes all of them trainable.
             freeze_vision_tower(self.model)
@@ -246,9 +246,8 @@ class PPOTrainer(GRPOTrainer):
 
     def _score_tokens(self, model: Callable, batch: dict[str, Any]) -> Tensor:
         """Log-probabilities (or values) of the reply tokens of a rollout, (B, T)."""
-        batch_size = self.args.per_device_train_batch_size
-        if not self.model.training:
-            batch_size = self.args.per_device_eval_batch_size
+        args = self.args
+        batch_size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
         logps, _, _ = self._get_per_token_logps_and_entropies(
             model,
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
@@ -288,9 +287,8 @@ class PPOTrainer(GRPOTrainer):
         advantages, returns = generalized_advantages(
             rewards, batch["old_values"], mask, gamma=args.gamma, lam=args.lam
         )
-        sums = rollout_sums(
-            mask, scores=scores, kl=kl, advantages=advantages, returns=returns, values=batch["old_values"]
-        )
+        values = batch["old_values"]
+        sums = rollout_sums(mask, scores=scores, kl=kl, advantages=advantages, returns=returns, values=values)
         self._log_rollout(self.accelerator.reduce(sums))
         if args.whiten_advantages:
             advantages = whiten(advantages, mask, self._global_moments(advantages, mask))
@@ -365,7 +363,8 @@ class PPOTrainer(GRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         output_dir = output_dir or self.args.output_dir
         state_dict = self.model.state_dict() if state_dict is None else state_dict
-        super()._save(output_dir, {k: v for k, v in state_dict.items() if not k.startswith(f"{CRITIC}.")})
+        with critic_apart(self.model):  # PEFT would save the modules of its adapter, too
+            super()._save(output_dir, {k: v for k, v in state_dict.items() if not k.startswith(f"{CRITIC}.")})
         if self.args.should_save:
             save_critic(self.value_model, state_dict, output_dir)
 

@@ -29,10 +29,7 @@ def own_reference(
     if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
         return None  # sharded weights cannot be copied: TRL loads the reference from the model's path
     # A model in memory may have been trained since it was loaded; TRL would load its path again.
-    reference = copy.deepcopy(model)
-    # A forward that an earlier trainer has put on the instance runs the instance that it was made for.
-    vars(reference).pop("forward", None)
-    return reference
+    return copy.deepcopy(model)
 
 
 def prepared_reference(reference: nn.Module, trainer: GRPOTrainer) -> nn.Module:

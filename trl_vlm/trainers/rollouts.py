@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from transformers.utils import find_adapter_config_file
 
 from trl_vlm.data.images import load_image
@@ -92,6 +93,25 @@ def _prepared_row(row: dict[str, Any], image_token: str | None) -> dict[str, Any
     row["images"] = [load_image(image, name=f"{name}, image {index}") for index, image in enumerate(images)]
     _check_places(row["prompt"], len(images), image_token, name)
     return row
+
+
+def refuse_mixed_rows_if_sharded(rows: Sequence[dict[str, Any]], trainer: Trainer) -> None:
+    """With ZeRO-3 and FSDP, stop where processes would otherwise wait for each other for ever.
+
+    Raises:
+        RuntimeError: some rows of the rollout, on whatever process, have images and others have none.
+    """
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    if not (trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)):
+        return
+    counts = torch.tensor([[sum(bool(row.get("images")) for row in rows), len(rows)]], device=trainer.args.device)
+    with_images, every = trainer.accelerator.gather(counts).sum(0).tolist()
+    if 0 < with_images < every:
+        raise RuntimeError(
+            f"{with_images} of the {every} rows of a rollout have images. With sharded parameters (ZeRO-3, FSDP) all "
+            "processes must run the vision tower together. Train on rows with and without images in separate runs, or "
+            "use ZeRO-2."
+        )
 
 
 def _without_empty_keys(message: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,9 @@ command may be stopped and given again. Writes `testbed_gates.json` and `testbed
 import argparse
 import json
 import logging
+import platform
 import statistics
+import subprocess
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -98,13 +100,20 @@ def run(world: int, model: int, folder: Path, scenes: int, seed: int) -> dict:
     log = json.loads((folder / SUMMARY).read_text())["log"]
     metrics["question_loss_at_150"] = next(line["question_loss"] for line in log if line.get("step") == 150)
     metrics["chair_i_gap"] = metrics["adv/greedy/chair_i"] - metrics["iid/greedy/chair_i"]
-    seconds = {
+    history = {
+        "commit": found.get("commit", commit()),
         "train_cpu_seconds": found.get("train_cpu_seconds", trained - start),
         "evaluate_cpu_seconds": time.process_time() - trained,
     }
-    result = asked | seconds | {"metrics": metrics}
+    result = asked | history | {"metrics": metrics}
     record.write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def commit() -> str:
+    """The commit that the code is at; empty outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def holds(gate: Gate, metrics: dict[str, float]) -> bool:
@@ -132,7 +141,9 @@ def report(runs: list[dict]) -> str:
         "",
         f"{passed} of {len(runs)} from-scratch trainings pass. `python benchmarks/testbed_gates.py`, "
         f"{runs[0]['scenes']} scenes per split, evaluation seed {runs[0]['seed']}; captions are greedy where not said "
-        "otherwise; shares are in percent.",
+        "otherwise; shares are in percent, CPU seconds those of one thread, more where other programs share the cores. "
+        f"Trained at commit {', '.join(sorted({run['commit'] for run in runs}))}, on a CPU ({platform.machine()}), with "
+        f"torch {torch.__version__}.",
         "",
         "| check | bound | gate | held in |",
         "|---|---|---|---|",

@@ -136,14 +136,14 @@ def write(runs: list[dict], folder: Path) -> None:
 
 def report(runs: list[dict]) -> str:
     passed = sum(verdict(run["metrics"]).startswith("pass") for run in runs)
+    commits = ", ".join(sorted({run["commit"] for run in runs}))
     lines = [
         "# The testbed's supervised stage against its gates",
         "",
         f"{passed} of {len(runs)} from-scratch trainings pass. `python benchmarks/testbed_gates.py`, "
         f"{runs[0]['scenes']} scenes per split, evaluation seed {runs[0]['seed']}; captions are greedy where not said "
-        "otherwise; shares are in percent, CPU seconds those of one thread, more where other programs share the cores. "
-        f"Trained at commit {', '.join(sorted({run['commit'] for run in runs}))}, on a CPU ({platform.machine()}), with "
-        f"torch {torch.__version__}.",
+        "otherwise; shares are in percent, CPU seconds those of one thread, more where other programs share the "
+        f"cores. Trained at commit {commits}, on a CPU ({platform.machine()}), with torch {torch.__version__}.",
         "",
         "| check | bound | gate | held in |",
         "|---|---|---|---|",

@@ -384,11 +384,13 @@ class PPOTrainer(GRPOTrainer):
             load_critic(self.value_model, self.state.best_model_checkpoint)
 
     def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
+        # First: a checkpoint counts as complete once its last file, Trainer's own, is there.
         if self.args.should_save:
             folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            os.makedirs(folder, exist_ok=True)
             with open(os.path.join(folder, _STATE_FILE), "w", encoding="utf-8") as file:
                 json.dump({"kl_coef": self.kl_coef}, file)
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

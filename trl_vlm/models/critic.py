@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import make_dataclass
 from typing import Any
 
 import torch
@@ -80,8 +81,8 @@ class JointForward:
         def forward(*args: Any, **kwargs: Any) -> ModelOutput:
             output = policy_forward(*args, **kwargs)
             if self._values is not None:
-                output["token_values"] = critic_forward(**kwargs).log_probs
-                self._values.append(output["token_values"])
+                self._values.append(critic_forward(**kwargs).log_probs)
+                output = _output_with_values(type(output))(**output, token_values=self._values[-1])
             return output
 
         policy.forward = forward
@@ -95,6 +96,13 @@ class JointForward:
             yield self._values
         finally:
             self._values = None
+
+
+@functools.cache
+def _output_with_values(output_class: type[ModelOutput]) -> type[ModelOutput]:
+    """The same output with a field more: DDP takes outputs apart and makes them again, from declared fields alone."""
+    fields = [("token_values", Tensor | None, None)]
+    return make_dataclass(f"{output_class.__name__}WithValues", fields, bases=(output_class,))
 
 
 @contextmanager

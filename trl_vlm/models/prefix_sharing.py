@@ -16,6 +16,7 @@ It works inside gradient checkpointing (a key-value cache would not: transformer
 and with ZeRO, because the model still runs once, on an ordinary batch.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -114,6 +115,37 @@ def packing(attention_mask: Tensor, shared_prefix: Tensor) -> Packing:
         segment[piece.row, where] = piece.segment
     device = attention_mask.device
     return Packing(source.to(device), index.to(device), segment.to(device), target.to(device), prefix)
+
+
+def share_pairs(batch: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
+    """A batch of 2P sequences, chosen rows and then rejected ones, with the images of each pair once instead of twice.
+
+    What a pair has in common is what its two sequences begin with. For collators that make both sequences whole, as
+    reward training does; the batch is not changed.
+
+    Args:
+        batch: `input_ids` and `attention_mask` (2P, T), right padded, and the pixels, with what belongs to them, of
+            the chosen rows and then, the same, of the rejected ones.
+
+        config: of the model that reads it.
+
+    Raises:
+        ValueError: the family reads the replies as part of a prompt that sees all of itself (PaliGemma).
+    """
+    if config.model_type == "paligemma":
+        raise ValueError(
+            "PaliGemma reads a conversation that was encoded as a whole as one prompt, and all of it sees all of it; "
+            "two replies share nothing there. Leave the batch as it is."
+        )
+    ids, attention_mask = batch["input_ids"], batch["attention_mask"]
+    pairs = len(ids) // 2
+    differs = (ids[:pairs] != ids[pairs:]) | (attention_mask[:pairs] * attention_mask[pairs:] == 0)
+    ends = torch.where(differs.any(1), differs.int().argmax(1), ids.size(1)).repeat(2)
+    shared = {
+        name: value[: len(value) // 2] if name.startswith(("pixel", "image")) else value
+        for name, value in batch.items()
+    }
+    return shared | {SHARED_PREFIX: torch.stack([torch.arange(pairs).repeat(2), ends], dim=1)}
 
 
 class _Piece(NamedTuple):

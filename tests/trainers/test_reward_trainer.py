@@ -1,7 +1,6 @@
 import inspect
 import json
 import logging
-import math
 
 import pytest
 import torch
@@ -9,76 +8,24 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.families import FAMILIES, load_processor, saved
 from tests.preference_rows import FEATURES, preference_row, preference_rows
-from trl_vlm import RewardConfig, RewardTrainer
-from trl_vlm.data.collators import RewardCollator
+from tests.trainers.reward_setup import (
+    IMAGES,
+    LLAVA,
+    SHORT,
+    config,
+    llava,
+    loss_by_definition,
+    losses,
+    scores_one_by_one,
+    trained,
+)
+from trl_vlm import RewardTrainer
 from trl_vlm.data.facts import JudgeTemplate
 from trl_vlm.models.parts import part_of
 from trl_vlm.models.reward_model import load_reward_model
-
-SHORT = JudgeTemplate("judge . {facts}", "facts : {bullets} .", bullet="{fact}", separator=" ; ", opening="it is")
-IMAGES = [1, 0, 2, 1]  # of the rows of `preference_rows()`
-LLAVA = load_processor("llava")
-
-
-SETTINGS = dict(
-    max_steps=2,
-    per_device_train_batch_size=4,
-    per_device_eval_batch_size=2,
-    learning_rate=1e-3,
-    logging_steps=1,
-    save_strategy="no",
-    report_to="none",
-    disable_tqdm=True,
-    use_cpu=True,
-    bf16=False,
-    activation_checkpointing=False,
-)
-
-
-def config(folder, **changes):
-    return RewardConfig(str(folder), **SETTINGS | changes)
-
-
-def llava(folder, *, rows=None, trainer=None, **changes):
-    return RewardTrainer(
-        str(saved("llava", sharp=8)),
-        config(folder, **changes),
-        train_dataset=preference_rows() if rows is None else rows,
-        **{"judge_template": SHORT} | (trainer or {}),
-    )
-
-
-def trained(trainer):
-    trainer.train()
-    return trainer
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-@torch.no_grad()
-def scores_one_by_one(model, processor, rows, template=SHORT, seed=42):
-    """(N, 2), chosen and rejected, each pair in a batch of its own."""
-    collate = RewardCollator(processor, template, seed=seed)
-    model.eval()
-    return torch.cat([model(**collate([row])).logits.T for row in rows])
-
-
-def loss_by_definition(scores, margins=None):
-    """Binary cross-entropy of "the second one is better", the pairs in an arbitrary order of their candidates."""
-    total = 0.0
-    for index, (chosen, rejected) in enumerate(scores.tolist()):
-        margin = 0.0 if margins is None else margins[index]
-        chosen -= margin
-        first, second, second_is_better = (chosen, rejected, 0) if index % 2 else (rejected, chosen, 1)
-        probability = 1 / (1 + math.exp(-(second - first)))
-        total -= math.log(probability if second_is_better else 1 - probability)
-    return total / len(scores)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -360,54 +307,6 @@ class TestWays:
         model.config._name_or_path = ""
         with pytest.raises(ValueError, match="Pass it as `processing_class`"):
             RewardTrainer(model, config(tmp_path), train_dataset=preference_rows())
-
-
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory):
-    tokenizer = LLAVA.tokenizer
-    tokenizer.chat_template = LLAVA.chat_template
-    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **size))
-    folder = tmp_path_factory.mktemp("text")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def text_rows():
-    return preference_rows([0] * 6).remove_columns(["images", "facts"])
-
-
-class TestText:
-    """A model that reads no images trains as with TRL."""
-
-    def test_losses_and_logs_are_those_of_trl(self, text_model, text_rows, tmp_path):
-        def logs(trainer_class, config_class):
-            args = config_class(str(tmp_path), **SETTINGS, eval_strategy="steps", eval_steps=1)
-            trainer = trainer_class(text_model, args, train_dataset=text_rows, eval_dataset=text_rows)
-            trainer.train()
-            timing = ("runtime", "per_second")
-            return [{k: v for k, v in log.items() if not k.endswith(timing)} for log in trainer.state.log_history]
-
-        ours = logs(RewardTrainer, RewardConfig)
-        assert ours == logs(trl.RewardTrainer, trl.RewardConfig)
-        assert sum("loss" in log for log in ours) == 2 and sum("eval_accuracy" in log for log in ours) == 2
-
-    def test_the_mean_regulariser_works_on_text_too(self, text_model, text_rows, tmp_path):
-        def first_loss(**changes):
-            return losses(trained(RewardTrainer(text_model, config(tmp_path, **changes), train_dataset=text_rows)))[0]
-
-        assert first_loss(mean_reward_coefficient=0.5) > first_loss()
-
-    def test_options_for_images_are_refused(self, text_model, text_rows, tmp_path):
-        with pytest.raises(
-            ValueError, match=r"\['judge_template', 'freeze_vision_tower'\] are for models and rows with im"
-        ):
-            RewardTrainer(
-                text_model, config(tmp_path, freeze_vision_tower=True), train_dataset=text_rows, judge_template=SHORT
-            )
 
 
 def test_trl_still_offers_the_seams_we_stand_on():

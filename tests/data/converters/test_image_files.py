@@ -56,5 +56,5 @@ def test_what_is_no_image_is_refused(tmp_path, value, fault):
 
 
 def test_without_a_folder_the_error_says_how_to_name_one():
-    with pytest.raises(BadRecord, match="name the folder of images .*--images"):
+    with pytest.raises(BadRecord, match="Name the folder of images .*--images"):
         stored_image("gone.png")

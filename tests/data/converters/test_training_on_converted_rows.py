@@ -1,6 +1,7 @@
 """The rows of every converter train one step, as they come from the file."""
 
 import json
+import math
 
 import pyarrow
 import pyarrow.parquet as parquet
@@ -8,6 +9,7 @@ import pytest
 from converter_records import (
     FACTS,
     NLF_COLUMNS,
+    fact_rlhf,
     image_folder,
     llava_preference,
     nlf,
@@ -19,33 +21,34 @@ from converter_records import (
 from datasets import concatenate_datasets, load_dataset
 
 from tests.families import saved
-from trl_vlm import RewardConfig, RewardTrainer
+from trl_vlm import DPOConfig, DPOTrainer, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 from trl_vlm.data.converters import Source, convert
 
-PREFERENCE_DATA = {
-    "rlhf-v": rlhf_v(),
-    "rlaif-v": rlaif_v(),
-    "vlfeedback": vlfeedback([("5", "5", "5"), ("1", "1", "1")]),
-    "povid": povid(),
-    "llava-human-preference": llava_preference(),
-    "nlf": nlf(),
+RECORDS = {
+    "rlhf-v": [rlhf_v()],
+    "rlaif-v": [rlaif_v()],
+    "vlfeedback": [vlfeedback([("5", "5", "5"), ("1", "1", "1")])],
+    "povid": [povid()],
+    "llava-human-preference": [llava_preference()],
+    "nlf": [nlf()],
+    "fact-rlhf": [fact_rlhf()] * 4,
 }
+PREFERENCE_DATA = [name for name in RECORDS if name != "fact-rlhf"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Every preference data set, converted into a folder of its own."""
+    """Every data set, converted into a folder of its own."""
     world = tmp_path_factory.mktemp("world")
-    image_folder(
-        world / "images", "bus.png", "COCO_train2014_000000000009.jpg", "000000111111.jpg", "000000000042.jpg"
-    )
+    coco = ["COCO_train2014_000000000009.jpg", "000000111111.jpg", "000000222222.jpg", "000000000042.jpg"]
+    image_folder(world / "images", "bus.png", *coco)
     (world / "facts.json").write_text(json.dumps(FACTS))
-    for name, record in PREFERENCE_DATA.items():
-        parquet.write_table(pyarrow.Table.from_pylist([record]), world / f"{name}.parquet")
-        options = NLF_COLUMNS if name == "nlf" else {}
-        options = {"facts": world / "facts.json"} if name == "llava-human-preference" else options
+    facts = {"facts": world / "facts.json"}
+    options_of = {"nlf": NLF_COLUMNS, "llava-human-preference": facts, "fact-rlhf": facts}
+    for name, records in RECORDS.items():
+        parquet.write_table(pyarrow.Table.from_pylist(records), world / f"{name}.parquet")
         source = Source(str(world / f"{name}.parquet"))
-        convert(name, source, world / name, images=world / "images", progress=False, **options)
+        convert(name, source, world / name, images=world / "images", progress=False, **options_of.get(name, {}))
     return world
 
 
@@ -53,29 +56,56 @@ def converted(folder, name):
     return load_dataset(str(folder / name), split="train", cache_dir=str(folder / "cache"))
 
 
-def test_the_rows_of_all_preference_data_sets_train_a_reward_model_together(folder):
+ONE_STEP = {
+    "max_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+}
+
+
+def rows_of_all(folder):
     columns = ["images", "prompt", "chosen", "rejected"]
-    rows = concatenate_datasets([converted(folder, name).select_columns(columns) for name in PREFERENCE_DATA])
+    return concatenate_datasets([converted(folder, name).select_columns(columns) for name in PREFERENCE_DATA])
+
+
+def test_the_rows_of_all_preference_data_sets_train_a_reward_model_together(folder):
+    rows = rows_of_all(folder)
+    args = RewardConfig(str(folder / "out"), per_device_train_batch_size=len(rows), check_pixels=False, **ONE_STEP)
     assert len(rows) == len(PREFERENCE_DATA)
-    assert loss_of_one_step(rows, folder) > 0
+    assert RewardTrainer(str(saved("llava")), args, train_dataset=rows).train().training_loss > 0
 
 
-def test_converted_rows_with_facts_train_a_reward_model(folder):
+def test_rows_with_facts_train_a_reward_model_as_they_come(folder):
     rows = converted(folder, "llava-human-preference")
-    assert loss_of_one_step(rows, folder) > 0
+    args = RewardConfig(str(folder / "out"), check_pixels=False, **ONE_STEP)
+    assert RewardTrainer(str(saved("llava")), args, train_dataset=rows).train().training_loss > 0
 
 
-def loss_of_one_step(rows, folder):
-    args = RewardConfig(
+def test_the_rows_of_all_preference_data_sets_train_with_dense_dpo_together(folder):
+    rows = rows_of_all(folder)
+    args = DPOConfig(str(folder / "out"), per_device_train_batch_size=len(rows), dense_preset="paper", **ONE_STEP)
+    trainer = DPOTrainer(str(saved("llava")), args=args, train_dataset=rows)
+    # Policy and reference are still the same, so every pair pays ln 2.
+    assert trainer.train().training_loss == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_the_prompts_of_fact_rlhf_train_with_ppo_and_their_columns_reach_the_reward(folder):
+    seen = []
+
+    def reward(completions, facts, answer, length_weight, **columns):
+        seen.extend(zip(facts, answer, length_weight, strict=True))
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    args = PPOConfig(
         str(folder / "out"),
-        max_steps=1,
-        per_device_train_batch_size=len(rows),
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        check_pixels=False,
+        per_device_train_batch_size=4,
+        max_completion_length=4,
+        num_ppo_epochs=1,
+        **ONE_STEP,
     )
-    trainer = RewardTrainer(str(saved("llava")), args, train_dataset=rows)
-    return trainer.train().training_loss
+    rows = converted(folder, "fact-rlhf")
+    PPOTrainer(str(saved("llava")), reward_funcs=reward, args=args, train_dataset=rows).train()
+    assert seen[:4] == [(["Trams run on rails."], "B", -0.5)] * 4

@@ -172,8 +172,8 @@ class Conversion:
         except BadRecord as error:
             another_data_set = isinstance(error, MissingColumns) and state.records == 0
             if another_data_set or not self.skip_bad:
-                remedy = "" if another_data_set else "; `skip_bad` leaves such records out and counts them"
-                raise type(error)(f"{name}: {error.reason}", f"{error.detail}{remedy}".removeprefix("; ")) from error
+                remedy = "" if another_data_set else "(`skip_bad` leaves such records out and counts them.)"
+                raise type(error)(f"{name}: {error.reason}", f"{error.detail} {remedy}".strip()) from error
             state.dropped[error.reason] += 1
             return []
         state.dropped.update(made.dropped)

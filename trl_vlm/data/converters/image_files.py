@@ -55,8 +55,10 @@ def found_image(name: str, folder: Path | None) -> Path:
         if place.is_file():
             return place
     looked = " and ".join(repr(str(place)) for place in dict.fromkeys(places))
-    remedy = "name the folder of images (`images`, on the command line --images)" if folder is None else "check it"
-    raise BadRecord("image file not found", f"looked for {looked}; {remedy}")
+    remedy = "Name the folder of images (`images`, on the command line --images)."
+    if folder is not None:
+        remedy = "Is it the right folder of images?"
+    raise BadRecord("image file not found", f"looked for {looked}. {remedy}")
 
 
 def refuse_what_is_no_image(file: Path | io.BytesIO, what: str) -> None:

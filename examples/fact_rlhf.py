@@ -115,7 +115,7 @@ TESTBED = {
     "ppo_rollouts": 24,
     "batch_size": 64,
     "kl_coef": 0.4,
-    "length_coefficient": 0.0,
+    "length_coefficient": 4.0,
     "missing_end_penalty": 2.0,
     "max_completion_length": 48,
     "gradient_checkpointing": False,

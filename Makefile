@@ -21,8 +21,8 @@ test: install
 
 check: install
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check trl_vlm tests examples benchmarks
 
 format: install
 	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/ruff format trl_vlm tests examples benchmarks

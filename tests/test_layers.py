@@ -5,7 +5,6 @@ from pathlib import Path
 
 import trl_vlm
 
-
 ROOT = Path(trl_vlm.__file__).parent
 MATHS = {"masked", "segments", "advantages", "losses"}
 DATA, MODELS = MATHS | {"data"}, MATHS | {"models"}

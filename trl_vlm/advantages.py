@@ -10,7 +10,6 @@ from torch import Tensor
 
 from trl_vlm.masked import masked_sum
 
-
 KL_ESTIMATORS = ("k1", "k3", "clamped_k1")
 
 

@@ -121,6 +121,7 @@ class PreferenceCollator:
             return row
         name = row_name(row)
         images = [load_image(image, name=name) if not _is_ready(image) else image for image in row_images(row, name)]
+        _check_placeholders(row, len(images), name)
         return {key: value for key, value in row.items() if key not in ("image", "images")} | {"images": images}
 
     def _pairs(self, rows: list[Row]) -> list[Row]:
@@ -205,14 +206,17 @@ class PreferenceCollator:
                     "are (first character, one behind the last) of the reply's text."
                 )
         # Decoding ever longer pieces is exact for any tokenizer, and the replies themselves are tokenised once only.
-        ends = [len(self.tokenizer.decode(ids[: end + 1])) for end in range(len(ids))]
-        start = self.tokenizer.decode(ids).find(reply)
+        texts = [self._decoded(ids[: end + 1]) for end in range(len(ids))]
+        ends, start = [len(text) for text in texts], texts[-1].find(reply)
         if start < 0:
             raise ValueError(
                 f"{name}: the reply's tokens do not decode to its text, so characters cannot be assigned to them. Was "
                 "it cut by `max_length`, or changed by the chat template? Leave the spans out to have them found."
             )
         return tokens_in_spans(ends, [tuple(span) for span in spans], start)
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def _reference(self, batch: dict[str, Tensor], rows: list[Row]) -> Tensor:
         """(K * P, T - 1), float32, 0 outside the replies."""
@@ -238,6 +242,20 @@ def row_name(row: Row) -> str:
         prompt = message_text(prompt[-1])
     text = " ".join(str(prompt).split()) if prompt is not None else "unknown"
     return f"the row with prompt {text[:60]!r}"
+
+
+def _check_placeholders(row: Row, images: int, name: str) -> None:
+    """Compare the images that a prompt in parts mentions with those that there are; plain text gets its own."""
+    users = [message for message in row["prompt"] if isinstance(message, dict) and message["role"] == "user"]
+    if not users or any(isinstance(message["content"], str) for message in users):
+        return
+    parts = [part for message in users for part in message["content"]]
+    mentioned = sum(part["type"] == "image" and part.get("image") is None for part in parts)
+    if mentioned != images:
+        raise ValueError(
+            f"{name}: the prompt mentions {mentioned} images and the row holds {images}. Add the missing images to "
+            "its `images` column, or remove the placeholders."
+        )
 
 
 def _is_ready(image: Any) -> bool:

@@ -45,6 +45,8 @@ def complete_processor(processor: Any, model: str | nn.Module, args: DPOConfig) 
     """
     if processor is None:
         source = model if isinstance(model, str) else model.config._name_or_path
+        if not source:
+            return None
         kwargs: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
         if (args.model_init_kwargs or {}).get("revision") is not None:
             kwargs["revision"] = args.model_init_kwargs["revision"]
@@ -163,26 +165,37 @@ def _text(reply: Any) -> str:
     return "".join(message_text(message) for message in reply if message["role"] == "assistant")
 
 
-def prepared_extras(
-    dataset: Any, prepared: Any, prepare: Callable[[Any], Any], extra: int, map_arguments: dict[str, Any]
-) -> Any:
+def prepared_extras(dataset: Any, prepared: Any, prepare: Callable[[Any], Any], extra: int, name: str) -> Any:
     """TRL's tokenised rows with `rejected_extra_ids`: TRL tokenises each extra reply in the place of `rejected`.
 
     Args:
         dataset: the rows as the user gave them.
         prepared: what TRL made of them.
         prepare: TRL's preparation.
+        extra: how many replies `rejected_extra` holds.
+        name: what the dataset is called in errors.
     """
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(f"{name}: `rejected_extra` of text rows needs a dataset with rows by index, not a stream.")
+    if "rejected_extra" not in dataset.column_names:
+        raise ValueError(
+            f"{name}: the column `rejected_extra` is missing, and the training data have it. Add it, or drop it there."
+        )
     columns: list[list[list[int]]] = []
     for number in range(extra):
-        one = dataset.map(_ExtraAsRejected(number), **map_arguments)
-        columns.append(prepare(one)["rejected_ids"])
-    if any(len(column) != len(prepared) for column in columns):
-        raise ValueError("`max_length` drops other rows with `rejected_extra` than without. Raise `max_length`.")
+        one = prepare(dataset.map(_ExtraAsRejected(number)))
+        if one["prompt_ids"][:] != prepared["prompt_ids"][:]:
+            raise ValueError(
+                f"{name}: the chat template renders a prompt in two ways, depending on the reply, or `max_length` "
+                "drops other rows for the extra replies. Use another template, or raise `max_length`."
+            )
+        columns.append(one["rejected_ids"][:])
     return prepared.add_column("rejected_extra_ids", [list(replies) for replies in zip(*columns, strict=True)])
 
 
 class _ExtraAsRejected:
+    """Puts an extra reply in the place of the rejected one."""
+
     def __init__(self, number: int):
         self.number = number
 

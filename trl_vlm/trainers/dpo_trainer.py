@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import trl
 from accelerate.utils import is_peft_model
+from datasets import IterableDataset
 from torch import Tensor, nn
 
 from trl_vlm.data.preference import PreferenceCollator, SegmentOptions
@@ -87,7 +88,8 @@ class DPOTrainer(trl.DPOTrainer):
         )
         self._replies = ReplyLogProbs(self._dense_score(args))
         self._refuse_what_does_not_combine(args, own_collator=data_collator is not None)
-        prepare_vlm(self._base_model, freeze_vision=args.freeze_vision_tower)
+        if self._is_vlm or args.freeze_vision_tower:
+            prepare_vlm(self._base_model, freeze_vision=args.freeze_vision_tower)
         shares = self._set_up_forwards(own_collator=data_collator is not None)
         if data_collator is None:
             self.data_collator = PreferenceCollator(
@@ -132,7 +134,7 @@ class DPOTrainer(trl.DPOTrainer):
                 "`rejected_extra` does not go with `precompute_ref_log_probs` (use `reference_cache`), with the "
                 "auxiliary loss of mixtures of experts, or with `compute_metrics`. Unset it, or drop the column."
             )
-        if args.reference_cache is not None and not hasattr(self.train_dataset, "__getitem__"):
+        if args.reference_cache is not None and isinstance(self.train_dataset, IterableDataset):
             raise ValueError("`reference_cache` needs a dataset with rows by index, not a stream. Unset it.")
 
     # Forwards
@@ -189,13 +191,11 @@ class DPOTrainer(trl.DPOTrainer):
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if not self._extra:
             return prepared
-        if not hasattr(dataset, "__getitem__"):
-            raise ValueError("`rejected_extra` of text rows needs a dataset with rows by index, not a stream.")
 
         def prepare(one: Any) -> Any:
             return super(DPOTrainer, self)._prepare_dataset(one, processing_class, args, dataset_name)
 
-        return dpo_setup.prepared_extras(dataset, prepared, prepare, self._extra, {"num_proc": args.dataset_num_proc})
+        return dpo_setup.prepared_extras(dataset, prepared, prepare, self._extra, dataset_name)
 
     # Loss
 

@@ -47,7 +47,10 @@ class ReferenceCache:
         self.identity = {"format": FORMAT, **identity}
         self.log_probs: dict[str, Tensor] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        made_with = self._manifest()["identity"] if (self.folder / MANIFEST).exists() else self.identity
+        if not (self.folder / MANIFEST).exists():
+            # Before any shard, so that those of a run that is killed are not taken for another model's.
+            self._write_manifest({})
+        made_with = self._manifest()["identity"]
         changed = [name for name, value in self.identity.items() if made_with.get(name) != value]
         if changed:
             raise ValueError(
@@ -82,16 +85,10 @@ class ReferenceCache:
 
     def finish(self, name: str, keys: Iterable[str]) -> None:
         """Note in the manifest that the dataset `name` with exactly these replies is complete."""
-        complete = self._manifest()["complete"] if (self.folder / MANIFEST).exists() else {}
-        complete[name] = _digest(sorted(keys))
-        unfinished = self.folder / f"{MANIFEST}.{os.getpid()}.tmp"
-        unfinished.write_text(json.dumps({"identity": self.identity, "complete": complete}, indent=2))
-        _rename(unfinished, self.folder / MANIFEST)
+        self._write_manifest(self._manifest()["complete"] | {name: _digest(sorted(keys))})
 
     def check_data(self, name: str, keys: Iterable[str]) -> None:
         """Refuse a dataset whose rows are not those that the folder was completed for."""
-        if not (self.folder / MANIFEST).exists():
-            return
         keys = list(keys)
         known = self._manifest()["complete"].get(name)
         if known is not None and known != _digest(sorted(keys)):
@@ -112,6 +109,11 @@ class ReferenceCache:
                 "`train_dataset` or `eval_dataset`."
             )
         return [self.log_probs[key] for key in keys]
+
+    def _write_manifest(self, complete: dict[str, str]) -> None:
+        unfinished = self.folder / f"{MANIFEST}.{os.getpid()}.tmp"
+        unfinished.write_text(json.dumps({"identity": self.identity, "complete": complete}, indent=2))
+        _rename(unfinished, self.folder / MANIFEST)
 
     def _manifest(self) -> dict[str, Any]:
         try:

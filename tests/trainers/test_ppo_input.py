@@ -20,7 +20,7 @@ def test_the_names_of_trls_last_ppo_trainer_are_accepted(tmp_path):
         cliprange=0.3,
         num_ppo_epochs=3,
         response_length=7,
-        max_completion_length=256,
+        max_completion_length=PPOConfig.max_completion_length,  # not set
         num_mini_batches=2,
         gradient_accumulation_steps=2,
         total_episodes=33,
@@ -76,7 +76,7 @@ def test_defaults_are_those_of_trls_last_ppo_config(tmp_path):
     ],
 )
 def test_contradictions_are_refused_with_the_remedy(options, message, tmp_path):
-    options = {"num_ppo_epochs": None, "max_completion_length": 256, **options}
+    options = {"num_ppo_epochs": None, "max_completion_length": PPOConfig.max_completion_length, **options}
     with pytest.raises(ValueError, match=message):
         settings(tmp_path, **options)
 

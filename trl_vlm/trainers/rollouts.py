@@ -141,11 +141,15 @@ def _check_places(prompt: Sequence[dict[str, Any]], images: int, image_token: st
 
 
 def without_empty_images(model: Callable[..., Any]) -> Callable[..., Any]:
-    """`model`, called without image inputs where TRL hands it the zero images of a mini-batch of text-only rows."""
+    """`model`, called without image inputs where none of the rows that TRL hands it has an image.
+
+    A mini-batch of text-only rows comes with the zero images that are its share of the rollout's, or (Idefics3,
+    SmolVLM) with one image of nothing but padding for each row; models fail at both.
+    """
 
     def forward(**inputs: Any) -> Any:
-        pixels = inputs.get("pixel_values")
-        if pixels is not None and len(pixels) == 0:
+        pixels, padding = inputs.get("pixel_values"), inputs.get("pixel_attention_mask")
+        if pixels is not None and (len(pixels) == 0 or (padding is not None and not padding.any())):
             inputs = {key: v for key, v in inputs.items() if key not in IMAGE_INPUTS or key in _PER_TOKEN}
         return model(**inputs)
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from trl_vlm.models import last_complete_checkpoint
 from trl_vlm.testbed import supervised
 from trl_vlm.testbed.datasets import SupervisedExample, supervised_example
 from trl_vlm.testbed.model import build_model
@@ -13,7 +14,6 @@ from trl_vlm.testbed.supervised import (
     SupervisedCollator,
     SupervisedSettings,
     TowerTrainee,
-    last_complete_checkpoint,
     train_captions,
     train_supervised,
     train_tower,
@@ -118,7 +118,7 @@ def test_a_checkpoint_without_a_whole_state_file_is_passed_over(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
     (tmp_path / "checkpoint-12").mkdir()
-    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 def test_each_stage_trains_its_own_parts(world, model, processor, tmp_path):

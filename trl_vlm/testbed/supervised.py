@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer, TrainingArguments
 
 from trl_vlm.models._transformers import keep_parameter_names
+from trl_vlm.models.checkpoints import last_complete_checkpoint
 from trl_vlm.testbed.datasets import SupervisedExample, supervised_example
 from trl_vlm.testbed.model import build_model
 from trl_vlm.testbed.processor import IMAGE_TOKENS, NOTHING, build_processor, encode_texts
@@ -308,12 +309,6 @@ class CaptionTrainer(Trainer):
         super().log(logs | means, *args, **kwargs)
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a trainer that was written to its end; one cut short by a kill is passed over."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    return next((path for path in found if _is_json(path / "trainer_state.json")), None)
-
-
 def _arguments(
     folder: Path, settings: SupervisedSettings, *, steps: int, batch: int, progress: bool, **extra: Any
 ) -> TrainingArguments:
@@ -345,8 +340,7 @@ def _arguments(
 
 
 def _train(trainer: Trainer) -> list[dict[str, float]]:
-    checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
     return trainer.state.log_history
 
 
@@ -362,14 +356,6 @@ def _holds(folder: Path, recipe: dict[str, Any]) -> bool:
             f"{folder} holds a finished model that differs in {', '.join(different)}. Choose another folder, or "
             "delete this one to train anew."
         )
-    return True
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return False
     return True
 
 

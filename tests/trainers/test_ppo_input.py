@@ -81,6 +81,11 @@ def test_contradictions_are_refused_with_the_remedy(options, message, tmp_path):
         settings(tmp_path, **options)
 
 
+def test_images_are_gathered_for_the_log_of_replies_alone(tmp_path):
+    assert not settings(tmp_path).log_multimodal
+    assert settings(tmp_path, log_completions=True).log_multimodal
+
+
 def test_every_option_says_what_it_is():
     ours = {field.name for field in fields(PPOConfig)} - {field.name for field in fields(PPOConfig.__mro__[1])}
     described = [field for field in fields(PPOConfig) if field.name in ours]

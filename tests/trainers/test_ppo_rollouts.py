@@ -143,6 +143,13 @@ def test_a_rollout_equals_its_definition(estimator, trainer, plain_models):
     assert metrics["ppo/score"] == pytest.approx(sum(row["score"] for row in expected) / 4)
     assert metrics["ppo/kl"] == pytest.approx(sum(row["kl"] for row in expected) / 4, rel=1e-4)
     assert metrics["ppo/kl_coef"] == 0.3
+    returns, values = (
+        torch.tensor([x for row in expected for x in row[key]], dtype=torch.float64) for key in ("returns", "values")
+    )
+    assert metrics["ppo/return_mean"] == pytest.approx(returns.mean().item(), rel=1e-4)
+    assert metrics["ppo/value_mean"] == pytest.approx(values.mean().item(), rel=1e-3, abs=1e-4)
+    unexplained = (returns - values).square().mean() / returns.var(unbiased=False)
+    assert metrics["ppo/explained_variance"] == pytest.approx(1 - unexplained.item(), rel=1e-3)
 
 
 def test_the_losses_equal_their_definition_after_the_policy_has_moved(trainer):

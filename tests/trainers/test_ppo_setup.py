@@ -1,5 +1,8 @@
 """PPO's models: references, critics, adapters, what is frozen, and who may see whose parameters."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -65,7 +68,12 @@ def test_a_model_in_memory_is_its_own_reference_and_not_what_its_path_holds(tmp_
     assert abs(last(trainer, "ppo/kl")) > 0.1
 
     # A second run with the same object starts from what the first one has made of it.
-    again = ppo(tmp_path, trainer.model, peft_config=None)
+    old_critic = weakref.ref(trainer.value_model)
+    model = trainer.model
+    del trainer
+    again = ppo(tmp_path, model)
+    gc.collect()
+    assert old_critic() is None
     assert [name for name, _ in again.model.named_children()].count("value_model") == 1
     assert not any("value_model" in name for name, _ in again.ref_model.named_parameters())
     rollout(again, [0, 1])
@@ -127,6 +135,8 @@ def test_the_critic_has_its_own_learning_rate(tmp_path):
 def test_a_frozen_vision_tower_stays_as_it_is_in_policy_and_critic(make_adapter, tmp_path):
     trainer = ppo(tmp_path, peft_config=make_adapter(), freeze_vision_tower=True, learning_rate=1e-2)
     before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trained = {part_of(name) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert "vision tower" not in trained
     trainer.train()
     for name, parameter in trainer.model.named_parameters():
         if part_of(name) == "vision tower":
@@ -294,12 +304,13 @@ def test_a_language_model_trains_with_a_critic_of_its_own_kind(critic, text_fold
     trainer = PPOTrainer(
         text_folder,
         reward_funcs=count_letters,
-        args=settings(tmp_path, num_ppo_epochs=2),
+        args=settings(tmp_path, num_ppo_epochs=2, model_init_kwargs={"dtype": "bfloat16"}),
         train_dataset=rows([0, 0]).remove_columns("images"),
         value_model=text_folder if critic == "from a folder" else None,
     )
     assert type(trainer.value_model).__name__ == "LlamaForSequenceClassification"
-    source = AutoModelForCausalLM.from_pretrained(text_folder)
+    assert trainer.value_model.score.weight.dtype == torch.float32
+    source = AutoModelForCausalLM.from_pretrained(text_folder, dtype="bfloat16")
     assert_close(trainer.value_model.model.state_dict(), source.model.state_dict())
     trainer.train()
     assert trainer.value_model.score.weight.any()

@@ -118,7 +118,7 @@ def critic_apart(policy: nn.Module) -> Iterator[None]:
 def remove_critic(policy: nn.Module) -> None:
     """Undo `JointForward`, on a policy that an earlier PPO run has left with its critic.
 
-    The forward of the policy's class comes back: a copy of the policy would otherwise run the policy itself.
+    The forward of the policy's class comes back: the one on the instance would keep the old critic in memory.
     """
     if CRITIC in policy._modules:
         del policy._modules[CRITIC]

@@ -118,6 +118,9 @@ class PPOConfig(trl.GRPOConfig):
         self._use_old_name("response_length", "max_completion_length")
         self._check_values()
         self._set_rollout_size()
+        # TRL gathers the images of every rollout, also where nothing shows them, and for ever where the rows of one
+        # process have none. Delete when `trl.GRPOTrainer` gathers them for `log_completions` alone.
+        self.log_multimodal = self.log_multimodal and self.log_completions
         # GRPOTrainer makes a reference model, and its log-probabilities, where `beta` is not zero.
         self.beta = self.kl_coef
         replies, self.num_generations = self.num_generations, _AtLeastTwo(self.num_generations)

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+from transformers import AutoModelForImageTextToText
+
 from tests.families import load_processor
 from tests.trainers.dpo_training import lora, rows
 from trl_vlm import DPOConfig, DPOTrainer
 
 
 def main(folder: Path, trainer_arguments: dict, model: str, batch: int, adapter: bool = False, cache: bool = False):
+    folder_of_model = model
     args = DPOConfig(
         str(folder / "out"),
         max_steps=4,
@@ -22,11 +25,14 @@ def main(folder: Path, trainer_arguments: dict, model: str, batch: int, adapter:
         disable_tqdm=True,
         **trainer_arguments,
     )
+    if adapter:
+        # TRL seeds, then loads, then draws the adapter; loading draws other numbers when ZeRO-3 splits what it loads.
+        model = AutoModelForImageTextToText.from_pretrained(folder_of_model)
     trainer = DPOTrainer(
         model,
         args=args,
         train_dataset=rows((1, 2, 1, 1, 2, 1, 1, 1)),
-        processing_class=load_processor(model),
+        processing_class=load_processor(folder_of_model),
         peft_config=lora() if adapter else None,
     )
     trainer.train()

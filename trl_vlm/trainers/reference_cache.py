@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -168,6 +169,8 @@ def fill(
     keys = [row_keys for batch in loader for row_keys in batch]
     cache.check_data(name, (key for row_keys in keys for key in row_keys))
     lacking = [row for row, row_keys in enumerate(keys) if any(key not in cache.log_probs for key in row_keys)]
+    # A process that reads later may find what another one has written by now, and they would share out other rows.
+    lacking = broadcast_object_list([lacking])[0]
     logger.info("Reference cache %s: %d of %d rows of %s to compute", cache.folder, len(lacking), len(keys), name)
     done: dict[str, Tensor] = {}
     for rows, is_own in _batches(lacking, batch_size, accelerator):

@@ -4,12 +4,13 @@ import math
 from dataclasses import fields
 
 import pytest
+from accelerate import Accelerator
 from datasets import Dataset
 
 from tests import families
 from tests.trainers.ppo_setup import count_letters, rollout, rows, settings
 from trl_vlm import PPOConfig, PPOTrainer
-from trl_vlm.trainers.rollouts import refuse_mixed_rows_if_sharded
+from trl_vlm.trainers.rollouts import refuse_mixed_rows
 
 # Options
 
@@ -208,14 +209,16 @@ def test_a_row_that_cannot_be_shown_to_the_policy_is_named(columns, message, tra
         trainer._generate_and_score_completions(changed(**columns))
 
 
-def test_with_sharded_parameters_rows_with_and_without_images_do_not_mix(trainer, monkeypatch):
+def test_under_deepspeed_and_fsdp_rows_with_and_without_images_do_not_mix(trainer, monkeypatch):
     some, none, every = ([{"images": [0] * count} for count in counts] for counts in ([1, 0], [0, 0], [1, 2]))
-    refuse_mixed_rows_if_sharded(some, trainer)
+    refuse_mixed_rows(some, trainer)
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
+    refuse_mixed_rows(some, trainer)
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
-    refuse_mixed_rows_if_sharded(none, trainer)
-    refuse_mixed_rows_if_sharded(every, trainer)
-    with pytest.raises(RuntimeError, match="1 of the 2 rows of a rollout have images.*use ZeRO-2"):
-        refuse_mixed_rows_if_sharded(some, trainer)
+    refuse_mixed_rows(none, trainer)
+    refuse_mixed_rows(every, trainer)
+    with pytest.raises(RuntimeError, match="1 of the 2 rows of a rollout have images.*under DDP"):
+        refuse_mixed_rows(some, trainer)
 
 
 def test_messages_in_parts_may_come_from_arrow_which_fills_in_empty_keys(trainer, answers):

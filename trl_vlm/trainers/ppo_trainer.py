@@ -38,7 +38,7 @@ from trl_vlm.trainers.rollouts import (
     check_rollout_rows,
     load_policy_processor,
     prepared_rows,
-    refuse_mixed_rows_if_sharded,
+    refuse_mixed_rows,
     reward_functions,
     rollout_rows,
     without_empty_images,
@@ -191,8 +191,6 @@ class PPOTrainer(GRPOTrainer):
             give_own_learning_rate(optimizer, self.value_model.parameters(), self.args.value_learning_rate)
         return optimizer
 
-    # Rollouts
-
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         unscored = rewards.isnan().all(dim=1)
@@ -230,7 +228,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         rows = prepared_rows(inputs, self.processing_class)
-        refuse_mixed_rows_if_sharded(rows, self)
+        refuse_mixed_rows(rows, self)
         batch = super()._generate_and_score_completions(rows)
         if self.args.freeze_vision_tower:
             # To compute the reference, PEFT switches adapters off and on again, and that makes all of them trainable.

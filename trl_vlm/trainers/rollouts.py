@@ -95,22 +95,24 @@ def _prepared_row(row: dict[str, Any], image_token: str | None) -> dict[str, Any
     return row
 
 
-def refuse_mixed_rows_if_sharded(rows: Sequence[dict[str, Any]], trainer: Trainer) -> None:
-    """With ZeRO-3 and FSDP, stop where processes would otherwise wait for each other for ever.
+def refuse_mixed_rows(rows: Sequence[dict[str, Any]], trainer: Trainer) -> None:
+    """With several processes under DeepSpeed or FSDP, stop where they would wait for each other, or mix up gradients.
+
+    Where a process has no image, its vision tower has no gradients. DDP is told so; the others exchange parameters and
+    gradients in the order in which they come, and take for granted that it is the same on all processes.
 
     Raises:
         RuntimeError: some rows of the rollout, on whatever process, have images and others have none.
     """
-    plugin = trainer.accelerator.state.deepspeed_plugin
-    if not (trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)):
+    fixed_order = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if not fixed_order or trainer.accelerator.num_processes == 1:
         return
     counts = torch.tensor([[sum(bool(row.get("images")) for row in rows), len(rows)]], device=trainer.args.device)
     with_images, every = trainer.accelerator.gather(counts).sum(0).tolist()
     if 0 < with_images < every:
         raise RuntimeError(
-            f"{with_images} of the {every} rows of a rollout have images. With sharded parameters (ZeRO-3, FSDP) all "
-            "processes must run the vision tower together. Train on rows with and without images in separate runs, or "
-            "use ZeRO-2."
+            f"{with_images} of the {every} rows of a rollout have images. Under DeepSpeed and FSDP all processes must "
+            "run the vision tower together. Train on rows with and without images in separate runs, or under DDP."
         )
 
 

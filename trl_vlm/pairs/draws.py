@@ -1,0 +1,84 @@
+"""Random numbers of a row: the same whatever the batch it is in, the number of processes, or what came before."""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+
+class Draws(NamedTuple):
+    """All random draws that a source makes for one row at one turn.
+
+    Each purpose ("pivot", 2, 0) has its own stream, so that one draw more here shifts no draw there.
+
+    Args:
+        seed: The source's seed.
+        turn: How many times the data set has been gone through.
+        row: The row's key, see `trl_vlm.pairs.source.row_key`.
+    """
+
+    seed: int
+    turn: int
+    row: str
+
+    def seed_of(self, *purpose: str | int) -> int:
+        """Returns a seed of 63 bits."""
+        key = repr((self.seed, self.turn, self.row, *purpose)).encode()
+        return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
+
+    def random(self, *purpose: str | int) -> random.Random:
+        """Returns a generator of Python's own."""
+        return random.Random(self.seed_of(*purpose))
+
+    def generator(self, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+        """Returns a generator of torch's, on `device`."""
+        return torch.Generator(device).manual_seed(self.seed_of(*purpose))
+
+
+class GumbelSampler(LogitsProcessor):
+    """Sampling as an argmax: tokens of the largest logit / temperature + Gumbel noise are samples of the softmax.
+
+    The noise of a sequence comes from its own generator, so its tokens do not depend on which others are sampled
+    beside it. As a `LogitsProcessor` it samples in `generate(do_sample=False)`.
+
+    Args:
+        seeds: One per sequence, for example `[draws.seed_of("tokens", iteration, job) ...]`.
+        temperature: 0 is greedy decoding.
+
+    Differs between devices: a CPU and a GPU draw different numbers from one seed.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float = 1.0):
+        if not temperature >= 0:
+            raise ValueError(f"`temperature` is {temperature}; it must be 0 (greedy) or more.")
+        self.seeds = list(seeds)
+        self.temperature = temperature
+        self._generators: dict[int, torch.Generator] = {}
+
+    def __call__(self, input_ids: Tensor | None, scores: Tensor, sequences: Sequence[int] | None = None) -> Tensor:
+        """Returns scores (N, V) whose argmax is the sampled token; the argument is not modified.
+
+        Args:
+            input_ids: Not read; `generate` passes it.
+            scores: (N, V), logits of the next token.
+            sequences: Which of the `seeds` the N rows belong to; all of them in order if None.
+        """
+        if self.temperature == 0:
+            return scores
+        sequences = range(len(self.seeds)) if sequences is None else sequences
+        if len(sequences) != len(scores):
+            raise ValueError(f"{len(scores)} sequences came with {len(sequences)} seeds; each needs its own.")
+        noise = torch.empty(scores.shape, dtype=torch.float, device=scores.device)
+        for row, sequence in zip(noise, sequences, strict=True):
+            row.exponential_(generator=self._generator(sequence, scores.device))
+        # -log of an exponential variable is a Gumbel variable.
+        return scores.float() / self.temperature - noise.log()
+
+    def _generator(self, sequence: int, device: torch.device) -> torch.Generator:
+        if sequence not in self._generators:
+            self._generators[sequence] = torch.Generator(device).manual_seed(self.seeds[sequence])
+        return self._generators[sequence]

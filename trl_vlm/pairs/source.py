@@ -1,0 +1,99 @@
+"""What a source of pairs is, and what it gets: rows, and a model that is ready to generate."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+
+from trl_vlm.data.rows import ROW_NAME, Row, check_row, message_text
+from trl_vlm.pairs.draws import Draws
+
+
+class Policy(NamedTuple):
+    """The model that makes replies, ready for it: evaluation mode, adapters on, gathered if it is sharded."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+
+
+class PairSource(Protocol):
+    """Makes preference rows of rows, without gradient.
+
+    A source is a plain value: it keeps no state between calls, and rows are never modified.
+    """
+
+    def __call__(self, rows: Sequence[Row], policy: Policy, turn: int = 0) -> list[Row | None]:
+        """Returns for each row a preference row, or None where there is no decision.
+
+        Args:
+            rows: B rows with `prompt`, `images` and, where a source needs a reference reply, `completion` (or else
+                `chosen`). `row_name` is what errors call a row and what its random draws hang on.
+            policy: The model that makes the replies.
+            turn: How many times this data set has been gone through; another turn, other draws.
+
+        Returns:
+            B entries. A preference row has the columns of its row, `chosen`, `rejected`, perhaps `rejected_extra`,
+            and columns `pair_*` with plain values that say what happened; `pair_source` is always there.
+        """
+        ...
+
+
+def row_key(row: Row, place: int) -> str:
+    """Returns what a row is called in errors and known by to its random draws: its name, else its place in the batch.
+
+    Without names, the draws of a row depend on its place in the batch.
+    """
+    return row.get(ROW_NAME) or f"row {place}"
+
+
+def row_draws(row: Row, place: int, seed: int, turn: int) -> Draws:
+    """Returns the random draws of a row."""
+    return Draws(seed, turn, row_key(row, place))
+
+
+def reference_reply(row: Row, name: str) -> str:
+    """Returns the text of the reference reply y+: the row's `completion`, or else its `chosen`.
+
+    Raises:
+        ValueError: The row has neither, the reply is empty, or it is more than one assistant message.
+        TypeError: It is not a list of messages.
+    """
+    column = "completion" if row.get("completion") is not None else "chosen"
+    if row.get(column) is None:
+        raise ValueError(
+            f"{name}: there is no reference reply. It needs the column 'completion' or 'chosen', with one assistant "
+            f"message; it has {sorted(row)}."
+        )
+    check_row({column: row[column]}, [column], name=name)
+    if len(row[column]) != 1 or row[column][0]["role"] != "assistant":
+        raise ValueError(
+            f"{name}, column {column!r}: it has the turns {[message['role'] for message in row[column]]}. A reference "
+            "reply is one assistant message; put the turns before it into 'prompt'."
+        )
+    return message_text(row[column][0])
+
+
+@contextmanager
+def generating(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context an unsharded model generates: evaluation mode, key-value cache, no gradient.
+
+    Evaluation mode also switches gradient checkpointing off, since transformers checkpoints in training mode alone.
+    Afterwards every module is in the mode it was in, and the configuration says what it said.
+    """
+    training = [module for module in model.modules() if module.training]
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
+    # hasattr: few families still keep `use_cache` in the outer configuration; `Trainer` writes it there.
+    before = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
+    model.eval()
+    for config, _ in before:
+        config.use_cache = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for config, use_cache in before:
+            config.use_cache = use_cache
+        for module in training:
+            module.training = True

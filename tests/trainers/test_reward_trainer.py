@@ -229,7 +229,7 @@ class TestGuards:
             trainer.train()
 
     def test_without_a_max_length_rows_with_images_may_be_long(self, tmp_path):
-        assert llava(tmp_path).data_collator.max_length is None
+        assert llava(tmp_path).data_collator.collate.max_length is None
 
     def test_rows_that_are_too_long_are_dropped_only_if_asked_and_are_counted(self, tmp_path, caplog):
         rows = [preference_row(0), preference_row(1, facts=["a red cat"] * 60), preference_row(2)]

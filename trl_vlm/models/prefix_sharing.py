@@ -117,6 +117,16 @@ def packing(attention_mask: Tensor, shared_prefix: Tensor) -> Packing:
     return Packing(source.to(device), index.to(device), segment.to(device), target.to(device), prefix)
 
 
+def why_pairs_not_shareable(config: PreTrainedConfig) -> str | None:
+    """As `why_not_shareable`, for sequences that a collator makes whole and `share_pairs` puts together."""
+    if config.model_type == "paligemma":
+        return (
+            "PaliGemma reads a conversation that was encoded as a whole as one prompt, and all of it sees all of it; "
+            "two replies share nothing there"
+        )
+    return why_not_shareable(config)
+
+
 def share_pairs(batch: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
     """A batch of 2P sequences, chosen rows and then rejected ones, with the images of each pair once instead of twice.
 
@@ -126,17 +136,15 @@ def share_pairs(batch: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[s
     Args:
         batch: `input_ids` and `attention_mask` (2P, T), right padded, and the pixels, with what belongs to them, of
             the chosen rows and then, the same, of the rejected ones.
-
         config: of the model that reads it.
 
     Raises:
-        ValueError: the family reads the replies as part of a prompt that sees all of itself (PaliGemma).
+        ValueError: the model cannot share prefixes, or reads the replies as part of a prompt that sees all of itself
+            (PaliGemma).
     """
-    if config.model_type == "paligemma":
-        raise ValueError(
-            "PaliGemma reads a conversation that was encoded as a whole as one prompt, and all of it sees all of it; "
-            "two replies share nothing there. Leave the batch as it is."
-        )
+    reason = why_pairs_not_shareable(config)
+    if reason is not None:
+        raise ValueError(f"{reason}. Leave the batch as it is.")
     ids, attention_mask = batch["input_ids"], batch["attention_mask"]
     pairs = len(ids) // 2
     differs = (ids[:pairs] != ids[pairs:]) | (attention_mask[:pairs] * attention_mask[pairs:] == 0)

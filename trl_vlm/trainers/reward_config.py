@@ -9,10 +9,11 @@ from trl_vlm.data.images import MAX_IMAGE_PIXELS
 
 @dataclass
 class RewardConfig(trl.RewardConfig):
-    """TRL's `RewardConfig` with what reward models of images and facts need; every added option is off by default.
+    """TRL's `RewardConfig` with what reward models of images and facts need.
 
     `judge_template` and `use_facts` say what surrounds a reply, `freeze_vision_tower` what is trained,
-    `mean_reward_coefficient` what is added to the loss; the others guard against silent faults.
+    `mean_reward_coefficient` what is added to the loss; `share_prefix` saves time and changes no number; the others
+    guard against silent faults.
     """
 
     max_length: int | str | None = field(
@@ -51,6 +52,13 @@ class RewardConfig(trl.RewardConfig):
         metadata={
             "help": "Weight of |mean(chosen + rejected reward)| in the loss, which centres the rewards; Fact-RLHF: "
             "1e-3. `center_rewards_coefficient` weights the mean of the square instead."
+        },
+    )
+    share_prefix: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute prompt and images once per pair instead of once per reply, where that is tested to give "
+            "the same numbers."
         },
     )
     check_pixels: bool = field(

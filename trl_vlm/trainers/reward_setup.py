@@ -1,18 +1,21 @@
 """What `RewardTrainer` needs before it can start: which path, which model, which words around a reply."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from accelerate import DistributedType
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, ProcessorMixin
 from transformers.utils import find_adapter_config_file
 
 from trl_vlm.data.collators import RewardCollator
 from trl_vlm.data.facts import JudgeTemplate
-from trl_vlm.data.rows import IMAGE_COLUMNS
+from trl_vlm.data.rows import IMAGE_COLUMNS, Row
 from trl_vlm.models._transformers import reads_images
+from trl_vlm.models.prefix_sharing import share_pairs, why_pairs_not_shareable
 from trl_vlm.models.reward_model import load_reward_model
 from trl_vlm.trainers.reward_config import RewardConfig
 
@@ -120,6 +123,30 @@ def make_collator(processor: ProcessorMixin, template: JudgeTemplate, args: Rewa
         pad_to_multiple_of=args.pad_to_multiple_of,
         max_pixels=args.max_image_pixels,
     )
+
+
+class SharingCollator:
+    """A collator of pairs whose batches hold the images of a pair once, for a model that shares prefixes."""
+
+    def __init__(self, collate: Callable[[Sequence[Row]], dict[str, Tensor]], config: PreTrainedConfig):
+        self.collate, self.config = collate, config
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """The batch of `rows`, with the key `SHARED_PREFIX`."""
+        return share_pairs(self.collate(rows), self.config)
+
+
+def why_plain(model: nn.Module, args: RewardConfig, own_collator: bool) -> str | None:
+    """Why prompts are computed once per reply, as one sentence; None if the pairs of a batch can share them."""
+    refusals = {
+        "`share_prefix` is off": not args.share_prefix,
+        "the data collator is not the trainer's own": own_collator,
+        "`use_liger_kernel` changes the model's layers": args.use_liger_kernel,
+        "`torch_compile` is not tested with it": args.torch_compile,
+        "the adapter puts virtual tokens before the prompt": is_peft_model(model)
+        and model.active_peft_config.is_prompt_learning,
+    }
+    return next((reason for reason, applies in refusals.items() if applies), why_pairs_not_shareable(model.config))
 
 
 def set_chat_template(processor: ProcessorMixin, args: RewardConfig) -> None:

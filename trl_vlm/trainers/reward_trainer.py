@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl_vlm.data.facts import JudgeTemplate
 from trl_vlm.data.rows import IMAGE_COLUMNS, ROW_NAME, NamedRows, check_rows, named_rows
 from trl_vlm.losses import mean_reward_penalty
+from trl_vlm.models.prefix_sharing import share_prefix
 from trl_vlm.models.processors import load_processor
 from trl_vlm.trainers import _trl  # noqa: F401  says at import which name a TRL lacks
 from trl_vlm.trainers.adapters import reward_adapter, sparing_vision_tower
@@ -21,6 +23,7 @@ from trl_vlm.trainers.common import check_depends_on_pixels, other_pixels, prepa
 from trl_vlm.trainers.reward_config import RewardConfig
 from trl_vlm.trainers.reward_metrics import score_statistics
 from trl_vlm.trainers.reward_setup import (
+    SharingCollator,
     hub_arguments,
     load_for_training,
     make_collator,
@@ -29,6 +32,7 @@ from trl_vlm.trainers.reward_setup import (
     set_chat_template,
     source_of,
     wants_images,
+    why_plain,
 )
 
 logger = logging.getLogger(__name__)
@@ -104,6 +108,7 @@ class RewardTrainer(trl.RewardTrainer):
         set_chat_template(processor, args)
         self._reward_collator = data_collator or make_collator(processor, self.judge_template, args)
         self._init_with_images(model, processor, trl_arguments)
+        self._share_prefixes(own_collator=data_collator is not None)
 
     def _init_with_images(self, model: Any, processor: ProcessorMixin, trl_arguments: dict[str, Any]) -> None:
         """TRL's constructor, with a model that is loaded already and with the processor put in afterwards."""
@@ -129,6 +134,15 @@ class RewardTrainer(trl.RewardTrainer):
         args.model_init_kwargs = model_init_kwargs
         self.processing_class = self.callback_handler.processing_class = processor
         prepare_vlm(self.model, freeze_vision=args.freeze_vision_tower)
+
+    def _share_prefixes(self, own_collator: bool) -> None:
+        """Let a pair compute its prompt and images once, or log why it does not."""
+        reason = why_plain(self.model, self.args, own_collator)
+        if reason is None:
+            share_prefix(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+            self.data_collator = SharingCollator(self._reward_collator, self.model.config)
+        elif self.args.share_prefix and self.accelerator.is_main_process:
+            logger.warning("Prompts are computed once per reply, not once per pair: %s.", reason)
 
     def _prepare_dataset(
         self, dataset: Dataset | IterableDataset, processing_class: Any, args: RewardConfig, dataset_name: str

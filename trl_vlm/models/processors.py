@@ -44,6 +44,13 @@ def trainable_processor(processor_class: type[ProcessorMixin]) -> type[Processor
     return processor_class
 
 
+def control_tokens(processor: ProcessorMixin) -> list[str]:
+    """Special tokens and image placeholders, longest first: what text from elsewhere must not spell out."""
+    added = processor.tokenizer.added_tokens_decoder.values()
+    special = {token.content for token in added if token.special} | set(processor.tokenizer.all_special_tokens)
+    return sorted(special, key=len, reverse=True)
+
+
 def _processor_class(path: str | PathLike, **hub: Any) -> type[ProcessorMixin] | None:
     """The processor's class as `processor_config.json` names it, else by the model's type; None if neither does."""
     # A deliberate subset of what AutoProcessor does: it resolves the class and constructs it in one step, and

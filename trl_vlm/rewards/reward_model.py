@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 
 from trl_vlm.data.collators import encode
 from trl_vlm.data.facts import JUDGE_TEMPLATE_FILE, JudgeTemplate, judge_messages
-from trl_vlm.models.processors import load_processor
+from trl_vlm.models.processors import control_tokens, load_processor
 from trl_vlm.models.reward_model import load_reward_model
 from trl_vlm.models.unsharded import is_sharded, unsharded_loading
 from trl_vlm.rewards.checks import finite_rewards
@@ -87,7 +87,7 @@ class RewardModelReward:
                 "the reward model's parameters are split among the processes (ZeRO-3), so it cannot score by itself. "
                 "Pass its folder: `RewardModelReward` then loads it whole."
             )
-        self._control_tokens = _control_tokens(self.processor)
+        self._control_tokens = control_tokens(self.processor)
 
     def _load(self, path: str | PathLike, options: dict[str, Any]) -> nn.Module:
         if "quantization_config" in options and "device_map" not in options:
@@ -217,13 +217,6 @@ def _load_processor(source: str, hub: dict[str, Any]) -> ProcessorMixin:
     if not source:
         raise ValueError("the reward model was not loaded from a folder. Pass its `processor` too.")
     return load_processor(source, **hub)
-
-
-def _control_tokens(processor: ProcessorMixin) -> list[str]:
-    """Special tokens and image placeholders, longest first."""
-    added = processor.tokenizer.added_tokens_decoder.values()
-    special = {token.content for token in added if token.special} | set(processor.tokenizer.all_special_tokens)
-    return sorted(special, key=len, reverse=True)
 
 
 def _images_of_rows(images: Sequence | None, image: Sequence | None, rows: int) -> list[list[Any]]:

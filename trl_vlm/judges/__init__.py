@@ -1,0 +1,24 @@
+"""Judges: which of two replies is better, said by a model, an endpoint, a reward function or a script."""
+
+from trl_vlm.judges.chat import Answer, Chat, LocalChat, Request
+from trl_vlm.judges.endpoint import EndpointChat, SpendingCapReached
+from trl_vlm.judges.judge import Comparison, Judge, ScriptedJudge, Verdict
+from trl_vlm.judges.pairwise import EndpointJudge, LocalJudge, PairwiseJudge
+from trl_vlm.judges.reward import RewardJudge
+
+__all__ = [
+    "Answer",
+    "Chat",
+    "Comparison",
+    "EndpointChat",
+    "EndpointJudge",
+    "Judge",
+    "LocalChat",
+    "LocalJudge",
+    "PairwiseJudge",
+    "Request",
+    "RewardJudge",
+    "ScriptedJudge",
+    "SpendingCapReached",
+    "Verdict",
+]

@@ -1,0 +1,143 @@
+"""Language models that answer: what judges and the corruption of replies ask, wherever the model runs."""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import ProcessorMixin
+
+from trl_vlm.data.collators import encode
+from trl_vlm.models.generative import load_generative_model
+from trl_vlm.models.processors import control_tokens, load_processor
+from trl_vlm.models.unsharded import is_sharded, unsharded_loading
+
+CUT_OFF = "the answer was cut off"
+EMPTY = "the answer was empty"
+
+
+class Request(NamedTuple):
+    """One question to a model.
+
+    Args:
+        text: The user's turn.
+        images: The images that it is about, in any form that `load_image` reads.
+        name: What errors call it.
+    """
+
+    text: str
+    images: Sequence[Any]
+    name: str
+
+
+class Answer(NamedTuple):
+    """What a model said: its whole text, or None and why there is none, in a few words that can be counted."""
+
+    text: str | None
+    reason: str = ""
+
+
+class Chat(Protocol):
+    """A model that answers."""
+
+    def __call__(self, requests: Sequence[Request]) -> list[Answer]:
+        """Returns one answer per request; a text that was cut off or is empty is none."""
+        ...
+
+
+class LocalChat:
+    """A vision-language model on this process's device, answering greedily.
+
+    Args:
+        model: A generative model, or its folder or hub id (full weights or a PEFT adapter), which is then loaded
+            whole on every process, also where the trained model is sharded.
+        processor: Its processor; loaded from the same place if None.
+        max_new_tokens: Longest answer; a longer one counts as none.
+        batch_size: Requests per call of `generate`.
+        load_options: Passed to `from_pretrained` (`dtype`, `quantization_config`, ...).
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike | nn.Module,
+        processor: ProcessorMixin | None = None,
+        *,
+        max_new_tokens: int = 256,
+        batch_size: int = 8,
+        **load_options: Any,
+    ):
+        if max_new_tokens < 1 or batch_size < 1:
+            raise ValueError(f"`max_new_tokens` is {max_new_tokens}, `batch_size` {batch_size}; both must be above 0.")
+        source = model.name_or_path if isinstance(model, nn.Module) else model
+        self.processor = processor if processor is not None else load_processor(source)
+        if isinstance(model, nn.Module):
+            self.model = model
+        else:
+            with unsharded_loading():
+                self.model = load_generative_model(model, **load_options).eval().requires_grad_(False)
+        if is_sharded(self.model):
+            raise ValueError(
+                "The model's parameters are split among the processes (ZeRO-3), so it cannot answer by itself. Pass "
+                "its folder or hub id, and it is loaded whole."
+            )
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self._control_tokens = control_tokens(self.processor)
+
+    @torch.no_grad()
+    def __call__(self, requests: Sequence[Request]) -> list[Answer]:
+        """Returns one answer per request."""
+        # transformers sets `hf_device_map` on models that it placed itself, quantised ones among them.
+        if getattr(self.model, "hf_device_map", None) is None:
+            self.model.to(PartialState().device)
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        answers: list[Answer] = []
+        for start in range(0, len(requests), self.batch_size):
+            answers += self._answers(requests[start : start + self.batch_size])
+        for module in training:
+            module.training = True
+        return answers
+
+    def _answers(self, requests: Sequence[Request]) -> list[Answer]:
+        batch = encode(
+            self.processor,
+            [[{"role": "user", "content": self._harmless(request.text)}] for request in requests],
+            [request.images for request in requests],
+            add_generation_prompt=True,
+            padding_side="left",
+            names=[request.name for request in requests],
+        )
+        device = next(self.model.parameters()).device
+        output = self.model.generate(
+            **{key: value.to(device) for key, value in batch.items()},
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            # What a checkpoint sets for sampling; `generate` would warn that it is not used.
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
+        ends = self.model.generation_config.eos_token_id
+        ends = torch.tensor([] if ends is None else ends, device=device).flatten()
+        new = output[:, batch["input_ids"].shape[1] :]  # (B, tokens)
+        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        ended = torch.isin(new, ends).any(1).tolist()
+        return [
+            answer(text) if is_whole else Answer(None, CUT_OFF) for text, is_whole in zip(texts, ended, strict=True)
+        ]
+
+    def _harmless(self, text: str) -> str:
+        """The text without tokens that mean something to the processor: replies may spell them out."""
+        for token in self._control_tokens:
+            # A space, since the two halves around a removed token could make another one.
+            text = text.replace(token, " ")
+        return text
+
+
+def answer(text: str | None) -> Answer:
+    """A whole text as an answer."""
+    return Answer(text.strip()) if text and text.strip() else Answer(None, EMPTY)

@@ -1,0 +1,37 @@
+"""Loading a generative model from a folder or the hub, whether it holds all weights or a PEFT adapter."""
+
+from os import PathLike
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForImageTextToText
+from transformers.utils import find_adapter_config_file
+
+from trl_vlm.models import _transformers
+
+
+def load_generative_model(path: str | PathLike, **kwargs: Any) -> nn.Module:
+    """Returns the vision-language model of `path`; an adapter comes with its base model, from where it says that lies.
+
+    Args:
+        path: Folder or hub id, with all weights or a PEFT adapter.
+        kwargs: Passed to `from_pretrained` (`dtype`, `quantization_config`, `device_map`, ...).
+
+    Raises:
+        ValueError: The base model of an adapter cannot be loaded.
+    """
+    hub = _transformers.hub_arguments(kwargs)
+    if find_adapter_config_file(path, **hub) is None:
+        return AutoModelForImageTextToText.from_pretrained(path, **kwargs)
+    # Importing peft imports bitsandbytes and torch's compiler: many seconds that a model without adapter can spare.
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(path, **hub).base_model_name_or_path
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(base, **kwargs)
+    except OSError as error:
+        raise ValueError(
+            f"{path} is an adapter of the model {str(base)!r}, which cannot be loaded from there. Put it back, or "
+            "correct `base_model_name_or_path` in the adapter's adapter_config.json."
+        ) from error
+    return PeftModel.from_pretrained(model, path)

@@ -4,10 +4,10 @@ Each says why it is needed, where upstream stands, and when it can be deleted;
 `tests/models/test_transformers_seams.py` fails when one of them changes or is no longer needed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -61,6 +61,26 @@ def anyres_features(processor: ProcessorMixin, image_size: tuple[int, int], tile
     Delete when processors return the number of placeholders of each image.
     """
     return processor._get_number_of_features(*image_size, *tile_size)
+
+
+def generation_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """The positions that `generate` gives to a prompt, (B, T), or (4, B, T) for Qwen-VL: text, time, height, width.
+
+    `generate` counts positions on the attention mask, so a mask with hidden image tokens needs the positions of the
+    whole prompt beside it. How they are counted is the family's own affair, and the only place that does it for all
+    of them, padding on either side included, is this method.
+    Delete when `generate` takes a mask that does not move positions.
+
+    Raises:
+        ValueError: Token types are missing without which Qwen-VL would silently count positions as in a text.
+    """
+    if "image_grid_thw" in inputs and "mm_token_type_ids" not in inputs:
+        raise ValueError(
+            "The inputs have `image_grid_thw` and no `mm_token_type_ids`: image tokens would get the positions of a "
+            "text. Pass on everything that the processor returned."
+        )
+    others = {name: value for name, value in inputs.items() if name != "input_ids"}
+    return model._prepare_position_ids_for_generation(inputs["input_ids"], others)
 
 
 def borrow_key_names(model_class: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> None:

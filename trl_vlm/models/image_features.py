@@ -1,0 +1,66 @@
+"""Image features computed once, and handed to a model's forward again and again, whole or in part."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trl_vlm.models.image_tokens import image_token_mask
+
+
+class ImageFeatures:
+    """What the vision tower and projector make of a batch: one feature for each of its image tokens, in their order.
+
+    Besides the features that take the places of the tokens, Qwen3-VL has some that are added in later layers.
+    """
+
+    def __init__(self, output: Any):
+        self._kind = type(output)
+        self._is_tensor = isinstance(output.pooler_output, Tensor)
+        self._tokens = _flat(output.pooler_output)  # (S, D)
+        # hasattr: the output of Qwen3-VL alone has them.
+        deep = output.deepstack_features if hasattr(output, "deepstack_features") else ()
+        self._deep = [_flat(layer) for layer in deep]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> "ImageFeatures | None":
+        """The features of a batch as its processor returned it; None if it holds no image.
+
+        Raises:
+            ValueError: There are not as many features as image tokens.
+        """
+        if "pixel_values" not in batch:
+            return None
+        encode = model.base_model.get_image_features
+        pixels = {name: batch[name] for name in inspect.signature(encode).parameters if name in batch}
+        features = cls(encode(**pixels, return_dict=True))
+        placeholders = int(image_token_mask(batch["input_ids"], model.config).sum())
+        if len(features._tokens) != placeholders:
+            raise ValueError(
+                f"The images of the batch have {len(features._tokens)} features, and its text has {placeholders} "
+                f"image tokens. {model.config.model_type} must put one feature at the place of each; was the text "
+                "cut, or does this family read images in another way?"
+            )
+        return features
+
+    def at(self, which: Tensor) -> dict[str, Any]:
+        """Arguments of the forward that reads the image tokens marked in `which`, (S,) bool, and no others."""
+        if not which.any():
+            return {}
+        tokens = self._tokens[which]
+        # Some families concatenate a list over images, others take a tensor (images, tokens, D).
+        parts = {"pooler_output": tokens[None] if self._is_tensor else [tokens]}
+        if self._deep:
+            parts["deepstack_features"] = [[layer[which]] for layer in self._deep]
+        return {"mm_encoder_outputs": {"image": self._kind(**parts)}}
+
+
+def _flat(features: Tensor | Sequence[Tensor]) -> Tensor:
+    """(S, D) of a tensor (images, tokens, D) or a list over images."""
+    if isinstance(features, Tensor):
+        return features.flatten(0, -2)
+    return torch.cat([each.flatten(0, -2) for each in features])

@@ -1,0 +1,142 @@
+"""Samples of the policy, and the plainest source that they make: the sample is the rejected reply."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from trl_vlm.data.collators import encode
+from trl_vlm.data.rows import Row, row_images
+from trl_vlm.pairs.draws import GumbelSampler
+from trl_vlm.pairs.source import Policy, reference_reply, row_draws, row_key
+
+# What a row says about its old replies, and is not true of new ones.
+ABOUT_OLD_REPLIES = ("rejected_extra", "chosen_spans", "rejected_spans", "margin")
+
+EMPTY_SAMPLE = "the sample is empty"
+SAME_AS_REFERENCE = "the sample is the reference reply"
+
+
+class Sample(NamedTuple):
+    """One reply of the policy, and whether it came to its end within the tokens that it was given."""
+
+    text: str
+    is_finished: bool
+
+
+def sampled_replies(
+    rows: Sequence[Row],
+    policy: Policy,
+    *,
+    replies: int,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    turn: int,
+) -> list[list[Sample]]:
+    """Several replies of the policy to each row, B lists; each reply has random draws of its own.
+
+    Differs from plain `generate`: of what a checkpoint sets for generation, the ends of sequence alone count, so these
+    are samples of softmax(logits / temperature).
+
+    Raises:
+        ValueError: A row's image is broken, or does not match its placeholders; the error names the row.
+    """
+    # Each row stands as often as it has replies: with `num_return_sequences`, LLaVA mixes up the images of a row that
+    # has several.
+    every = [(row, row_key(row, place)) for place, row in enumerate(rows) for _ in range(replies)]
+    batch = encode(
+        policy.processor,
+        [row["prompt"] for row, _ in every],
+        [row_images(row, name) for row, name in every],
+        add_generation_prompt=True,
+        padding_side="left",
+        names=[name for _, name in every],
+    )
+    device = policy.model.device
+    draws = [row_draws(row, place, seed, turn) for place, row in enumerate(rows)]
+    seeds = [draw.seed_of("reply", reply) for draw in draws for reply in range(replies)]
+    sampler = GumbelSampler(seeds, temperature)
+
+    def noise(input_ids: Tensor, scores: Tensor) -> Tensor:  # generate refuses processors with a third argument
+        return sampler(input_ids, scores)
+
+    output = policy.model.generate(
+        **{key: value.to(device) for key, value in batch.items()},
+        max_new_tokens=max_new_tokens,
+        logits_processor=LogitsProcessorList([noise]),
+        do_sample=False,
+        **PLAIN_GENERATION,
+    )
+    new = output[:, batch["input_ids"].shape[1] :]  # (B * replies, tokens)
+    ends = policy.model.generation_config.eos_token_id
+    ends = torch.tensor([] if ends is None else ends, device=device).flatten()
+    texts = policy.processor.batch_decode(new, skip_special_tokens=True)
+    finished = torch.isin(new, ends).any(1).tolist()
+    samples = [Sample(text.strip(), end) for text, end in zip(texts, finished, strict=True)]
+    return [samples[start : start + replies] for start in range(0, len(samples), replies)]
+
+
+# Settings of a checkpoint that change probabilities, or that `generate` would warn about without sampling.
+PLAIN_GENERATION = {"temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0, "num_beams": 1}
+
+
+def preference_row(row: Row, chosen: str, rejected: str, **said: Any) -> dict[str, Any]:
+    """The row with new replies; what it said about its old ones is left out.
+
+    Args:
+        row: Not modified.
+        chosen: Text of the better reply.
+        rejected: Text of the worse one.
+        said: Columns of the source, without `pair_`.
+    """
+    kept = {column: value for column, value in row.items() if column not in ABOUT_OLD_REPLIES}
+    replies = {
+        side: [{"role": "assistant", "content": text}] for side, text in (("chosen", chosen), ("rejected", rejected))
+    }
+    return {**kept, **replies, **{f"pair_{name}": value for name, value in said.items()}}
+
+
+class SelfSamples:
+    """The reference reply is chosen, and a plain sample of the policy rejected: the control of other sources.
+
+    Args:
+        temperature: 0 is greedy decoding.
+        max_new_tokens: Longest sample.
+        seed: Of the samples.
+
+    Attributes:
+        dropped: Why rows gave no pair, counted since the source was made.
+    """
+
+    def __init__(self, *, temperature: float = 1.0, max_new_tokens: int = 256, seed: int = 0):
+        self.temperature = temperature
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+        self.dropped: Counter[str] = Counter()
+
+    def __call__(self, rows: Sequence[Row], policy: Policy, turn: int = 0) -> list[Row | None]:
+        """Returns a preference row per row; None where the sample is empty or says the same as the reference."""
+        references = [reference_reply(row, row_key(row, place)) for place, row in enumerate(rows)]
+        samples = sampled_replies(
+            rows,
+            policy,
+            replies=1,
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+            turn=turn,
+        )
+        return [
+            self._pair(row, reference, sample)
+            for row, reference, (sample,) in zip(rows, references, samples, strict=True)
+        ]
+
+    def _pair(self, row: Row, reference: str, sample: Sample) -> Row | None:
+        if not sample.text or sample.text == reference.strip():
+            self.dropped[SAME_AS_REFERENCE if sample.text else EMPTY_SAMPLE] += 1
+            return None
+        return preference_row(row, reference, sample.text, source="self", unfinished=not sample.is_finished)

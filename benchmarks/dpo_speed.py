@@ -1,17 +1,17 @@
 """How much faster a DPO step is when each prompt and image is computed once, and what it costs in memory.
 
-    python benchmarks/dpo_speed.py --pairs 5 --output docs/results/dpo_speed.json
+    python benchmarks/dpo_speed.py --pairs 7 --output docs/results/dpo_speed.json
 
 Each figure is a whole optimiser step (policy with gradient, reference without, AdamW) of `trl_vlm.DPOTrainer` beside
 one of plain `trl.DPOTrainer`, TRL's fused head on in both, on the same rows, taken in turns in one process. The limit
 is the count of tokens that need not be computed: K (p + r) / (p + K r) for K replies of r tokens to a prompt of p.
-Peak memory is that of a fresh process per trainer. The models are random: six layers of width 384, and a CLIP tower.
+Peak memory is that of one step in a fresh process per
+trainer (Linux). The models are random: six layers of width 384, and a CLIP tower.
 """
 
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -184,7 +184,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def peak_memory(name: str, kind: str, checkpointing: bool) -> float:
-    """MiB above what the process needs before its first step."""
+    """MiB that a step needs above model, optimiser state and batch."""
     command = [sys.executable, __file__, "--memory_of", name, kind, *(["--checkpointing"] if checkpointing else [])]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
@@ -194,10 +194,17 @@ def print_memory(name: str, kind: str, checkpointing: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_model(family, folder)
         side = Side(kind, family, rows(family, reply_tokens, replies), folder, f"{folder}/out", checkpointing)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for _ in range(2):
-            side.step()
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        side.step()  # makes the optimiser's state
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of imports and loading
+        before = resident("VmRSS")
+        side.step()
+        print(resident("VmHWM") - before)
+
+
+def resident(name: str) -> float:
+    """MiB of this process's memory: now (`VmRSS`) or at most (`VmHWM`)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
 
 
 def main() -> None:
@@ -230,6 +237,35 @@ def main() -> None:
         facts |= {"threads": args.threads, "cores": os.cpu_count(), "load": os.getloadavg()}
         facts["checkpointing"] = args.checkpointing
         args.output.write_text(json.dumps({"settings": facts, "results": results}, indent=2) + "\n")
+        args.output.with_suffix(".md").write_text(table(results, facts))
+
+
+def table(results: list[dict], facts: dict) -> str:
+    """The results for people."""
+    lines = [
+        "# Speed of a DPO step",
+        "",
+        f"A whole optimiser step beside one of plain TRL {facts['trl']}: median of {len(results[0]['seconds_trl'])} "
+        "paired steps (least to most). The limit counts the tokens that need not be computed in the language model; "
+        "images that are preprocessed and seen once come on top, which is how a ratio can exceed it. "
+        f"{facts['threads']} thread, torch {facts['torch']}, gradient checkpointing "
+        f"{'on' if facts['checkpointing'] else 'off'}, models of width 384 and six layers with random weights. "
+        "`python benchmarks/dpo_speed.py --pairs 7 --output docs/results/dpo_speed.json`",
+        "",
+        "| row | prompt + reply tokens | replies | faster | limit | cached reference | MiB TRL, ours, cached |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        memory = ", ".join(f"{value:.0f}" for value in result.get("peak_mib", {}).values()) or "not measured"
+        lines.append(
+            f"| {result['row']} | {result['prompt_tokens']} + {result['reply_tokens']} | {result['replies']} | "
+            f"{shown(result['speedup'])} | {result['limit']:.2f} | {shown(result['speedup_of_cache'])} | {memory} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def shown(values: dict[str, float]) -> str:
+    return f"{values['median']:.2f} ({values['least']:.2f} to {values['most']:.2f})"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ interrupted goes on from its last checkpoint; one that is done is not run again.
 `--config run.yaml`.
 """
 
-import json
 import logging
 import sys
 from dataclasses import asdict, dataclass, field
@@ -28,6 +27,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import set_seed
+from common import DONE, history, is_done, train, write_json
 from fact_rlhf_rows import Rows, TestbedRows, UserRows
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
@@ -35,7 +35,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, 
 
 from trl_vlm import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 from trl_vlm.evaluation import Arm, write_report
-from trl_vlm.models import freeze_vision_tower, keep_parameter_names, last_complete_checkpoint, load_processor
+from trl_vlm.models import freeze_vision_tower, keep_parameter_names, load_processor
 from trl_vlm.rewards import FactRLHFReward, RewardModelReward
 
 logger = logging.getLogger("fact_rlhf")
@@ -159,7 +159,7 @@ class FactRLHF:
             )
             keep_parameter_names(trainer.model)
             freeze_vision_tower(trainer.model)
-            self.train(trainer, trained)
+            train(trainer, trained)
         if self.model.use_peft and PartialState().is_main_process:
             self.merge(trained, folder)
         PartialState().wait_for_everyone()
@@ -191,7 +191,7 @@ class FactRLHF:
                 judge_template=self.rows.judge_template,
                 peft_config=get_peft_config(self.model),
             )
-            self.train(trainer, folder)
+            train(trainer, folder)
 
     def ppo(self) -> None:
         processor = load_processor(self.supervised_model, padding_side="left")
@@ -231,7 +231,7 @@ class FactRLHF:
                 value_model=reward_folder,
                 peft_config=get_peft_config(self.model),
             )
-            self.train(trainer, folder)
+            train(trainer, folder)
 
     def evaluate(self) -> None:
         if not PartialState().is_main_process:
@@ -294,40 +294,9 @@ class FactRLHF:
         }
         return {name: value for name, value in given.items() if value is not None}
 
-    def train(self, trainer: Any, folder: Path) -> None:
-        """Train from the last complete checkpoint, save, and mark the folder as done."""
-        trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-        trainer.save_model()
-        trainer.accelerator.wait_for_everyone()
-        if trainer.accelerator.is_main_process:
-            write_json(folder / "history.json", trainer.state.log_history)
-            write_json(folder / DONE, {"steps": trainer.state.global_step})
-        trainer.accelerator.wait_for_everyone()
-        trainer.accelerator.free_memory()
-
     def notes(self) -> list[str]:
         options = self.options
         return [f"seed {options.seed}", *self.rows.notes]
-
-
-DONE = "done.json"
-
-
-def is_done(folder: Path) -> bool:
-    return (folder / DONE).exists()
-
-
-def history(folder: str) -> list[dict[str, Any]]:
-    """The trainer's log of a folder that this script made."""
-    path = Path(folder, "history.json")
-    return json.loads(path.read_text()) if path.exists() else []
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Written whole or not at all: a killed run leaves no half file."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2))
-    partial.replace(path)
 
 
 def main() -> None:

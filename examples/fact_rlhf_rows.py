@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from datasets import Dataset, load_dataset
-from transformers import AutoModelForImageTextToText
+from common import DONE, by_split, evaluate_rows, load_model, load_rows, write_json
+from datasets import Dataset
 from trl import ModelConfig
 
 from trl_vlm.data import JudgeTemplate
-from trl_vlm.evaluation import chair, generate_replies, pope, split_metrics
-from trl_vlm.models import load_processor
 from trl_vlm.testbed import JUDGE_TEMPLATE, SupervisedSettings, World, train_supervised
 from trl_vlm.testbed import datasets as testbed
 from trl_vlm.testbed.evaluate import caption_sampler, evaluate
@@ -81,14 +79,14 @@ class TestbedRows:
         train_supervised(
             self.world, folder, model_seed=self.options.seed, data_seed=self.options.seed, settings=settings
         )
-        (folder / "done.json").write_text("{}")
+        write_json(folder / DONE, {})
         return True
 
     def supervised(self) -> Dataset:
         raise NotImplementedError("the testbed trains its supervised model itself")
 
     def preferences(self, model: str) -> tuple[Dataset, Dataset]:
-        policy, processor = load(model)
+        policy, processor = load_model(model)
         sample = caption_sampler(policy, processor)
         noise, seed = self.options.vision_noise, 10 * self.options.seed
         return tuple(
@@ -104,7 +102,7 @@ class TestbedRows:
         return WeakEyes(reward_model, self.options.vision_noise)
 
     def evaluate(self, folder: str) -> dict[str, dict[str, float]]:
-        model, processor = load(folder)
+        model, processor = load_model(folder)
         scenes = 20 if self.options.quick else 300
         return by_split(evaluate(model, processor, self.world, scenes=scenes, seed=8800 + self.options.seed))
 
@@ -140,49 +138,7 @@ class UserRows:
         return reward_model
 
     def evaluate(self, folder: str) -> dict[str, dict[str, float]]:
-        rows = self.load("evaluation_dataset")
-        model, processor = load(folder, dtype="auto")
-        replies = generate_replies(model, processor, rows, max_new_tokens=self.options.max_completion_length)
-        captions = questions = None
-        if "objects" in rows.column_names:
-            captions = chair(replies, rows["objects"], ObjectsOf(rows["objects"]))
-        if "answer" in rows.column_names:
-            questions = pope(replies, rows["answer"])
-        return {"evaluation": split_metrics(captions, questions)}
+        return evaluate_rows(folder, self.load("evaluation_dataset"), self.options.max_completion_length)
 
     def load(self, option: str) -> Dataset:
-        path = getattr(self.options, option)
-        if path is None:
-            raise SystemExit(f"`--{option}` is needed with `--model_name_or_path`: a file or a hub dataset.")
-        suffix = Path(path).suffix.removeprefix(".")
-        kind = {"jsonl": "json", "json": "json", "parquet": "parquet"}.get(suffix)
-        return load_dataset(kind, data_files=path, split="train") if kind else load_dataset(path, split="train")
-
-
-class ObjectsOf:
-    """Finds the objects that any row of the dataset names, as whole words."""
-
-    def __init__(self, truths: list[list[str]]):
-        self.names = {name.lower() for truth in truths for name in truth}
-
-    def __call__(self, reply: str) -> list[str]:
-        words = [word.strip(".,;:!?\"'()").lower() for word in reply.split()]
-        return [word for word in words if word in self.names]
-
-
-def load(folder: str, **options: Any) -> tuple[Any, Any]:
-    model = AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_processor(folder)
-
-
-def by_split(results: dict[str, float]) -> dict[str, dict[str, float]]:
-    """From `adv/greedy/recall` to {"adv, greedy": {"recall": ...}}; the questions belong to both styles of a split."""
-    splits: dict[str, dict[str, float]] = {}
-    for name, value in results.items():
-        split, part, metric = name.split("/")
-        if part in ("greedy", "sampled"):
-            splits.setdefault(f"{split}, {part}", {})[metric] = value
-        else:
-            for style in ("greedy", "sampled"):
-                splits.setdefault(f"{split}, {style}", {})[f"{part}_{metric}"] = value
-    return splits
+        return load_rows(getattr(self.options, option), option)

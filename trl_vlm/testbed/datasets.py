@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 from PIL.Image import Image as PILImage
 
-from trl_vlm.testbed.oracle import count_reply
+from trl_vlm.testbed.oracle import correct, count_reply, find_objects
 from trl_vlm.testbed.world import QUESTION, REQUEST, Picture, Scene, Split, World, generator, weaken_vision, with_facts
 
 Message = dict[str, str]
@@ -183,6 +183,38 @@ def preference_rows(
             "always the same. Sample at a higher temperature, or ask for fewer rows."
         )
     return _to_dataset(rows[:count], ["images", "prompt", "chosen", "rejected", "facts", "objects"])
+
+
+def correction_rows(world: World, count: int, seed: int, sample: Sampler, *, split: Split = "balanced") -> Dataset:
+    """`prompt`, `chosen`, `rejected`, `images`, `objects`: sampled replies and what the oracle makes of them.
+
+    The pairs of RLHF-V: `rejected` is the model's own reply, `chosen` the same with its hallucinated segments
+    corrected (`oracle.correct`). Replies without an error, and those of which nothing is left, make no row.
+
+    Args:
+        world: The world.
+        count: Number of rows.
+        seed: The data seed: scenes and replies follow from it.
+        sample: Draws a reply for each picture with a seed.
+        split: Where the scenes come from.
+    """
+    rows: list[dict[str, Any]] = []
+    for start in range(0, 10 * count + SAMPLED_AT_ONCE, SAMPLED_AT_ONCE):
+        if len(rows) >= count:
+            break
+        drawn = list(_pictures(world, SAMPLED_AT_ONCE, seed, split, start=start))
+        replies = sample([picture.image for picture, _ in drawn], seed + 1_000_003 * (start + 1))
+        for (picture, rng), reply in zip(drawn, replies, strict=True):
+            corrected = correct(reply, world.facts(picture.scene, rng))
+            if corrected and find_objects(corrected) != find_objects(reply):
+                row = {"chosen": [assistant(corrected)], "rejected": [assistant(reply)]}
+                rows.append(_described(picture, world, rng) | row)
+    if len(rows) < count:
+        raise ValueError(
+            f"Only {len(rows)} of {count} correction rows came about: the model hardly ever errs on the split "
+            f"{split!r}. Ask for fewer rows, or take the split 'adv'."
+        )
+    return _to_dataset(rows[:count], ["images", "prompt", "chosen", "rejected", "objects"])
 
 
 def worth(reply: str, scene: Scene) -> float:

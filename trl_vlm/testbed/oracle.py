@@ -3,7 +3,7 @@
 `find_objects` is what `trl_vlm.evaluation.chair` asks for; the truths are `scene.kinds`, or the `objects` of a row.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from trl_vlm.testbed.world import NOUNS
@@ -56,3 +56,25 @@ def count_reply(reply: str, truth: Collection[str]) -> ReplyCounts:
         sentences=words.count(".") + (bool(words) and words[-1] != "."),
         words=len(words),
     )
+
+
+def correct(reply: str, truth: Sequence[str]) -> str:
+    """The reply as an annotator of RLHF-V would correct it: hallucinated segments rewritten, all else left as it is.
+
+    A sentence that names an absent kind gets the next present kind that the reply leaves out; if it leaves out none,
+    the sentence goes.
+
+    Args:
+        reply: Sentences that end in " .".
+        truth: The kinds that are present, in the order in which they replace absent ones.
+    """
+    missing = [kind for kind in truth if kind not in find_objects(reply)]
+    sentences = []
+    for sentence in reply.split(" ."):
+        words = sentence.split()
+        for place, word in enumerate(words):
+            if word in _NOUNS and word not in truth and missing:
+                words[place] = missing.pop(0)
+        if words and set(find_objects(" ".join(words))) <= set(truth):
+            sentences.append(" ".join(words) + " .")
+    return " ".join(sentences)

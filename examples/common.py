@@ -1,0 +1,94 @@
+"""What the examples share: finished folders, loading, evaluation of captions and answers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from transformers import AutoModelForImageTextToText
+
+from trl_vlm.evaluation import chair, generate_replies, pope, split_metrics
+from trl_vlm.models import last_complete_checkpoint, load_processor
+
+DONE = "done.json"
+
+
+def is_done(folder: Path) -> bool:
+    return (folder / DONE).exists()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Written whole or not at all: a killed run leaves no half file."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2))
+    partial.replace(path)
+
+
+def history(folder: str | Path) -> list[dict[str, Any]]:
+    """The trainer's log of a folder that `train` made."""
+    path = Path(folder, "history.json")
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def train(trainer: Any, folder: Path) -> None:
+    """Train from the last complete checkpoint, save, and mark the folder as done."""
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.is_main_process:
+        write_json(folder / "history.json", trainer.state.log_history)
+        write_json(folder / DONE, {"steps": trainer.state.global_step})
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+
+
+def load_model(folder: str | Path, **options: Any) -> tuple[Any, Any]:
+    """The model of a folder, for evaluation, and its processor."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_processor(folder)
+
+
+def load_rows(path: str | None, option: str) -> Dataset:
+    """Rows of a .jsonl, .json or .parquet file, or of a hub dataset."""
+    if path is None:
+        raise SystemExit(f"`--{option}` is needed with `--model_name_or_path`: a file or a hub dataset.")
+    suffix = Path(path).suffix.removeprefix(".")
+    kind = {"jsonl": "json", "json": "json", "parquet": "parquet"}.get(suffix)
+    return load_dataset(kind, data_files=path, split="train") if kind else load_dataset(path, split="train")
+
+
+def evaluate_rows(folder: str | Path, rows: Dataset, max_new_tokens: int) -> dict[str, dict[str, float]]:
+    """CHAIR of replies to rows with `objects`, POPE of replies to rows with `answer`."""
+    model, processor = load_model(folder, dtype="auto")
+    replies = generate_replies(model, processor, rows, max_new_tokens=max_new_tokens)
+    captions = questions = None
+    if "objects" in rows.column_names:
+        captions = chair(replies, rows["objects"], ObjectsOf(rows["objects"]))
+    if "answer" in rows.column_names:
+        questions = pope(replies, rows["answer"])
+    return {"evaluation": split_metrics(captions, questions)}
+
+
+class ObjectsOf:
+    """Finds the objects that any row of the dataset names, as whole words."""
+
+    def __init__(self, truths: list[list[str]]):
+        self.names = {name.lower() for truth in truths for name in truth}
+
+    def __call__(self, reply: str) -> list[str]:
+        words = [word.strip(".,;:!?\"'()").lower() for word in reply.split()]
+        return [word for word in words if word in self.names]
+
+
+def by_split(results: dict[str, float]) -> dict[str, dict[str, float]]:
+    """From `adv/greedy/recall` to {"adv, greedy": {"recall": ...}}; the questions belong to both styles of a split."""
+    splits: dict[str, dict[str, float]] = {}
+    for name, value in results.items():
+        split, part, metric = name.split("/")
+        if part in ("greedy", "sampled"):
+            splits.setdefault(f"{split}, {part}", {})[metric] = value
+        else:
+            for style in ("greedy", "sampled"):
+                splits.setdefault(f"{split}, {style}", {})[f"{part}_{metric}"] = value
+    return splits

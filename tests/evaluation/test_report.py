@@ -42,8 +42,17 @@ def test_every_metric_is_shown_for_every_split_measured_or_not():
 
 def test_the_training_is_summed_up_by_its_ends():
     text = markdown_report(arms())
-    assert row(text, "PPO") == ["PPO", "20", "0.150", "1.950", "0.195"]
-    assert row(text, "supervised")[1:] == [report.NOT_MEASURED] * 4
+    assert row(text, "PPO") == ["PPO", "20", "0.150", "1.950", "0.015", "0.195"]
+    assert row(text, "supervised")[1:] == [report.NOT_MEASURED] * 5
+    assert row(text, "arm")[2:4] == ["reward, first tenth", "reward, last tenth"]
+
+
+def test_the_training_table_has_what_the_trainers_logged_and_nothing_else():
+    preferences = [{"step": 1, "rewards/margins": 0.5, "logps/chosen": -9.0}]
+    text = markdown_report([Arm("before", {}), Arm("DPO", {}, preferences)])
+    assert row(text, "DPO") == ["DPO", "1", "0.500", "0.500", "-9.000", "-9.000"]
+    assert row(text, "arm")[2] == "preference margin, first tenth" and "reward, first" not in text
+    assert row(markdown_report([Arm("bare", {})]), "arm") == ["arm", "logged steps"]
 
 
 def test_scores_of_chair_and_pope_go_into_the_report_by_their_keys():

@@ -1,6 +1,7 @@
 import pytest
 
 from trl_vlm.testbed.datasets import (
+    correction_rows,
     preference_rows,
     prompt_rows,
     question_rows,
@@ -102,3 +103,18 @@ def test_weak_vision_changes_the_pictures_and_nothing_else(world):
     assert sharp["chosen"] == weak["chosen"]
     for one, other in zip(sharp, weak, strict=True):
         assert weaken_vision(one["images"][0], 0.4).tobytes() == pixels(other)
+
+
+def test_corrected_replies_name_no_absent_object_and_differ_from_the_models_own(world):
+    rows = correction_rows(world, 12, 0, scripted)
+    assert rows.column_names == ["images", "prompt", "chosen", "rejected", "objects"]
+    for row in rows:
+        assert content(row, "rejected") in ("there is a bat .", "there is a book .")
+        assert count_reply(content(row, "rejected"), row["objects"]).hallucinated == 1
+        chosen = count_reply(content(row, "chosen"), row["objects"])
+        assert (chosen.hallucinated, chosen.correct, chosen.sentences) == (0, 1, 1)
+
+
+def test_a_model_that_never_errs_has_nothing_to_correct(world):
+    with pytest.raises(ValueError, match="0 of 1 correction rows"):
+        correction_rows(world, 1, 0, lambda images, seed: [""] * len(images))

@@ -1,5 +1,5 @@
 from trl_vlm.evaluation.chair import chair
-from trl_vlm.testbed.oracle import ReplyCounts, count_reply, find_objects
+from trl_vlm.testbed.oracle import ReplyCounts, correct, count_reply, find_objects
 
 REPLY = "there is a cup . i see a dog . i see a cup . i see a kite . i see a kite . there is"
 
@@ -30,3 +30,12 @@ def test_counts_agree_with_chair():
     assert scores.recall == 2 / 3
     assert scores.repeats == 2 / 5
     assert scores.length_words == 27
+
+
+def test_a_wrong_object_is_replaced_by_one_that_was_left_out_and_else_its_sentence_goes():
+    reply = "there is a cup . i see a kite . there is a dog . i see a bat ."
+    assert correct(reply, ["cup", "tree", "dog"]) == "there is a cup . i see a tree . there is a dog ."
+    assert correct(reply, ["cup", "bat", "dog", "kite"]) == reply
+    assert correct("i see a kite .", ["cup", "dog"]) == "i see a cup ."
+    assert correct("i see a cup . i see a cup . i see a", ["cup"]) == "i see a cup . i see a cup ."
+    assert correct("i see a kite . there is a cup .", ["cup"]) == "there is a cup ."

@@ -47,7 +47,7 @@ class Arm:
         name: What the report calls it, for example "PPO with facts".
         metrics: For each split, a metric's key and its value; a list holds one value per seed. Shares lie between 0
             and 1. Keys beyond `METRICS` go into `report.json` only.
-        history: `trainer.state.log_history` of its training; [] for a model that was not trained with rewards.
+        history: `trainer.state.log_history` of its training; [] for a model that was not trained here.
     """
 
     name: str
@@ -59,16 +59,32 @@ class Arm:
         values = self.metrics.get(split, {}).get(key)
         return None if values is None else Spread.of(values)
 
-    def curve(self, *keys: str) -> tuple[list[float], list[float]]:
-        """Steps and values of the first of `keys` that the history holds; non-finite values are left out."""
-        key = next((key for key in keys if any(key in entry for entry in self.history)), None)
+    def curve(self, curve: "Curve") -> tuple[list[float], list[float]]:
+        """Steps and values of the first of a curve's keys that the history holds; non-finite values are left out."""
+        key = next((key for key in curve.keys if any(key in entry for entry in self.history)), None)
         points = [(entry["step"], entry[key]) for entry in self.history if key in entry]
         points = [(float(step), float(value)) for step, value in points if math.isfinite(value)]
         return [step for step, _ in points], [value for _, value in points]
 
 
-REWARD_KEYS = ("reward", "ppo/score")
-KL_KEYS = ("ppo/kl", "kl")
+class Curve(NamedTuple):
+    """Something that trainers log: its label, and what they call it."""
+
+    label: str
+    keys: tuple[str, ...]
+
+
+CURVES = (
+    Curve("reward", ("reward", "ppo/score")),
+    Curve("KL to the start (nats)", ("ppo/kl", "kl")),
+    Curve("preference margin", ("rewards/margins",)),
+    Curve("log-probability of chosen (nats)", ("logps/chosen",)),
+)
+
+
+def curves_of(arms: "Sequence[Arm]") -> list[Curve]:
+    """Which of `CURVES` any of the arms has."""
+    return [curve for curve in CURVES if any(arm.curve(curve)[0] for arm in arms)]
 
 
 class Spread(NamedTuple):

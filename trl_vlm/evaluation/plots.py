@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from trl_vlm.evaluation.metrics import KL_KEYS, METRICS, REWARD_KEYS, Arm, Metric
+from trl_vlm.evaluation.metrics import METRICS, Arm, Metric, curves_of
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; grey for the arm that is compared with.
 _COLOURS = ("#8A8A8A", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -61,23 +61,21 @@ def _bars(panel: Axes, arms: Sequence[Arm], split: str, metric: Metric) -> None:
 
 
 def training_curves(arms: Sequence[Arm]) -> bytes:
-    """Reward and KL of each trained arm over its optimiser steps."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for panel, keys, title in ((left, REWARD_KEYS, "reward"), (right, KL_KEYS, "KL to the start (nats)")):
+    """What trainers log of each arm over its optimiser steps, one panel for each of `CURVES` that was logged."""
+    curves = curves_of(arms)
+    figure = Figure(figsize=(max(6.0, 5.0 * len(curves)), 3.8), layout="constrained")
+    lines = {}
+    for panel, curve in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
         for place, arm in enumerate(arms):
-            steps, values = arm.curve(*keys)
+            steps, values = arm.curve(curve)
             if steps:
                 mark = "o" if len(steps) < 3 else None
-                panel.plot(steps, values, color=_colour(place), label=arm.name, lw=1.6, marker=mark)
-        panel.set_title(title, fontsize=10)
+                (lines[arm.name],) = panel.plot(steps, values, color=_colour(place), lw=1.6, marker=mark)
+        panel.set_title(curve.label, fontsize=10)
         panel.set_xlabel("step", fontsize=9)
         panel.grid(alpha=0.25)
         _plain(panel)
-    handles, labels = left.get_legend_handles_labels()
-    if not handles:
-        handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))), frameon=False)
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(4, len(lines)), frameon=False)
     return _png(figure)
 
 

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trl_vlm.evaluation.metrics import KL_KEYS, METRICS, REWARD_KEYS, Arm, Metric, Spread
+from trl_vlm.evaluation.metrics import METRICS, Arm, Metric, Spread, curves_of
 
 NOT_MEASURED = "–"
 _NO_MATPLOTLIB = "Plots were not drawn: matplotlib is not installed (`pip install 'trl-vlm[eval]'`)."
@@ -124,12 +124,13 @@ def _cell(metric: Metric, value: Spread | None, before: Spread | None) -> str:
 
 
 def _training_table(arms: Sequence[Arm]) -> str:
-    rows = [["arm", "logged steps", "reward, first tenth", "reward, last tenth", "KL, last tenth"]]
+    curves = curves_of(arms)
+    ends = [f"{curve.label}, {end} tenth" for curve in curves for end in ("first", "last")]
+    rows = [["arm", "logged steps", *ends]]
     for arm in arms:
-        _, rewards = arm.curve(*REWARD_KEYS)
-        _, kls = arm.curve(*KL_KEYS)
-        ends = [_tenth(rewards, first=True), _tenth(rewards, first=False), _tenth(kls, first=False)]
-        rows.append([arm.name, str(len(rewards)) if arm.history else NOT_MEASURED, *ends])
+        measured = [arm.curve(curve)[1] for curve in curves]
+        steps = str(max(map(len, measured), default=0)) if arm.history else NOT_MEASURED
+        rows.append([arm.name, steps, *(_tenth(values, first) for values in measured for first in (True, False))])
     return _table(rows)
 
 
@@ -181,7 +182,7 @@ def _write_plots(folder: Path, arms: Sequence[Arm]) -> list[Path]:
 
     written = []
     drawn = {f"metrics_{_file_name(split)}.png": plots.metric_bars(arms, split) for split in splits_of(arms)}
-    if any(arm.curve(*REWARD_KEYS)[0] or arm.curve(*KL_KEYS)[0] for arm in arms):
+    if curves_of(arms):
         drawn["training.png"] = plots.training_curves(arms)
     for name, content in drawn.items():
         write_whole(folder / name, content)

@@ -62,7 +62,7 @@ def correct(reply: str, truth: Sequence[str]) -> str:
     """The reply as an annotator of RLHF-V would correct it: hallucinated segments rewritten, all else left as it is.
 
     A sentence that names an absent kind gets the next present kind that the reply leaves out; if it leaves out none,
-    the sentence goes.
+    the sentence goes. So does one that names nothing.
 
     Args:
         reply: Sentences that end in " .".
@@ -75,6 +75,7 @@ def correct(reply: str, truth: Sequence[str]) -> str:
         for place, word in enumerate(words):
             if word in _NOUNS and word not in truth and missing:
                 words[place] = missing.pop(0)
-        if words and set(find_objects(" ".join(words))) <= set(truth):
+        named = set(find_objects(" ".join(words)))
+        if named and named <= set(truth):
             sentences.append(" ".join(words) + " .")
     return " ".join(sentences)

@@ -75,9 +75,17 @@ def image(seed: int = 0, width: int = 60, height: int = 40) -> Image.Image:
 
 
 def batch(
-    processor: ProcessorMixin, images_per_row: list[int], *, padding_side: str = "right", seed: int = 0
+    processor: ProcessorMixin,
+    images_per_row: list[int],
+    *,
+    padding_side: str = "right",
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Rows of different lengths, with as many images as told, as a model reads them; `seed` chooses the images."""
+    """Rows of different lengths, with as many images as told, as a model reads them; `seed` chooses the images.
+
+    Of the default sizes Qwen-VL makes grids of one line; (60, 60) are two lines of two tokens.
+    """
     conversations = [
         [
             {
@@ -88,7 +96,7 @@ def batch(
         for row, count in enumerate(images_per_row, start=1)
     ]
     images = [
-        [image(100 * seed + 10 * row + place, width=60 if row else 30) for place in range(count)]
+        [image(100 * seed + 10 * row + place, *(size or (60 if row else 30, 40))) for place in range(count)]
         for row, count in enumerate(images_per_row)
     ]
     return dict(

@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 from transformers.utils import is_torchvision_available
 
-from tests.families import FAMILIES, batch, image, load_processor, saved
+from tests.families import FAMILIES, batch, build, image, load_processor, saved
 from trl_vlm.models import _transformers
 from trl_vlm.models.reward_model import RewardModel, load_reward_model, reward_model_class
 
@@ -153,6 +153,29 @@ def test_4bit_layers_still_have_the_switch_that_is_turned_off():
 def test_the_arithmetic_of_anyres_has_its_signature():
     method = transformers.LlavaNextProcessor._get_number_of_features
     assert list(inspect.signature(method).parameters) == ["self", "orig_height", "orig_width", "height", "width"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_the_method_that_counts_positions(family):
+    model, processor = build(family)
+    rows = batch(processor, [1, 0], padding_side="left")
+    positions = _transformers.generation_positions(model, rows)
+    assert positions.shape in (rows["input_ids"].shape, (4, *rows["input_ids"].shape))
+    parameters = inspect.signature(model._prepare_position_ids_for_generation).parameters
+    assert list(parameters) == ["inputs_tensor", "model_kwargs"]
+
+
+def test_generate_still_counts_positions_on_the_mask():
+    model, processor = build("llava", sharp=8)
+    rows = batch(processor, [1])
+    hidden = rows["input_ids"] == model.config.image_token_id
+    rows["attention_mask"] = rows["attention_mask"].masked_fill(hidden, 0)
+    settings = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+    forward = model(**rows).logits[:, -1]
+    (generated,) = model.generate(**rows, **settings).logits
+    assert (forward - generated).abs().max() > 1e-2, (
+        "`generate` no longer moves positions where the mask has holes: see `generation_positions`"
+    )
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="the fault shows without torchvision only")

@@ -24,7 +24,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
@@ -248,13 +247,14 @@ def _check_jobs(jobs: Sequence[Job], rows: _Rows) -> None:
             )
 
 
-def _generative(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The model itself: adapters are layers inside it, and work without the wrapper."""
-    if isinstance(model, PeftModel):
+def _generative(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself: adapters are layers inside it, and work without PEFT's wrapper."""
+    # hasattr: importing peft for an isinstance takes seconds, which a model without adapters can spare.
+    if hasattr(model, "get_base_model"):
         if model.active_peft_config.is_prompt_learning:
             raise ValueError(
-                f"A {model.peft_type} adapter puts tokens of its own before the prompt; use one that changes layers "
-                "(LoRA), or merge it."
+                f"A {model.active_peft_config.peft_type.value} adapter puts tokens of its own before the prompt, which "
+                "are not continued. Use an adapter that changes layers, as LoRA does."
             )
         model = model.get_base_model()
     reason = why_not_continuable(model)

@@ -39,7 +39,9 @@ def make(
     model = saved(family, sharp=4.0)
     options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     more = {
-        name: options.pop(name) for name in ("peft_config", "eval_dataset", "ref_model", "model") if name in options
+        name: options.pop(name)
+        for name in ("peft_config", "eval_dataset", "ref_model", "model", "pair_source", "callbacks")
+        if name in options
     }
     settings = {
         "max_steps": 10,

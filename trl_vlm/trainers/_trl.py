@@ -48,6 +48,8 @@ FusedCausalLMOutput = require("trl.trainer.utils", "FusedCausalLMOutput")
 use_adapter = require("trl.trainer.utils", "use_adapter")
 # Gathers what ZeRO-3 has spread, for generation.
 unwrap_model_for_generation = require("trl.models", "unwrap_model_for_generation")
+# Gathers what FSDP has spread, likewise.
+DistributedBackend = require("trl.distributed", "DistributedBackend")
 # `_compute_loss` runs policy and reference and takes extra batch keys to both; `_prepare_dataset` tokenises text
 # rows; `_set_signature_columns_if_needed` says which columns reach the collator; `compute_ref_log_probs` sums up.
 for _method in ("_compute_loss", "_prepare_dataset", "_set_signature_columns_if_needed", "compute_ref_log_probs"):

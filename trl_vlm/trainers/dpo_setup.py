@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftConfig
 from torch import nn
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from trl_vlm.data.preference import row_name
 from trl_vlm.data.rows import message_text
 from trl_vlm.models.parts import part_of
+from trl_vlm.models.prefix_sharing import why_not_shareable
 from trl_vlm.models.processors import load_processor, trainable_processor
 from trl_vlm.trainers.adapters import sparing_vision_tower
 from trl_vlm.trainers.dpo_config import DPOConfig
@@ -99,6 +101,27 @@ def _shell(model: str | nn.Module, args: DPOConfig) -> nn.Module:
     config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, trust_remote_code=args.trust_remote_code)
+
+
+def why_plain(trainer: Any, models: list[nn.Module], own_collator: bool) -> str | None:
+    """Why a `DPOTrainer` computes prompts once per reply, as one sentence; None if its models can share them."""
+    args = trainer.args
+    refusals = {
+        "`share_prefix` is off": not args.share_prefix,
+        "the data collator is not the trainer's own": own_collator,
+        "`compute_metrics` reads logits of whole sequences": trainer.compute_metrics is not None,
+        "the auxiliary loss of mixtures of experts counts every token": trainer.aux_loss_enabled,
+        "`use_liger_kernel` changes the model's layers": args.use_liger_kernel,
+        "`torch_compile` is not tested with it": args.torch_compile,
+        "`keep_end` truncation gives the replies of a row different prompts": (
+            args.truncation_mode == "keep_end" and args.max_length is not None
+        ),
+        "the adapter puts virtual tokens before the prompt": is_peft_model(trainer.model)
+        and trainer.model.active_peft_config.is_prompt_learning,
+    }
+    reasons = [reason for reason, applies in refusals.items() if applies]
+    reasons += filter(None, (why_not_shareable(model.config) for model in models))
+    return reasons[0] if reasons else None
 
 
 def extra_replies(dataset: Any) -> int:

@@ -1,6 +1,8 @@
 """TRL's `DPOTrainer` for images: prompts computed once, Dense DPO, several rejected replies, a reference on disk."""
 
 import contextlib
+import copy
+import functools
 import logging
 from typing import Any
 
@@ -12,13 +14,16 @@ from torch import Tensor, nn
 
 from trl_vlm.data.preference import PreferenceCollator, SegmentOptions
 from trl_vlm.models.parts import part_of
-from trl_vlm.models.prefix_sharing import share_prefix, why_not_shareable
-from trl_vlm.trainers import _trl, dpo_metrics, dpo_setup
+from trl_vlm.models.prefix_sharing import share_prefix
+from trl_vlm.pairs.source import PairSource
+from trl_vlm.trainers import _trl, dpo_metrics, dpo_setup, pair_sources
 from trl_vlm.trainers.common import give_own_learning_rate, prepare_vlm
 from trl_vlm.trainers.degeneration import DegenerationWatch
 from trl_vlm.trainers.dpo_config import LENGTH_NORMALISED, DPOConfig
 from trl_vlm.trainers.log_probs import CHANGED, PER_TOKEN, DenseScore, ReplyLogProbs
+from trl_vlm.trainers.pair_sources import WEIGHTLESS, FreshPairs
 from trl_vlm.trainers.reference_cache import ReferenceCache, fill, model_identity, processor_identity
+from trl_vlm.trainers.rollouts import rollout_rows
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +51,8 @@ class DPOTrainer(trl.DPOTrainer):
         optimizers: as in TRL.
         quantization_config: as in TRL.
         peft_config: as in TRL; `target_modules` may be "language-model" or "language-model-and-projector".
+        pair_source: makes the pairs of every step with the current policy. Rows then need `prompt` and what the
+            source reads: often `completion` (or `chosen`), never `rejected`.
         kwargs: what a later TRL adds.
     """
 
@@ -63,14 +70,22 @@ class DPOTrainer(trl.DPOTrainer):
         optimizers: tuple = (None, None),
         quantization_config: Any = None,
         peft_config: Any = None,
+        pair_source: PairSource | None = None,
         **kwargs: Any,
     ):
         args = dpo_setup.complete_arguments(args, model)
+        processing_class = dpo_setup.complete_processor(processing_class, model, args)
+        if pair_source is None:
+            train_dataset = dpo_setup.checked_pairs(train_dataset, "the training data", args.bad_pairs)
+            if eval_dataset is not None:
+                eval_dataset = dpo_setup.checked_pairs(eval_dataset, "the evaluation data", args.bad_pairs)
+        else:
+            pair_sources.check_arguments(args, processing_class, data_collator)
+            train_dataset = pair_sources.checked_rows(train_dataset, "train")
+            eval_dataset = pair_sources.checked_rows(eval_dataset, "eval")
+            args.remove_unused_columns = False  # a source may read any column
         self._extra = dpo_setup.extra_replies(train_dataset)
         self._pairs_without_change = 0
-        train_dataset = dpo_setup.checked_pairs(train_dataset, "the training data", args.bad_pairs)
-        if eval_dataset is not None:
-            eval_dataset = dpo_setup.checked_pairs(eval_dataset, "the evaluation data", args.bad_pairs)
         super().__init__(
             model,
             ref_model=ref_model,
@@ -78,7 +93,7 @@ class DPOTrainer(trl.DPOTrainer):
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=dpo_setup.complete_processor(processing_class, model, args),
+            processing_class=processing_class,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -90,16 +105,15 @@ class DPOTrainer(trl.DPOTrainer):
         self._refuse_what_does_not_combine(args, own_collator=data_collator is not None)
         if self._is_vlm or args.freeze_vision_tower:
             prepare_vlm(self._base_model, freeze_vision=args.freeze_vision_tower)
-        shares = self._set_up_forwards(own_collator=data_collator is not None)
-        if data_collator is None:
-            self.data_collator = PreferenceCollator(
-                self.data_collator,
-                vision=self._is_vision_dataset,
-                tokenizer=self._tokenizer,
-                extra=self._extra,
-                share=shares,
-                segments=self._segment_options(args),
-            )
+        self._shares = self._set_up_forwards(own_collator=data_collator is not None)
+        make_collator = functools.partial(self._preference_collator, self.data_collator)
+        self._fresh: FreshPairs | None = None
+        if pair_source is not None:
+            self._fresh, self.data_collator = FreshPairs(self, pair_source, make_collator), list
+            self.train_dataset = rollout_rows(self.train_dataset, "train")
+            self.eval_dataset = rollout_rows(self.eval_dataset, "eval")
+        elif data_collator is None:
+            self.data_collator = make_collator(self._extra)
         if args.reference_cache is not None:
             self._fill_reference_cache()
         if args.watch_steps is not None:
@@ -117,6 +131,17 @@ class DPOTrainer(trl.DPOTrainer):
 
     def _segment_options(self, args: DPOConfig) -> SegmentOptions | None:
         return None if args.dense_gamma is None else SegmentOptions(args.dense_min_match, args.dense_two_sided)
+
+    def _preference_collator(self, collate: Any, extra: int) -> PreferenceCollator:
+        """TRL's collator with what we add, for rows with so many further rejected replies."""
+        return PreferenceCollator(
+            copy.copy(collate),
+            vision=self._is_vision_dataset,
+            tokenizer=self._tokenizer,
+            extra=extra,
+            share=self._shares,
+            segments=self._segment_options(self.args),
+        )
 
     def _refuse_what_does_not_combine(self, args: DPOConfig, own_collator: bool) -> None:
         needs_collator = {
@@ -144,7 +169,7 @@ class DPOTrainer(trl.DPOTrainer):
         models = [self._base_model]
         if self.ref_model is not None:
             models.append(self.accelerator.unwrap_model(self.ref_model))
-        reason = self._why_plain(models, own_collator)
+        reason = dpo_setup.why_plain(self, models, own_collator)
         if self.args.share_prefix and reason is not None and self._is_vlm and self.accelerator.is_main_process:
             logger.warning("Prompts are computed once per reply, not once per row: %s.", reason)
         for model in models:
@@ -152,25 +177,6 @@ class DPOTrainer(trl.DPOTrainer):
             if reason is None:
                 share_prefix(model)
         return reason is None
-
-    def _why_plain(self, models: list[nn.Module], own_collator: bool) -> str | None:
-        args = self.args
-        refusals = {
-            "`share_prefix` is off": not args.share_prefix,
-            "the data collator is not the trainer's own": own_collator,
-            "`compute_metrics` reads logits of whole sequences": self.compute_metrics is not None,
-            "the auxiliary loss of mixtures of experts counts every token": self.aux_loss_enabled,
-            "`use_liger_kernel` changes the model's layers": args.use_liger_kernel,
-            "`torch_compile` is not tested with it": args.torch_compile,
-            "`keep_end` truncation gives the replies of a row different prompts": (
-                args.truncation_mode == "keep_end" and args.max_length is not None
-            ),
-            "the adapter puts virtual tokens before the prompt": is_peft_model(self.model)
-            and self.model.active_peft_config.is_prompt_learning,
-        }
-        reasons = [reason for reason, applies in refusals.items() if applies]
-        reasons += filter(None, (why_not_shareable(model.config) for model in models))
-        return reasons[0] if reasons else None
 
     # Data
 
@@ -197,11 +203,23 @@ class DPOTrainer(trl.DPOTrainer):
 
         return dpo_setup.prepared_extras(dataset, prepared, prepare, self._extra, dataset_name)
 
+    def prompt_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch that begins with the prompts of `rows`, whatever replies follow."""
+        return dict(self.data_collator(rows)) if self._fresh is None else self._fresh.collated(rows, placeholder=True)
+
+    def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
+        if self._fresh is not None and isinstance(inputs, list):
+            inputs, self._extra = self._fresh.batch(inputs)
+        return super()._prepare_inputs(inputs)
+
     # Loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         self._replies.calls.clear()
         inputs = dict(inputs)
+        if inputs.pop(WEIGHTLESS, False):
+            with self._metrics_as_they_are():
+                return 0.0 * self._compute_loss(model, inputs, False)
         reference, is_changed = inputs.pop(REFERENCE, None), inputs.get(CHANGED)
         if self._extra:
             result = self._averaged_loss(model, inputs, reference, return_outputs)
@@ -283,6 +301,19 @@ class DPOTrainer(trl.DPOTrainer):
             yield
         finally:
             self.precompute_ref_logps = before
+
+    @contextlib.contextmanager
+    def _metrics_as_they_are(self) -> Any:
+        """Leave out of the logs what a batch without weight would add."""
+        mode = "train" if self.model.training else "eval"
+        counts = self._total_train_tokens, self._pairs_without_change
+        before = {name: list(values) for name, values in self._metrics[mode].items()}
+        try:
+            yield
+        finally:
+            self._total_train_tokens, self._pairs_without_change = counts
+            self._metrics[mode].clear()
+            self._metrics[mode].update(before)
 
     def _count_tokens_once(self, tokens_before: int, attention_mask: Tensor) -> None:
         """TRL counted the chosen reply once per pair."""

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
 
 class Draws(NamedTuple):
@@ -39,11 +38,12 @@ class Draws(NamedTuple):
         return torch.Generator(device).manual_seed(self.seed_of(*purpose))
 
 
-class GumbelSampler(LogitsProcessor):
+class GumbelSampler:
     """Sampling as an argmax: tokens of the largest logit / temperature + Gumbel noise are samples of the softmax.
 
     The noise of a sequence comes from its own generator, so its tokens do not depend on which others are sampled
-    beside it. As a `LogitsProcessor` it samples in `generate(do_sample=False)`.
+    beside it. `Continuations` takes it as it is. `generate(do_sample=False)` takes it as a logits processor inside a
+    function of two arguments, since it hands a third one only to beams.
 
     Args:
         seeds: One per sequence, for example `[draws.seed_of("tokens", iteration, job) ...]`.
@@ -63,7 +63,7 @@ class GumbelSampler(LogitsProcessor):
         """Returns scores (N, V) whose argmax is the sampled token; the argument is not modified.
 
         Args:
-            input_ids: Not read; `generate` passes it.
+            input_ids: Not read.
             scores: (N, V), logits of the next token.
             sequences: Which of the `seeds` the N rows belong to; all of them in order if None.
         """

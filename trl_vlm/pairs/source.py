@@ -5,9 +5,11 @@ from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
+from PIL.Image import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from trl_vlm.data.rows import ROW_NAME, Row, check_row, message_text
+from trl_vlm.data.images import load_image
+from trl_vlm.data.rows import ROW_NAME, Row, check_row, message_text, row_images
 from trl_vlm.pairs.draws import Draws
 
 
@@ -21,7 +23,8 @@ class Policy(NamedTuple):
 class PairSource(Protocol):
     """Makes preference rows of rows, without gradient.
 
-    A source is a plain value: it keeps no state between calls, and rows are never modified.
+    Rows are never modified, and one call does not change what another returns. A source that may give None counts the
+    reasons in its attribute `dropped`.
     """
 
     def __call__(self, rows: Sequence[Row], policy: Policy, turn: int = 0) -> list[Row | None]:
@@ -73,6 +76,19 @@ def reference_reply(row: Row, name: str) -> str:
             "reply is one assistant message; put the turns before it into 'prompt'."
         )
     return message_text(row[column][0])
+
+
+def images_of(row: Row, name: str, max_pixels: int | None) -> list[Image]:
+    """Returns the decoded images of a row that has a prompt, [] if it has none.
+
+    Raises:
+        ValueError, TypeError: There is no prompt, or an image is bad; the error names the row.
+    """
+    check_row(row, ["prompt"], name=name)
+    return [
+        load_image(image, name=f"{name}, image {place}", max_pixels=max_pixels)
+        for place, image in enumerate(row_images(row, name))
+    ]
 
 
 @contextmanager

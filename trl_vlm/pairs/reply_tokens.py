@@ -1,0 +1,81 @@
+"""The tokens of a reference reply, as the model that continues it must see them, and the text of what it adds."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+_TAIL_TOKENS = 8  # enough for a decoder to know whether a space stands between two tokens
+
+
+class ReplyTokens(NamedTuple):
+    """A reply behind its prompt, tokenised once.
+
+    text: The reply, without white space around it.
+    ids: Its tokens, and before them what the chat template puts between the opening of the turn and the reply.
+    ends: Where each token ends, in characters of `text`; 0 or less for those before it.
+    opening: The end of the prompt's text, which joins the first token.
+    """
+
+    text: str
+    ids: list[int]
+    ends: list[int]
+    opening: str
+
+    @classmethod
+    def of(cls, processor: ProcessorMixin, reply: str) -> "ReplyTokens":
+        """The tokens of `reply` as the answer to a prompt.
+
+        A reply is tokenised behind the opening of its turn, because many tokenizers write a space into the first
+        token of a text, or not, depending on what stands before it.
+        """
+        opening, lead = _opening(processor, reply)
+        ids, ends = _behind(processor.tokenizer, opening, lead + reply)
+        return cls(reply, ids, [end - len(lead) for end in ends], opening)
+
+    def cut_at(self, place: int) -> int | None:
+        """Returns the number of tokens up to a character of `text`, or None if one of them reaches beyond it."""
+        cut = sum(end <= place for end in self.ends)
+        is_boundary = place <= 0 or (cut > 0 and self.ends[cut - 1] == place)
+        return cut if is_boundary else None
+
+    def ids_behind(self, tokenizer: PreTrainedTokenizerBase, place: int, text: str) -> list[int]:
+        """Returns the tokens of `text` when it stands behind the first `place` characters of the reply."""
+        return _behind(tokenizer, self.opening + self.text[:place], text)[0]
+
+
+def added_text(tokenizer: PreTrainedTokenizerBase, context: Sequence[int], new: Sequence[int]) -> str:
+    """Returns the text of new tokens behind others, with the space that stands between the two.
+
+    Args:
+        tokenizer: Of the model that made them.
+        context: Tokens that stand before; [] at the beginning of a reply.
+        new: Tokens to be read; special ones are left out.
+    """
+    tail = list(context[-_TAIL_TOKENS:])
+    settings: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before = tokenizer.decode(tail, **settings)
+    whole = tokenizer.decode([*tail, *new], **settings)
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(new), **settings)
+
+
+def _opening(processor: ProcessorMixin, reply: str) -> tuple[str, str]:
+    """What opens an assistant's turn, and what the chat template writes between that and the reply."""
+    question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": reply}]}
+    prompt = processor.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    whole = processor.apply_chat_template([*question, answer], tokenize=False)
+    lead, found, _ = whole[len(prompt) :].partition(reply)
+    return prompt, lead if found and whole.startswith(prompt) else ""
+
+
+def _behind(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> tuple[list[int], list[int]]:
+    """Tokens of `text` behind `before`, and where each ends in `text`; of `text` alone if a token spans both."""
+    encoding = tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens = list(zip(encoding.input_ids, encoding.offset_mapping, strict=True))
+    if all(end <= len(before) or start >= len(before) for _, (start, end) in tokens):
+        tokens = [(token, end - len(before)) for token, (_, end) in tokens if end > len(before)]
+    else:
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        tokens = [(t, end) for t, (_, end) in zip(encoding.input_ids, encoding.offset_mapping, strict=True)]
+    return [token for token, _ in tokens], [end for _, end in tokens]

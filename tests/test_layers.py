@@ -18,7 +18,9 @@ MAY_IMPORT = {
     "pairs": DATA | MODELS | {"rewards", "judges"},
     "trainers": DATA | MODELS | {"rewards", "judges", "pairs"},
     "testbed": DATA | MODELS | {"evaluation"},
-    "cli": DATA,
+    "cli_options": DATA,
+    "pairs_cli": DATA | MODELS | {"rewards", "judges", "pairs", "cli_options"},
+    "cli": DATA | {"judges", "pairs_cli", "cli_options"},
     "__init__": set(),
 }
 MAY_IMPORT_TRL = {"trainers", "rewards"}

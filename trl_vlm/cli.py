@@ -1,19 +1,21 @@
-"""`trl-vlm convert` and `trl-vlm check`."""
+"""`trl-vlm convert`, `trl-vlm check` and `trl-vlm pairs`."""
 
 import argparse
-import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from trl_vlm.cli_options import add_source, positive, source_of, write
 from trl_vlm.data.checks import PURPOSES, CheckReport, check_dataset
-from trl_vlm.data.converters import CONVERTERS, Report, Source, convert
+from trl_vlm.data.converters import CONVERTERS, Report, convert
 from trl_vlm.data.converters.vlfeedback import ASPECTS, PAIRS
+from trl_vlm.judges import SpendingCapReached
+from trl_vlm.pairs_cli import add_pairs
 
 # Options of single converters: name -> arguments of argparse.
 CONVERTER_OPTIONS = {
@@ -36,10 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the program's name; `sys.argv` if None.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for library in ("httpx", "httpx2"):  # a line for every request
+        logging.getLogger(library).setLevel(logging.WARNING)
     options = parser().parse_args(arguments)
     try:
         return options.command(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SpendingCapReached) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
 
@@ -50,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="command")
     add_convert(commands.add_parser("convert", help="convert a public data set to rows that the trainers read"))
     add_check(commands.add_parser("check", help="check a data set row by row; exit code 1 if anything is wrong"))
+    add_pairs(commands.add_parser("pairs", help="make preference pairs with a model"))
     return top
 
 
@@ -83,33 +88,6 @@ def add_check(command: argparse.ArgumentParser) -> None:
     command.add_argument("--limit", type=positive, help="check this many rows at most")
     command.add_argument("--max-problems", type=positive, default=20, help="list this many problems; all are counted")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
-
-
-def add_source(command: argparse.ArgumentParser) -> None:
-    """Options that say which part of the input is meant."""
-    command.add_argument("--split", help="split of a hub data set or folder; needed if there are several")
-    command.add_argument("--config", help="configuration of a hub data set")
-    command.add_argument("--revision", help="branch, tag or commit of a hub data set")
-    command.add_argument("--data-files", help="which files of a hub data set or folder to read")
-
-
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
-
-
-def source_of(options: argparse.Namespace, location: str) -> Source:
-    """The input that the options describe."""
-    return Source(
-        location,
-        split=options.split,
-        config=options.config,
-        revision=options.revision,
-        data_files=options.data_files,
-    )
 
 
 def run_convert(options: argparse.Namespace) -> int:
@@ -178,12 +156,6 @@ def check_text(report: CheckReport, purpose: str) -> str:
     )
     lines.append(f"{report.rows} rows with {report.images} images for {purpose}: {verdict}")
     return "\n".join(lines)
-
-
-def write(report: str | Mapping[str, Any]) -> None:
-    """Writes a report to standard output."""
-    text = report if isinstance(report, str) else json.dumps(report, indent=2, ensure_ascii=False)
-    sys.stdout.write(text + "\n")
 
 
 if __name__ == "__main__":

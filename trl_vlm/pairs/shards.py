@@ -1,0 +1,69 @@
+"""The shards of a data set that is being written: one schema for all, and their columns one after another."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet as parquet
+from datasets import Features
+
+
+def give_one_schema(folder: Path) -> None:
+    """Rewrites the parquet shards whose columns differ, so that all have the same columns of the same types.
+
+    Types are told by the values of a shard: a column may be null in one and text in the next, or missing. Each shard
+    is replaced in one step, so that a run that dies here can do it again.
+
+    Raises:
+        ValueError: A column has values of several kinds.
+    """
+    shards = sorted(folder.glob("train-*.parquet"))
+    schemas = [parquet.read_schema(shard) for shard in shards]
+    if all(schema.equals(schemas[0], check_metadata=True) for schema in schemas):
+        return
+    try:
+        common = pyarrow.unify_schemas([schema.remove_metadata() for schema in schemas], promote_options="permissive")
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        raise ValueError(
+            f"The shards in {str(folder)!r} hold columns of several kinds ({error}). Give all rows of the data set "
+            "the same kind of value in each column."
+        ) from error
+    known = {name: feature for schema in schemas for name, feature in Features.from_arrow_schema(schema).items()}
+    features = Features.from_arrow_schema(common)
+    features["images"] = known["images"]
+    for shard, schema in zip(shards, schemas, strict=True):
+        if not schema.equals(features.arrow_schema, check_metadata=True):
+            table = _with_columns(parquet.read_table(shard), features.arrow_schema)
+            unfinished = shard.with_suffix(".tmp")
+            parquet.write_table(table, unfinished)
+            os.replace(unfinished, shard)
+
+
+def _with_columns(table: pyarrow.Table, schema: pyarrow.Schema) -> pyarrow.Table:
+    """The table with exactly the columns of `schema`, null where it had none."""
+    arrays = [
+        table[field.name].cast(field.type)
+        if field.name in table.column_names
+        else pyarrow.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pyarrow.Table.from_arrays(arrays, schema=schema)
+
+
+def read_columns(folder: Path, wanted: Sequence[str], prefix: str) -> Iterator[dict[str, Any]]:
+    """The rows of all shards, of their columns those that are wanted or begin with `prefix`."""
+
+    def is_wanted(name: str) -> bool:
+        return name in wanted or name.startswith(prefix)
+
+    for shard in sorted(folder.glob("train-*")):
+        if shard.suffix == ".jsonl":
+            with shard.open(encoding="utf-8") as lines:
+                for line in lines:
+                    yield {name: value for name, value in json.loads(line).items() if is_wanted(name)}
+        elif shard.suffix == ".parquet":
+            names = [name for name in parquet.read_schema(shard).names if is_wanted(name)]
+            yield from parquet.read_table(shard, columns=names).to_pylist()

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/fact_rlhf"), help="Models of the single runs.")
     parser.add_argument("--results_dir", type=Path, default=Path("docs/results"), help="Where the tables go.")
     options, example_options = parser.parse_known_args()
-    reports = [run(seed, options.output_dir / f"seed{seed}", example_options) for seed in options.seeds]
+    reports = [run(EXAMPLE, seed, options.output_dir / f"seed{seed}", example_options) for seed in options.seeds]
     write_report(
         options.results_dir / "fact_rlhf",
         [combined(runs) for runs in zip(*(report["arms"] for report in reports), strict=True)],
@@ -40,11 +40,11 @@ def main() -> None:
     (options.results_dir / "fact_rlhf.md").write_text(by_seed(reports, options.seeds))
 
 
-def run(seed: int, folder: Path, example_options: list[str]) -> dict:
-    """The report of one seed, from an earlier call if it is there."""
+def run(example: Path, seed: int, folder: Path, example_options: list[str]) -> dict:
+    """The report of an example for one seed, from an earlier call if it is there."""
     path = folder / "report" / "report.json"
     if not path.exists():
-        command = [sys.executable, str(EXAMPLE), "--seed", str(seed), "--output_dir", str(folder), *example_options]
+        command = [sys.executable, str(example), "--seed", str(seed), "--output_dir", str(folder), *example_options]
         subprocess.run(command, check=True)
     return json.loads(path.read_text())
 

@@ -253,8 +253,8 @@ def _generative(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model, "get_base_model"):
         if model.active_peft_config.is_prompt_learning:
             raise ValueError(
-                f"A {model.active_peft_config.peft_type.value} adapter puts tokens of its own before the prompt, which "
-                "are not continued. Use an adapter that changes layers, as LoRA does."
+                f"A {model.active_peft_config.peft_type.value} adapter puts tokens of its own before the prompt, "
+                "which are not continued. Use an adapter that changes layers, as LoRA does."
             )
         model = model.get_base_model()
     reason = why_not_continuable(model)

@@ -1,0 +1,166 @@
+"""POVID's rejected replies: what the policy would say in the place of each token if the image were noisy."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from trl_vlm.data.collators import encode
+from trl_vlm.data.images import MAX_IMAGE_PIXELS
+from trl_vlm.data.rows import Row, check_row
+from trl_vlm.pairs.draws import Draws
+from trl_vlm.pairs.noise import Indexing, Overflow, check_noise, distorted
+from trl_vlm.pairs.reply_tokens import ReplyTokens, added_text
+from trl_vlm.pairs.samples import EMPTY_SAMPLE, SAME_AS_REFERENCE, preference_row
+from trl_vlm.pairs.source import Policy, images_of, reference_reply, row_draws, row_key
+
+
+class POVID:
+    """A pair source: the reference is chosen; the rejected reply has, token by token, the policy's greedy guess.
+
+    The policy reads prompt, noisy image and reference; where it would have said another token than the one that
+    comes next, the rejected reply has that token. So both replies mostly have one length, and differ where the text
+    alone does not tell what comes.
+
+    A row gets `chosen`, `rejected`, and
+        pair_source: "povid".
+        pair_share_changed: The share of the reference's tokens that became others.
+    A row whose tokens all stay, or of which no text is left, is None.
+
+    Args:
+        noise_steps: Steps of noise on the image, see `trl_vlm.pairs.noise.noise_level`.
+        indexing: How the steps are counted, "code" or "paper".
+        overflow: What becomes of colours out of range, "wrap" or "clip".
+        keep_rejected: The row's own `rejected` stays, and the noisy reply goes into `rejected_extra`: the published
+            loss, half DPO with each (`rejected_weight=0.5`).
+        max_image_pixels: Largest image, width times height.
+        seed: Of the noise. The same seed gives the same pairs, whatever the batches and processes.
+
+    Attributes:
+        dropped: Why rows gave no pair, counted since the source was made.
+
+    Source: POVID's published training code, as arXiv:2407.02477 compares with it (appendix E.1 calls the reply
+    sampled; the code takes the argmax).
+    Differs: here the reply is text, so that policy and reference score one sequence behind its own prefix. The code
+    reads the log-probabilities of the guesses behind the prefix of the *chosen* reply, and lets the reference model
+    guess tokens of its own.
+    """
+
+    def __init__(
+        self,
+        *,
+        noise_steps: int = 500,
+        indexing: Indexing = "code",
+        overflow: Overflow = "wrap",
+        keep_rejected: bool = False,
+        max_image_pixels: int | None = MAX_IMAGE_PIXELS,
+        seed: int = 0,
+    ):
+        check_noise(noise_steps, indexing, overflow)
+        self.noise_steps = noise_steps
+        self.indexing = indexing
+        self.overflow = overflow
+        self.keep_rejected = keep_rejected
+        self.max_image_pixels = max_image_pixels
+        self.seed = seed
+        self.dropped: Counter[str] = Counter()
+
+    @torch.no_grad()
+    def __call__(self, rows: Sequence[Row], policy: Policy, turn: int = 0) -> list[Row | None]:
+        """Returns a preference row for each of `rows`, as `PairSource` says.
+
+        Raises:
+            ValueError: A row has no image, no prompt or no reference reply; the error names it.
+        """
+        if not rows:
+            return []
+        names = [row_key(row, place) for place, row in enumerate(rows)]
+        for row, name in zip(rows, names, strict=True):
+            check_row(row, ["rejected"] if self.keep_rejected else [], name=name)
+        replies = [
+            ReplyTokens.of(policy.processor, reference_reply(row, name).strip())
+            for row, name in zip(rows, names, strict=True)
+        ]
+        batch = encode(
+            policy.processor,
+            [row["prompt"] for row in rows],
+            [
+                self._noisy_images(row, name, row_draws(row, place, self.seed, turn))
+                for place, (row, name) in enumerate(zip(rows, names, strict=True))
+            ],
+            add_generation_prompt=True,
+            padding_side="left",
+            names=names,
+            max_pixels=None,  # they are loaded already
+        )
+        guesses = greedy_guesses(policy.model, batch, [reply.ids for reply in replies])
+        return [self._pair(row, reply, ids, policy) for row, reply, ids in zip(rows, replies, guesses, strict=True)]
+
+    def _noisy_images(self, row: Row, name: str, draws: Draws) -> list:
+        images = images_of(row, name, self.max_image_pixels)
+        if not images:
+            raise ValueError(
+                f"{name}: it has no image that noise could be added to. Drop rows without images, or take their pairs "
+                "from another source."
+            )
+        generator = draws.generator("noise")
+        return [
+            distorted(image, self.noise_steps, generator, indexing=self.indexing, overflow=self.overflow)
+            for image in images
+        ]
+
+    def _pair(self, row: Row, reply: ReplyTokens, guesses: Sequence[int], policy: Policy) -> Row | None:
+        text = added_text(policy.processor.tokenizer, [], guesses).strip()
+        if text in ("", reply.text):
+            self.dropped[SAME_AS_REFERENCE if text else EMPTY_SAMPLE] += 1
+            return None
+        changed = sum(guess != token for guess, token in zip(guesses, reply.ids, strict=True)) / len(reply.ids)
+        pair = preference_row(row, reply.text, text, source="povid", share_changed=changed)
+        if self.keep_rejected:
+            pair |= {"rejected": row["rejected"], "rejected_extra": [pair["rejected"]]}
+        return pair
+
+
+def greedy_guesses(model: nn.Module, batch: Mapping[str, Tensor], replies: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Returns for each token of a reply the likeliest one behind the prompt and the true tokens before it.
+
+    Args:
+        model: A generative model.
+        batch: B prompts as the processor returned them, padded on the left.
+        replies: B lists of token ids.
+
+    Returns:
+        B lists, as long as the replies.
+    """
+    device = model.device
+    batch = {name: value.to(device) for name, value in batch.items()}
+    inputs = _with_replies(batch, replies, reply_type=1 if model.config.model_type == "paligemma" else 0)
+    longest = max(map(len, replies))
+    logits = model(**inputs, logits_to_keep=longest + 1, use_cache=False).logits  # (B, longest + 1, V)
+    guesses = logits[:, :-1].argmax(-1).tolist()
+    return [row[: len(reply)] for row, reply in zip(guesses, replies, strict=True)]
+
+
+def _with_replies(batch: Mapping[str, Tensor], replies: Sequence[Sequence[int]], reply_type: int) -> dict[str, Tensor]:
+    """The batch with replies behind its prompts, padded on the right.
+
+    `reply_type`: a reply's token type. PaliGemma's type 0 is a prefix that sees all of itself, so its replies have 1;
+    elsewhere 0 is text.
+    """
+    ids = batch["input_ids"]
+    longest = max(map(len, replies))
+    tails = torch.tensor([[*reply, *[0] * (longest - len(reply))] for reply in replies], device=ids.device)
+    lengths = torch.tensor([len(reply) for reply in replies], device=ids.device)
+    # A filler that no mask hides from the check of image tokens: the prompt's last token, which is text.
+    is_reply = torch.arange(longest, device=ids.device) < lengths[:, None]
+    tails = torch.where(is_reply, tails, ids[:, -1:])
+    extended = {
+        "input_ids": torch.cat([ids, tails], 1),
+        "attention_mask": torch.cat([batch["attention_mask"], is_reply.long()], 1),
+    }
+    for name, value in batch.items():
+        if name not in extended and value.shape == ids.shape:
+            extended[name] = pad(value, (0, longest), value=reply_type)
+    return {**batch, **extended}

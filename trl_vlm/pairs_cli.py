@@ -1,11 +1,13 @@
 """`trl-vlm pairs`: preference pairs that a model makes, written to disk."""
 
 import argparse
+import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import PartialState
 
 from trl_vlm.cli_options import add_source, positive, source_of, write
@@ -13,10 +15,12 @@ from trl_vlm.judges import Chat, EndpointChat, Judge, LocalChat, PairwiseJudge, 
 from trl_vlm.models.generative import load_generative_model
 from trl_vlm.models.processors import load_processor
 from trl_vlm.models.unsharded import unsharded_loading
+from trl_vlm.pairs.bdhs import BDHS
 from trl_vlm.pairs.corruption import Corrupted
 from trl_vlm.pairs.dataset import PairReport, PairWriter
 from trl_vlm.pairs.judged import Judged
 from trl_vlm.pairs.samples import SelfSamples
+from trl_vlm.pairs.similarity import DEFAULT_ENCODER, SentenceEncoder
 from trl_vlm.pairs.source import PairSource, Policy, generating
 from trl_vlm.rewards import RewardModelReward
 
@@ -29,6 +33,16 @@ SAMPLING = {
     "temperature": {"type": float, "default": 1.0, "help": "temperature of the samples"},
     "max_new_tokens": {"type": positive, "default": 256, "help": "longest reply, in tokens"},
     "seed": {"type": int, "default": 0, "help": "seed of all draws"},
+}
+BDHS_OPTIONS = {
+    "mask_share": {"type": float, "default": 0.99, "help": "expected share of hidden image tokens"},
+    "noise_steps": {"type": int, "help": "also distort the image, by this many steps of noise (up to 1000)"},
+    "iterations": {"type": positive, "default": 5, "help": "attempts per row, the last of several without guidance"},
+    "threshold": {"type": float, "default": 0.97, "help": "a reply is accepted if its similarity is smaller"},
+    "unguided": {"action": "store_true", "help": "one reply without guidance and gate: mask only"},
+    "encoder": {"default": DEFAULT_ENCODER, "help": "folder or hub id of the sentence encoder of the gate"},
+    "per_sentence": {"action": "store_true", "help": "compare sentence by sentence, for long replies"},
+    "max_sentence_tokens": {"type": positive, "default": 64, "help": "longest continuation of a sentence, in tokens"},
 }
 ENDPOINT = {
     "endpoint": {"help": "address of an OpenAI-compatible endpoint, such as http://localhost:8000/v1"},
@@ -123,7 +137,25 @@ def self_samples(options: argparse.Namespace) -> PairSource:
     return SelfSamples(temperature=options.temperature, max_new_tokens=options.max_new_tokens, seed=options.seed)
 
 
+def bdhs(options: argparse.Namespace) -> PairSource:
+    """The reference's sentences, finished half blind."""
+    device = str(PartialState().device)
+    return BDHS(
+        SentenceEncoder(options.encoder, per_sentence=options.per_sentence, device=device),
+        mask_share=options.mask_share,
+        noise_steps=options.noise_steps,
+        iterations=options.iterations,
+        threshold=options.threshold,
+        guided=not options.unguided,
+        temperature=options.temperature,
+        max_new_tokens=options.max_new_tokens,
+        max_sentence_tokens=options.max_sentence_tokens,
+        seed=options.seed,
+    )
+
+
 COMMANDS = {
+    "bdhs": Command("the model finishes the reference half blind", {**BDHS_OPTIONS, **SAMPLING}, bdhs),
     "judge": Command("the model replies, a judge prefers", {**JUDGE, **SAMPLING, **ENDPOINT}, judged),
     "corrupt": Command("a language model corrupts the reference", {**WRITER, **ENDPOINT}, corrupted, False),
     "samples": Command("plain samples as rejected replies: a control", SAMPLING, self_samples),
@@ -156,6 +188,7 @@ def add_pairs(command: argparse.ArgumentParser) -> None:
 
 def run_pairs(options: argparse.Namespace) -> int:
     """Makes the pairs, and reports."""
+    _check_processes()
     method = COMMANDS[options.method]
     left_out = NOT_ABOUT_THE_PAIRS | SOURCE_OPTIONS | {"command"}
     settings = {name: value for name, value in vars(options).items() if name not in left_out and value is not None}
@@ -179,6 +212,18 @@ def run_pairs(options: argparse.Namespace) -> int:
         write(asdict(report) if options.json else pairs_text(report))
     PartialState().destroy_process_group()
     return 0
+
+
+def _check_processes() -> None:
+    """Joins the processes that a launcher started."""
+    # Without `cpu`, accelerate overlooks them on a machine without GPU.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != state.num_processes:
+        raise ValueError(
+            f"The launcher started {started} processes, and accelerate knows of {state.num_processes}: each would "
+            "make all pairs. Start them with `accelerate launch`, or with torchrun."
+        )
 
 
 def load_policy(path: str, dtype: str) -> Policy:

@@ -151,7 +151,7 @@ class PairWriter:
             bar.update(len(batch))
 
     def _attempt(self, named: Sequence[Named]) -> list[Outcome]:
-        # Sources that can say why they gave no pair count it in `dropped`; it is not part of the protocol.
+        # getattr: sources that never give None have no such counter.
         before = Counter(getattr(self.source, "dropped", ()))
         try:
             rows = [self._loaded(name, row) for name, row in named]

@@ -39,6 +39,10 @@ def test_the_options_reach_the_sources(world):
     assert (found.temperature, found.max_new_tokens, found.seed, found.max_sentence_tokens) == (0.5, 7, 3, 5)
     assert found.guided and found.similarity.encoder == "e" and found.similarity.per_sentence
     assert not source(world, "bdhs", "--unguided").guided
+    noise = ["--noise-steps", "20", "--indexing", "paper", "--overflow", "clip", "--keep-rejected", "--seed", "4"]
+    found = source(world, "povid", *noise)
+    assert (found.noise_steps, found.indexing, found.overflow, found.keep_rejected) == (20, "paper", "clip", True)
+    assert found.seed == 4
     found = source(world, "judge", *sampling, *endpoint, "--judge-model", "j", "--replies", "3", "--one-order")
     assert (found.replies, found.temperature, found.max_new_tokens, found.seed) == (3, 0.5, 7, 3)
     assert isinstance(found.judge.chat, EndpointChat) and not found.judge.both_orders

@@ -19,6 +19,7 @@ from trl_vlm.pairs.bdhs import BDHS
 from trl_vlm.pairs.corruption import Corrupted
 from trl_vlm.pairs.dataset import PairReport, PairWriter
 from trl_vlm.pairs.judged import Judged
+from trl_vlm.pairs.povid import POVID
 from trl_vlm.pairs.samples import SelfSamples
 from trl_vlm.pairs.similarity import DEFAULT_ENCODER, SentenceEncoder
 from trl_vlm.pairs.source import PairSource, Policy, generating
@@ -43,6 +44,13 @@ BDHS_OPTIONS = {
     "encoder": {"default": DEFAULT_ENCODER, "help": "folder or hub id of the sentence encoder of the gate"},
     "per_sentence": {"action": "store_true", "help": "compare sentence by sentence, for long replies"},
     "max_sentence_tokens": {"type": positive, "default": 64, "help": "longest continuation of a sentence, in tokens"},
+}
+SEED = {"seed": SAMPLING["seed"]}
+POVID_OPTIONS = {
+    "noise_steps": {"type": int, "default": 500, "help": "steps of noise on the image (up to 1000)"},
+    "indexing": {"choices": ("code", "paper"), "default": "code", "help": "how the steps are counted"},
+    "overflow": {"choices": ("wrap", "clip"), "default": "wrap", "help": "what becomes of colours out of range"},
+    "keep_rejected": {"action": "store_true", "help": "keep the row's rejected reply, and put the new one beside it"},
 }
 ENDPOINT = {
     "endpoint": {"help": "address of an OpenAI-compatible endpoint, such as http://localhost:8000/v1"},
@@ -116,6 +124,34 @@ def judge_of(options: argparse.Namespace) -> Judge:
     )
 
 
+def bdhs(options: argparse.Namespace) -> PairSource:
+    """The reference's sentences, finished half blind."""
+    device = str(PartialState().device)
+    return BDHS(
+        SentenceEncoder(options.encoder, per_sentence=options.per_sentence, device=device),
+        mask_share=options.mask_share,
+        noise_steps=options.noise_steps,
+        iterations=options.iterations,
+        threshold=options.threshold,
+        guided=not options.unguided,
+        temperature=options.temperature,
+        max_new_tokens=options.max_new_tokens,
+        max_sentence_tokens=options.max_sentence_tokens,
+        seed=options.seed,
+    )
+
+
+def povid(options: argparse.Namespace) -> PairSource:
+    """The reference, with the tokens that the policy guesses behind noise."""
+    return POVID(
+        noise_steps=options.noise_steps,
+        indexing=options.indexing,
+        overflow=options.overflow,
+        keep_rejected=options.keep_rejected,
+        seed=options.seed,
+    )
+
+
 def judged(options: argparse.Namespace) -> PairSource:
     """Samples, of which a judge prefers one."""
     return Judged(
@@ -137,25 +173,9 @@ def self_samples(options: argparse.Namespace) -> PairSource:
     return SelfSamples(temperature=options.temperature, max_new_tokens=options.max_new_tokens, seed=options.seed)
 
 
-def bdhs(options: argparse.Namespace) -> PairSource:
-    """The reference's sentences, finished half blind."""
-    device = str(PartialState().device)
-    return BDHS(
-        SentenceEncoder(options.encoder, per_sentence=options.per_sentence, device=device),
-        mask_share=options.mask_share,
-        noise_steps=options.noise_steps,
-        iterations=options.iterations,
-        threshold=options.threshold,
-        guided=not options.unguided,
-        temperature=options.temperature,
-        max_new_tokens=options.max_new_tokens,
-        max_sentence_tokens=options.max_sentence_tokens,
-        seed=options.seed,
-    )
-
-
 COMMANDS = {
     "bdhs": Command("the model finishes the reference half blind", {**BDHS_OPTIONS, **SAMPLING}, bdhs),
+    "povid": Command("the reference with the model's guesses behind noise", {**POVID_OPTIONS, **SEED}, povid),
     "judge": Command("the model replies, a judge prefers", {**JUDGE, **SAMPLING, **ENDPOINT}, judged),
     "corrupt": Command("a language model corrupts the reference", {**WRITER, **ENDPOINT}, corrupted, False),
     "samples": Command("plain samples as rejected replies: a control", SAMPLING, self_samples),

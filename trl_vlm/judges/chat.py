@@ -114,6 +114,8 @@ class LocalChat:
         output = self.model.generate(
             **{key: value.to(device) for key, value in batch.items()},
             max_new_tokens=self.max_new_tokens,
+            # Under ZeRO-3 `generate` would wait for the other processes, which may have nothing to ask.
+            synced_gpus=False,
             do_sample=False,
             num_beams=1,
             # What a checkpoint sets for sampling; `generate` would warn that it is not used.

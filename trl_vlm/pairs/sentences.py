@@ -19,6 +19,7 @@ _END = re.compile(
     r"|[^\S\n]*\n"  # a line ends an item of a list, a heading, a verse
 )
 _LIST_MARKER = re.compile(r"\s*(?:[-*•–]|\(?(?:\d{1,3}|[A-Za-z])[.)])\s*")
+_INITIAL = re.compile(r"(?:^|\s)[A-Z]\.$")
 _LAST_WORD = re.compile(r"[^\s(\[\"'“‘«]+$")
 # A character of a script without spaces is a word of its own; an inner apostrophe, hyphen or point breaks no word.
 _SPACELESS = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -59,7 +60,9 @@ def sentence_end(text: str, start: int = 0, *, is_complete: bool) -> int | None:
             continue
         rest = text[match.end() :]
         follows = rest.lstrip()
-        if not follows and not is_complete:
+        # An initial waits for what becomes of the letter behind it: "J. K" may be "J. K." or "J. Kittens".
+        is_open = not follows or (len(follows) == 1 and _INITIAL.search(body))
+        if is_open and not is_complete:
             return None
         if _ends(body, follows, is_line=match.group().endswith("\n")):
             return start + len(body)

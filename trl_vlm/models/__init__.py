@@ -1,17 +1,23 @@
-"""Models: reward models of any family, the critic, parts of a model, image tokens, processors, checkpoints."""
+"""Models: reward models of any family, the critic, parts of a model, image tokens, continuations, checkpoints."""
 
 from trl_vlm.models._transformers import keep_parameter_names
 from trl_vlm.models.checkpoints import last_complete_checkpoint
+from trl_vlm.models.continuations import Continuations, Job
+from trl_vlm.models.masked_images import draw_hidden, masked_inputs
 from trl_vlm.models.parts import freeze_vision_tower, part_of, trainable_parameter_table
 from trl_vlm.models.processors import load_processor
 from trl_vlm.models.reward_model import load_reward_model, reward_model_class
 
 __all__ = [
+    "Continuations",
+    "Job",
+    "draw_hidden",
     "freeze_vision_tower",
     "keep_parameter_names",
     "last_complete_checkpoint",
     "load_processor",
     "load_reward_model",
+    "masked_inputs",
     "part_of",
     "reward_model_class",
     "trainable_parameter_table",

@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from trl_vlm.models import _transformers
 from trl_vlm.models.image_features import ImageFeatures
 from trl_vlm.models.image_tokens import image_token_id
+from trl_vlm.models.job_caches import share_out
 from trl_vlm.models.masked_images import check_hidden
 
 
@@ -129,8 +130,8 @@ class Continuations:
         # The last token that a job keeps is the first that decoding feeds: the prefill gives no logits, which would
         # be as large as the vocabulary at every place where some job starts.
         last = torch.tensor([self._rows.prompts[job.row] + job.cut - 1 for job in jobs], device=hidden.device)
-        longest = int(last.max()) + 1 + max_new_tokens + max(len(job.forced) for job in jobs)
-        cache, seen = self._prefill(hidden, row, last, leave_out=_all_see_all(self._model.config, longest))
+        room = 1 + max_new_tokens + max(len(job.forced) for job in jobs)
+        cache, seen = self._prefill(hidden, row, last, room)
         decoding = _Decoding(jobs, max_new_tokens, stop, sampler, _ends_of_sequence(self._model))
         tokens, positions = self._rows.ids[row, last], self._rows.positions[..., row, last]
         while True:
@@ -146,15 +147,15 @@ class Continuations:
                 positions, seen = positions[..., stay], seen[stay]
                 cache.batch_select_indices(stay)
 
-    def _forward(self, cache: DynamicCache, seen: Tensor, **inputs: Tensor) -> Tensor:
+    def _forward(self, cache: Cache, seen: Tensor, **inputs: Tensor) -> Tensor:
         return self._model(**inputs, attention_mask=seen.long(), past_key_values=cache, use_cache=True).logits
 
-    def _prefill(self, hidden: Tensor, row: Tensor, last: Tensor, *, leave_out: bool) -> tuple[DynamicCache, Tensor]:
+    def _prefill(self, hidden: Tensor, row: Tensor, last: Tensor, room: int) -> tuple[Cache, Tensor]:
         """Keys and values of what each job has before its last token, and which of them it sees, (J, N)."""
         rows = self._rows
         ends = torch.zeros(len(rows.ids), dtype=torch.long, device=row.device).scatter_reduce(0, row, last, "amax")
         computed = torch.arange(rows.ids.size(1), device=row.device) < ends[:, None]  # (B, L)
-        if leave_out:
+        if _all_see_all(self._model.config, int(last.max()) + room):
             computed &= ~hidden
         needed = ends.nonzero()[:, 0]
         index = pad_sequence([computed[each].nonzero()[:, 0] for each in needed], batch_first=True, padding_value=-1)
@@ -169,7 +170,7 @@ class Continuations:
         cache, seen = DynamicCache(), real & ~hidden[needed].gather(1, index)
         self._forward(cache, seen, **inputs, logits_to_keep=1)
         place = torch.searchsorted(needed, row)
-        return _shared_out(cache, seen, place, computed.cumsum(1)[row, last - 1])
+        return share_out(cache, seen, place, lengths=computed.cumsum(1)[row, last - 1], room=room)
 
 
 class _Rows(NamedTuple):
@@ -276,19 +277,6 @@ def _all_see_all(config: PreTrainedConfig, length: int) -> bool:
 def _ends_of_sequence(model: PreTrainedModel) -> set[int]:
     ends = model.generation_config.eos_token_id
     return set(ends) if isinstance(ends, list) else {ends}
-
-
-def _shared_out(cache: DynamicCache, seen: Tensor, row: Tensor, lengths: Tensor) -> tuple[DynamicCache, Tensor]:
-    """To each of J jobs the first `lengths` tokens of its `row` in the cache, with those that it sees, (J, N).
-
-    They are aligned on the right, so that windows, which count back from a token, reach as far as in a plain prompt.
-    """
-    index = torch.arange(int(lengths.max()), device=row.device) - lengths.max() + lengths[:, None]  # (J, N)
-    real, index, row = index >= 0, index.clamp(min=0), row[:, None]
-    layers = [
-        (keys[row, :, index].transpose(1, 2), values[row, :, index].transpose(1, 2)) for keys, values, *_ in cache
-    ]
-    return DynamicCache(layers), real & seen[row, index]
 
 
 class _Decoding:

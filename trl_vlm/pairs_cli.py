@@ -12,8 +12,7 @@ from accelerate import PartialState
 
 from trl_vlm.cli_options import add_source, positive, source_of, write
 from trl_vlm.judges import Chat, EndpointChat, Judge, LocalChat, PairwiseJudge, RewardJudge
-from trl_vlm.models.generative import load_generative_model
-from trl_vlm.models.processors import load_processor
+from trl_vlm.models.generative import load_generative_model, load_generative_processor
 from trl_vlm.models.unsharded import unsharded_loading
 from trl_vlm.pairs.bdhs import BDHS
 from trl_vlm.pairs.corruption import Corrupted
@@ -197,7 +196,12 @@ def add_pairs(command: argparse.ArgumentParser) -> None:
         parser.add_argument("--images", help="folder that relative image paths start at")
         parser.add_argument("--embed-images", action="store_true", help="store image files' bytes, not their paths")
         parser.add_argument("--limit", type=positive, help="read this many rows at most")
-        parser.add_argument("--batch-size", type=positive, default=8, help="rows at once on each process")
+        parser.add_argument(
+            "--batch-size",
+            type=positive,
+            default=8,
+            help="rows at once on each process; for an endpoint, twice --concurrency",
+        )
         parser.add_argument("--block-rows", type=positive, default=256, help="rows between two savings")
         parser.add_argument("--skip-bad", action="store_true", help="leave out and count rows that are refused")
         parser.add_argument("--overwrite", action="store_true", help="replace the output, forget an unfinished one")
@@ -250,7 +254,7 @@ def load_policy(path: str, dtype: str) -> Policy:
     """The model of a folder or hub id on this process's device, whole on each, and its processor."""
     with unsharded_loading():
         model = load_generative_model(path, dtype=dtype)
-    return Policy(model.to(PartialState().device), load_processor(path))
+    return Policy(model.to(PartialState().device), load_generative_processor(path))
 
 
 def pairs_text(report: PairReport) -> str:

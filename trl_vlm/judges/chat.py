@@ -10,8 +10,8 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from trl_vlm.data.collators import encode
-from trl_vlm.models.generative import load_generative_model
-from trl_vlm.models.processors import control_tokens, load_processor
+from trl_vlm.models.generative import load_generative_model, load_generative_processor
+from trl_vlm.models.processors import control_tokens
 from trl_vlm.models.unsharded import is_sharded, unsharded_loading
 
 CUT_OFF = "the answer was cut off"
@@ -71,7 +71,7 @@ class LocalChat:
         if max_new_tokens < 1 or batch_size < 1:
             raise ValueError(f"`max_new_tokens` is {max_new_tokens}, `batch_size` {batch_size}; both must be above 0.")
         source = model.name_or_path if isinstance(model, nn.Module) else model
-        self.processor = processor if processor is not None else load_processor(source)
+        self.processor = processor if processor is not None else load_generative_processor(source)
         if isinstance(model, nn.Module):
             self.model = model
         else:

@@ -4,10 +4,11 @@ from os import PathLike
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, ProcessorMixin
 from transformers.utils import find_adapter_config_file
 
 from trl_vlm.models import _transformers
+from trl_vlm.models.processors import load_processor
 
 
 def load_generative_model(path: str | PathLike, **kwargs: Any) -> nn.Module:
@@ -20,18 +21,37 @@ def load_generative_model(path: str | PathLike, **kwargs: Any) -> nn.Module:
     Raises:
         ValueError: The base model of an adapter cannot be loaded.
     """
-    hub = _transformers.hub_arguments(kwargs)
-    if find_adapter_config_file(path, **hub) is None:
+    base = _base_of(path, **_transformers.hub_arguments(kwargs))
+    if base is None:
         return AutoModelForImageTextToText.from_pretrained(path, **kwargs)
-    # Importing peft imports bitsandbytes and torch's compiler: many seconds that a model without adapter can spare.
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    base = PeftConfig.from_pretrained(path, **hub).base_model_name_or_path
     try:
         model = AutoModelForImageTextToText.from_pretrained(base, **kwargs)
     except OSError as error:
         raise ValueError(
-            f"{path} is an adapter of the model {str(base)!r}, which cannot be loaded from there. Put it back, or "
-            "correct `base_model_name_or_path` in the adapter's adapter_config.json."
+            f"{path} is an adapter of the model {base!r}, which cannot be loaded from there. Put it back, or correct "
+            "`base_model_name_or_path` in the adapter's adapter_config.json."
         ) from error
     return PeftModel.from_pretrained(model, path)
+
+
+def load_generative_processor(path: str | PathLike) -> ProcessorMixin:
+    """Returns the processor of `path`; of an adapter that was saved without one, that of its base model."""
+    try:
+        return load_processor(path)
+    except (OSError, ValueError):  # no file of a processor, and no model that tells its kind
+        base = _base_of(path)
+        if base is None:
+            raise
+        return load_processor(base)
+
+
+def _base_of(path: str | PathLike, **hub: Any) -> str | None:
+    """Where the base model of an adapter lies; None if `path` is no adapter."""
+    if find_adapter_config_file(path, **hub) is None:
+        return None
+    # Importing peft imports bitsandbytes and torch's compiler: many seconds that a model without adapter can spare.
+    from peft import PeftConfig
+
+    return str(PeftConfig.from_pretrained(path, **hub).base_model_name_or_path)

@@ -21,7 +21,7 @@ An arm that was interrupted goes on from its last checkpoint; one that is done i
 from pathlib import Path
 from typing import Any
 
-from common import load_model
+from common import load_model, load_rows
 from datasets import Dataset
 from preference_study import Options, Study, parsed
 
@@ -49,7 +49,7 @@ PAPER = {
 def corrected_replies(study: Study) -> Dataset:
     """Rows whose chosen reply is the rejected one with its wrong segments rewritten."""
     if not study.on_testbed:
-        return study.rows("prompt, chosen, rejected, images")
+        return load_rows(study.options.dataset_name, "dataset_name")
     model, processor = load_model(study.supervised_model())
     seed = 100 * study.options.seed + 41
     return correction_rows(study.world, study.options.pairs, seed, caption_sampler(model, processor))

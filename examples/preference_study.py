@@ -15,11 +15,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from common import DONE, by_split, evaluate_rows, history, is_done, load_model, load_rows, train, write_json
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_vlm import DPOConfig, DPOTrainer
+from trl_vlm.data.converters import Source
 from trl_vlm.evaluation import Arm, write_report
+from trl_vlm.pairs.dataset import PairWriter
+from trl_vlm.pairs.source import Policy, generating
 from trl_vlm.testbed import SupervisedSettings, World, train_supervised
 from trl_vlm.testbed.evaluate import evaluate
 
@@ -156,11 +159,32 @@ class Study:
         seed = {"development": 7700, "test": 6600}[split] + self.options.seed
         return by_split(evaluate(model, processor, self.world, scenes=20 if self.options.quick else 300, seed=seed))
 
-    def rows(self, columns: str) -> Dataset:
-        """The user's rows."""
-        rows = load_rows(self.options.dataset_name, "dataset_name")
-        logger.info("%d rows with %s (needed: %s)", len(rows), ", ".join(rows.column_names), columns)
-        return rows
+    def pairs(self, name: str, make_source: Callable[[], Any], rows: Dataset) -> Dataset:
+        """Pairs that a source makes of `rows` with the supervised model, written to a folder on the first call.
+
+        Args:
+            name: Of the folder.
+            make_source: Gives the source; not called if the pairs are there.
+            rows: What the source reads.
+        """
+        folder = self.root / f"pairs_{name}"
+        if not folder.exists():
+            inputs = self.root / f"rows_{name}.parquet"
+            if PartialState().is_main_process:
+                self.root.mkdir(parents=True, exist_ok=True)
+                rows.to_parquet(inputs)
+            PartialState().wait_for_everyone()
+            model, processor = load_model(self.supervised_model(), **self.load_options())
+            with generating(model):
+                PairWriter(
+                    make_source(),
+                    Policy(model, processor),
+                    folder,
+                    settings={"seed": self.options.seed},
+                    batch_size=self.options.generation_batch,
+                ).write(Source(str(inputs)))
+            PartialState().wait_for_everyone()
+        return load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train")
 
     def trainer(self, train_dataset: Any, rate: float, folder: Path, losses: Mapping[str, float], **given: Any) -> Any:
         """Our DPO trainer with what all arms have in common.
@@ -244,11 +268,21 @@ def harmonic_mean(first: float, second: float) -> float:
     return 2 * first * second / (first + second) if first + second else 0.0
 
 
-def parsed(options: type, paper: Mapping[str, Any], name: str) -> tuple[Any, ModelConfig]:
-    """Options and model options of the command line, with the testbed's or the paper's values where none is given."""
+def parsed(
+    options: type, paper: Mapping[str, Any], name: str, testbed: Mapping[str, Any] | None = None
+) -> tuple[Any, ModelConfig]:
+    """Options and model options of the command line, with the testbed's or the paper's values where none is given.
+
+    Args:
+        options: `Options`, or a dataclass that extends it.
+        paper: Values with a model.
+        name: Default folder below `outputs`.
+        testbed: Values on the testbed beside `TESTBED`.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options, model = TrlParser((options, ModelConfig)).parse_args_and_config()
-    defaults = {"output_dir": f"outputs/{name}", **(TESTBED if model.model_name_or_path is None else paper)}
+    values = TESTBED | (testbed or {}) if model.model_name_or_path is None else paper
+    defaults = {"output_dir": f"outputs/{name}", **values}
     if options.quick:
         defaults |= QUICK
     filled = {key: defaults.get(key) if value is None else value for key, value in asdict(options).items()}

@@ -115,6 +115,15 @@ def prompt_rows(world: World, count: int, seed: int, split: Split = "balanced") 
     return _to_dataset(rows, ["images", "prompt", "facts", "objects"])
 
 
+def caption_rows(world: World, count: int, seed: int, split: Split = "balanced") -> Dataset:
+    """`prompt`, `completion`, `images`, `objects`: requests for a caption with exact captions, as instruction data."""
+    rows = []
+    for picture, rng in _pictures(world, count, seed, split):
+        caption = world.caption(picture.scene, rng, biased=False)
+        rows.append(_described(picture, world, rng) | {"completion": [assistant(caption)]})
+    return _to_dataset(rows, ["images", "prompt", "completion", "objects"])
+
+
 def question_rows(
     world: World, count: int, seed: int, split: Split = "balanced", *, adversarial_share: float = 0.5
 ) -> Dataset:

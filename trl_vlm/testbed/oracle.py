@@ -5,6 +5,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from trl_vlm.testbed.world import NOUNS
 
@@ -56,6 +57,30 @@ def count_reply(reply: str, truth: Collection[str]) -> ReplyCounts:
         sentences=words.count(".") + (bool(words) and words[-1] != "."),
         words=len(words),
     )
+
+
+def object_overlap(texts: Sequence[str], others: Sequence[str]) -> list[float]:
+    """How alike two replies are: objects that both name, among those that either names. The testbed's gate of BDHS.
+
+    1 for the same objects in any order, also where neither names one; 0 for none in common.
+    """
+    overlaps = []
+    for text, other in zip(texts, others, strict=True):
+        named, others_named = set(find_objects(text)), set(find_objects(other))
+        either = named | others_named
+        overlaps.append(len(named & others_named) / len(either) if either else 1.0)
+    return overlaps
+
+
+def truth_reward(
+    prompts: Sequence[Any], completions: Sequence[Sequence[dict[str, str]]], objects: Sequence[list[str]], **_: Any
+) -> list[float]:
+    """A TRL reward function that knows the truth: distinct correct objects - 2 hallucinated ones - 0.5 repeats.
+
+    In contrast to the labeller of `datasets.worth`, it pays for no length.
+    """
+    counts = [count_reply(reply[-1]["content"], truth) for reply, truth in zip(completions, objects, strict=True)]
+    return [each.correct - 2.0 * each.hallucinated - 0.5 * each.repeats for each in counts]
 
 
 def correct(reply: str, truth: Sequence[str]) -> str:

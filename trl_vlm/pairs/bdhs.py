@@ -63,9 +63,9 @@ class BDHS:
 
     Source: arXiv:2407.02477, section 5, eq. 6 and 7, Algorithm 1.
     Differs: the paper says nothing of positions (kept), the temperature (1), the splitter and the unit of cuts
-    (`trl_vlm.pairs.sentences`; at least one word stays and, in a sentence of several, one goes). A reference without
-    the end of a sentence is one sentence. Yes and no are swapped at word boundaries only, and the cut never lies
-    before the swapped word.
+    (`trl_vlm.pairs.sentences`; one word at least stays and one goes, and a sentence of one word is written anew). A
+    reference without the end of a sentence is one sentence. Yes and no are swapped at word boundaries only, and the
+    cut never lies before the swapped word.
     """
 
     def __init__(

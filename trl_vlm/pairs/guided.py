@@ -1,5 +1,6 @@
 """A reference reply as sentences that are cut at a word, to be finished by a model and put together again."""
 
+import re
 from collections.abc import Sequence
 from random import Random
 from typing import NamedTuple
@@ -43,7 +44,8 @@ def sentence_cuts(
     """Returns every sentence of a reply with its beginning swapped from yes to no, or not, and cut at a random word.
 
     Cuts lie at the end of a word that is also the end of a token, so that what is kept of the reply are its own
-    tokens. Where no word of a sentence ends with a token, all of the sentence is written anew.
+    tokens; at least one word is kept, and at least one goes. A sentence of one word is written anew, and so is one in
+    which no word ends with a token.
 
     Args:
         tokens: Of the reference reply.
@@ -63,7 +65,8 @@ def sentence_cuts(
         if changed == sentence:
             kept, prefix, forced = _cut_of(tokens, tokenizer, sentence, start, before, random)
         else:
-            prefix = changed[: random.choice(pivots(changed))]
+            # Never before the swapped word, or the swap would be lost.
+            prefix = changed[: random.choice(pivots(changed) or [_first_word_end(changed)])]
             kept, forced = _written_anew(tokens, tokenizer, start, before, prefix)
         found.append(
             Cut(
@@ -88,7 +91,7 @@ def _cut_of(
     tokens: ReplyTokens, tokenizer: PreTrainedTokenizerBase, sentence: str, start: int, before: int, random: Random
 ) -> tuple[int, str, list[int]]:
     """How many tokens of the reply are kept, what of the sentence, and what is forced behind them."""
-    cuts = {pivot: tokens.cut_at(start + pivot) for pivot in pivots(sentence) if pivot}
+    cuts = {pivot: tokens.cut_at(start + pivot) for pivot in pivots(sentence)}
     aligned = [pivot for pivot, cut in cuts.items() if cut is not None]
     if not aligned:
         kept, forced = _written_anew(tokens, tokenizer, start, before, "")
@@ -97,11 +100,17 @@ def _cut_of(
     return cuts[pivot], sentence[:pivot], []
 
 
+def _first_word_end(sentence: str) -> int:
+    return re.match(r"\s*\w*", sentence).end()
+
+
 def _written_anew(
     tokens: ReplyTokens, tokenizer: PreTrainedTokenizerBase, start: int, before: int, prefix: str
 ) -> tuple[int, list[int]]:
     """How many tokens are kept before a sentence, and which ones then spell `prefix`, with the space before it."""
-    kept = sum(end <= start for end in tokens.ends)
+    kept = tokens.cut_at(before)
+    if kept is None:  # a token spells the end of one sentence and the space behind it
+        kept = sum(end <= start for end in tokens.ends)
     reached = max(0, tokens.ends[kept - 1]) if kept else 0
     missing = tokens.text[reached:start] + prefix if prefix else tokens.text[reached:before]
     return kept, tokens.ids_behind(tokenizer, reached, missing) if missing else []

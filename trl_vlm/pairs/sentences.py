@@ -73,11 +73,11 @@ def pivots(sentence: str) -> list[int]:
     """Returns where a sentence may be cut, as numbers of characters: behind each of its words but the last.
 
     The marker of a list item stays with the first word, and the full stop of an abbreviation with its word. A
-    sentence of one word is cut behind it, one without a word before its first character.
+    sentence of one word has no such place.
     """
     marker = _LIST_MARKER.match(sentence)
     ends = [match.end() for match in _WORD.finditer(sentence, marker.end() if marker else 0)]
-    return [end for end in ends[:-1] if sentence[end] != "."] or ends[-1:] or [0]
+    return [end for end in ends[:-1] if sentence[end] != "."]
 
 
 def swap_yes_no(sentence: str) -> str:

@@ -11,6 +11,7 @@ __version__ = "0.1.0.dev0"
 _WHERE = {
     "DPOConfig": "trainers.dpo_config",
     "DPOTrainer": "trainers.dpo_trainer",
+    "PairSourceCallback": "trainers.pair_callback",
     "RewardConfig": "trainers.reward_config",
     "RewardTrainer": "trainers.reward_trainer",
     "PPOConfig": "trainers.ppo_config",

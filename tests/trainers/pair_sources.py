@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 
 from trl_vlm.data.collators import encode
-from trl_vlm.data.rows import ROW_NAME
+from trl_vlm.data.rows import ROW_NAME, message_text
+from trl_vlm.judges.judge import ScriptedJudge
+from trl_vlm.pairs.bdhs import BDHS
+from trl_vlm.pairs.judged import Judged
 
 
 def message(text: str) -> list[dict[str, str]]:
@@ -36,3 +39,36 @@ class Greedy:
         pair = {**row, "chosen": row.get("completion") or row["chosen"], "rejected": message(reply)}
         pair |= {"pair_source": "greedy", "pair_length": len(reply), "pair_ended": True}
         return pair | ({"rejected_extra": [message(f"{reply} {k}") for k in range(self.extra)]} if self.extra else {})
+
+
+class Recorded:
+    """A source, and what it `said`: per call, the names of the rows with their chosen and rejected replies."""
+
+    def __init__(self, source):
+        self.source = source
+        self.said: list[list] = []
+
+    def __call__(self, rows, policy, turn=0):
+        pairs = self.source(rows, policy, turn)
+        texts = [
+            None if pair is None else [message_text(pair[c][0]) for c in ("chosen", "rejected")] for pair in pairs
+        ]
+        self.said.append(sorted([row[ROW_NAME], text] for row, text in zip(rows, texts, strict=True)))
+        return pairs
+
+
+def longer(comparison) -> int | None:
+    """Prefers the longer reply; two of one length are undecided."""
+    first, second = len(comparison.first), len(comparison.second)
+    return None if first == second else int(second > first)
+
+
+def lengths_differ(replies, references) -> list[float]:
+    """A gate without an encoder: replies of one length are taken for the same."""
+    return [float(len(reply) == len(reference)) for reply, reference in zip(replies, references, strict=True)]
+
+
+SOURCES = {
+    "bdhs": lambda: Recorded(BDHS(lengths_differ, mask_share=0.5, max_new_tokens=6, max_sentence_tokens=4)),
+    "judged": lambda: Recorded(Judged(ScriptedJudge(longer), max_new_tokens=6)),
+}

@@ -76,7 +76,7 @@ class DegenerationWatch(TrainerCallback):
         trainer = self.trainer
         count = trainer.args.watch_prompts
         rows = [row for row, _ in zip(trainer.train_dataset, range(count), strict=False)]
-        batch = trainer.prompt_batch(rows)
+        batch = dict(trainer.prompt_batch(rows))
         copies = len(batch["input_ids"]) // len(rows)
         lengths = (batch["attention_mask"].sum(1) - batch.pop("completion_mask").sum(1))[: len(rows)].tolist()
         shared, shape = SHARED_PREFIX in batch, batch["input_ids"].shape

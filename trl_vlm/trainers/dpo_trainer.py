@@ -21,7 +21,7 @@ from trl_vlm.trainers.common import give_own_learning_rate, prepare_vlm
 from trl_vlm.trainers.degeneration import DegenerationWatch
 from trl_vlm.trainers.dpo_config import LENGTH_NORMALISED, DPOConfig
 from trl_vlm.trainers.log_probs import CHANGED, PER_TOKEN, DenseScore, ReplyLogProbs
-from trl_vlm.trainers.pair_sources import WEIGHTLESS, FreshPairs
+from trl_vlm.trainers.pair_sources import WEIGHTLESS, FreshPairs, has_pair, without_replies
 from trl_vlm.trainers.reference_cache import ReferenceCache, fill, model_identity, processor_identity
 from trl_vlm.trainers.rollouts import rollout_rows
 
@@ -205,7 +205,9 @@ class DPOTrainer(trl.DPOTrainer):
 
     def prompt_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch that begins with the prompts of `rows`, whatever replies follow."""
-        return dict(self.data_collator(rows)) if self._fresh is None else self._fresh.collated(rows, placeholder=True)
+        collate = self.data_collator if self._fresh is None else self._fresh.collated
+        has_replies = [not self._is_vision_dataset or has_pair(row) for row in rows]
+        return collate([row if has else without_replies(row) for row, has in zip(rows, has_replies, strict=True)])
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
         if self._fresh is not None and isinstance(inputs, list):

@@ -22,11 +22,10 @@ WEIGHTLESS = "weightless"
 # What a weightless batch says in the place of replies.
 NO_REPLY = [{"role": "assistant", "content": "-"}]
 
+# What is said about the replies of a row; a new pair brings its own.
+ABOUT_REPLIES = ("chosen", "rejected", "rejected_extra", "chosen_spans", "rejected_spans")
 # What a collator reads of a pair. TRL takes rows with other reply columns (`completion`) for another kind of data.
-PAIR_COLUMNS = (
-    *("prompt", "chosen", "rejected", "rejected_extra", "chosen_spans", "rejected_spans"),
-    *("tools", "chat_template_kwargs", ROW_NAME, *IMAGE_COLUMNS),
-)
+PAIR_COLUMNS = ("prompt", *ABOUT_REPLIES, "tools", "chat_template_kwargs", ROW_NAME, *IMAGE_COLUMNS)
 
 
 @contextmanager
@@ -60,6 +59,17 @@ def _unsynchronised(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del model.generate
+
+
+def has_pair(row: Row) -> bool:
+    """Whether a row has a chosen and a rejected reply of its own."""
+    return bool(row.get("chosen") and row.get("rejected"))
+
+
+def without_replies(row: Row) -> dict[str, Any]:
+    """A row whose replies do not matter."""
+    kept = {name: value for name, value in row.items() if name not in ABOUT_REPLIES}
+    return kept | {"chosen": NO_REPLY, "rejected": NO_REPLY}
 
 
 def made_pairs(source: PairSource, rows: Sequence[Row], policy: Policy, turn: int) -> list[Row | None]:
@@ -185,24 +195,19 @@ class FreshPairs:
         self._log(everywhere, kept)
         extra = self._extra(everywhere)
         if kept == 0:
-            return {**self.collated([rows[0]], placeholder=True), WEIGHTLESS: True}, 0
+            return {**self.collated([without_replies(rows[0])]), WEIGHTLESS: True}, 0
         return self.collated(decided[:kept], extra), extra
 
-    def collated(self, rows: Sequence[Row], extra: int = 0, *, placeholder: bool = False) -> dict[str, Tensor]:
-        """The batch of these pairs, or with `placeholder` of rows whose replies do not matter."""
+    def collated(self, pairs: Sequence[Row], extra: int = 0) -> dict[str, Tensor]:
+        """The batch of these pairs, with so many further rejected replies each."""
         if extra not in self.collators:
             self.collators[extra] = self.make_collator(extra)
-        columns = [name for name in PAIR_COLUMNS if not (placeholder and name.endswith("_spans"))]
-        rows = [{name: row[name] for name in columns if name in row} for row in rows]
-        if placeholder:
-            rows = [{**row, "chosen": NO_REPLY, "rejected": NO_REPLY} for row in rows]
-        return dict(self.collators[extra](rows))
+        return self.collators[extra]([{name: pair[name] for name in PAIR_COLUMNS if name in pair} for pair in pairs])
 
     def _pairs(self, rows: Sequence[Row]) -> list[Row | None]:
         """The source's pairs while training; while evaluating, the rows' own, where all processes' rows have them."""
         is_training = self.trainer.model.training
-        has_own = all(row.get("chosen") and row.get("rejected") for row in rows)
-        if not is_training and all(gather_object([has_own])):
+        if not is_training and all(gather_object([all(map(has_pair, rows))])):
             return list(rows)
         with current_policy(self.trainer) as policy:
             return made_pairs(self.source, rows, policy, self._turn() if is_training else 0)

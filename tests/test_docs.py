@@ -19,7 +19,7 @@ PACKAGE = ROOT / "trl_vlm"
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md"))
 METHOD_PAGES = sorted(path for path in (DOCS / "methods").glob("*.md"))
-PUBLIC_MODULES = ("", ".judges", ".rewards", ".evaluation", ".models", ".data", ".testbed")
+PUBLIC_MODULES = ("", ".judges", ".rewards", ".evaluation", ".models", ".data", ".testbed", ".pairs")
 CONFIGS = ("PPOConfig", "RewardConfig", "DPOConfig")
 HEADINGS = (
     "Idea",

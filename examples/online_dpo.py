@@ -105,7 +105,7 @@ def main() -> None:
         if arm == "online":
             settings["pair_source"], train_rows = judged(), rows
         if arm == "mixed":
-            settings["pair_source"] = Mixed(Offline(), judged(), options.offline_share, seed=options.seed)
+            settings["pair_source"] = Mixed(Offline(), judged(), share=options.offline_share, seed=options.seed)
         data = train_rows() if callable(train_rows) else train_rows
         return study.trainer(data, rate, folder, {"sigmoid": 1.0, **anchor}, **settings)
 

@@ -57,10 +57,9 @@ class Recorded:
         return pairs
 
 
-def longer(comparison) -> int | None:
-    """Prefers the longer reply; two of one length are undecided."""
-    first, second = len(comparison.first), len(comparison.second)
-    return None if first == second else int(second > first)
+def longer(comparison) -> int:
+    """Prefers the longer reply, and of two of one length the first."""
+    return int(len(comparison.second) > len(comparison.first))
 
 
 def lengths_differ(replies, references) -> list[float]:
@@ -69,6 +68,7 @@ def lengths_differ(replies, references) -> list[float]:
 
 
 SOURCES = {
+    "greedy": lambda **options: Recorded(Greedy(**options)),
     "bdhs": lambda: Recorded(BDHS(lengths_differ, mask_share=0.5, max_new_tokens=6, max_sentence_tokens=4)),
     "judged": lambda: Recorded(Judged(ScriptedJudge(longer), max_new_tokens=6)),
 }

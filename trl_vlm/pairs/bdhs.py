@@ -167,7 +167,8 @@ class BDHS:
                 said={
                     "iterations": iteration,
                     "guided": is_guided,
-                    "similarity": similarity,
+                    # The last digits of an embedding depend on the texts that are encoded beside it.
+                    "similarity": round(similarity, 6),
                     "share_masked": shares[place],
                     "unfinished": reply.is_unfinished,
                 },

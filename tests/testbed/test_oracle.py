@@ -37,5 +37,6 @@ def test_a_wrong_object_is_replaced_by_one_that_was_left_out_and_else_its_senten
     assert correct(reply, ["cup", "tree", "dog"]) == "there is a cup . i see a tree . there is a dog ."
     assert correct(reply, ["cup", "bat", "dog", "kite"]) == reply
     assert correct("i see a kite .", ["cup", "dog"]) == "i see a cup ."
-    assert correct("i see a cup . i see a cup . i see a", ["cup"]) == "i see a cup . i see a cup ."
+    assert correct("i see a cup . i see a cup . i see a", ["cup"]) == "i see a cup ."
+    assert correct("i see a cup . there is a cup .", ["dog", "cup"]) == "i see a cup . there is a dog ."
     assert correct("i see a kite . there is a cup .", ["cup"]) == "there is a cup ."

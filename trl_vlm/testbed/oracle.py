@@ -84,23 +84,26 @@ def truth_reward(
 
 
 def correct(reply: str, truth: Sequence[str]) -> str:
-    """The reply as an annotator of RLHF-V would correct it: hallucinated segments rewritten, all else left as it is.
+    """The reply as an annotator of RLHF-V would correct it: wrong segments rewritten, all else left as it is.
 
-    A sentence that names an absent kind gets the next present kind that the reply leaves out; if it leaves out none,
-    the sentence goes. So does one that names nothing.
+    Wrong is a kind that is absent, and a kind that was named before, for no picture shows one twice. In its place
+    comes the next present kind that the reply leaves out; if it leaves out none, the sentence goes. So does a
+    sentence that names nothing.
 
     Args:
         reply: Sentences that end in " .".
-        truth: The kinds that are present, in the order in which they replace absent ones.
+        truth: The kinds that are present, in the order in which they replace wrong ones.
     """
     missing = [kind for kind in truth if kind not in find_objects(reply)]
+    said: set[str] = set()
     sentences = []
     for sentence in reply.split(" ."):
         words = sentence.split()
         for place, word in enumerate(words):
-            if word in _NOUNS and word not in truth and missing:
+            if word in _NOUNS and (word not in truth or word in said) and missing:
                 words[place] = missing.pop(0)
         named = set(find_objects(" ".join(words)))
-        if named and named <= set(truth):
+        if named and named <= set(truth) - said:
             sentences.append(" ".join(words) + " .")
+            said |= named
     return " ".join(sentences)

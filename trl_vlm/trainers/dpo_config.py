@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 import trl
 
+from trl_vlm.pairs.noise import check_noise
+
 
 @dataclass(frozen=True)
 class _Preset:
@@ -70,12 +72,33 @@ class DPOConfig(trl.DPOConfig):
         },
     )
 
+    # Distorted images
+    distortion: str | None = field(
+        default=None,
+        metadata={
+            "help": "POVID: a further rejected reply per row, of the tokens that are likeliest where the image is "
+            "noisy and the chosen reply goes before. 'published': policy and reference each score their own tokens; "
+            "'shared': both score the policy's.",
+            "choices": ["published", "shared"],
+        },
+    )
+    distortion_steps: int = field(
+        default=500, metadata={"help": "`distortion`: how many steps of noise, from 0 to 999."}
+    )
+    distortion_overflow: str = field(
+        default="wrap",
+        metadata={
+            "help": "`distortion`: colours that leave their range 'wrap' around, as in the published code, or 'clip'.",
+            "choices": ["wrap", "clip"],
+        },
+    )
+
     # Several rejected replies
     rejected_weight: float = field(
         default=0.5,
         metadata={
-            "help": "With a `rejected_extra` column: weight of the pair with `rejected`; the pairs with the extra "
-            "replies share the rest. From 0 to 1."
+            "help": "With a `rejected_extra` column or `distortion`: weight of the pair with `rejected`; the pairs "
+            "with the extra replies share the rest. From 0 to 1."
         },
     )
 
@@ -132,6 +155,8 @@ class DPOConfig(trl.DPOConfig):
             self._check_dense()
         if self.reference_cache is not None:
             self._check_reference_cache()
+        if self.distortion is not None:
+            self._check_distortion()
 
     def _fill_in_preset(self) -> None:
         if self.dense_preset is None:
@@ -203,6 +228,21 @@ class DPOConfig(trl.DPOConfig):
                 f"{', '.join(sorted(losses - normalised))}: the first reads a mean per token and the second a score "
                 "of the whole reply, from the same log-probabilities. Train with one kind ('sft' goes with both)."
             )
+
+    def _check_distortion(self) -> None:
+        if self.distortion not in ("published", "shared"):
+            raise ValueError(f"`distortion` is {self.distortion!r}; it must be 'published' or 'shared'.")
+        check_noise(self.distortion_steps, "code", self.distortion_overflow)
+        refused = {
+            "Dense DPO": (self.dense_gamma is not None, "the rejected tokens are not known when changes are found"),
+            "`reference_cache`": (
+                self.reference_cache is not None,
+                "the noise is new at every step, so the reference cannot be computed before",
+            ),
+        }
+        for name, (is_set, reason) in refused.items():
+            if is_set:
+                raise ValueError(f"{name} does not go with `distortion`: {reason}. Unset one of the two.")
 
     def _check_reference_cache(self) -> None:
         for name in ("precompute_ref_log_probs", "sync_ref_model"):

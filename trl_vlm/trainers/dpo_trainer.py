@@ -19,10 +19,11 @@ from trl_vlm.pairs.source import PairSource
 from trl_vlm.trainers import _trl, dpo_metrics, dpo_setup, pair_sources
 from trl_vlm.trainers.common import give_own_learning_rate, prepare_vlm
 from trl_vlm.trainers.degeneration import DegenerationWatch
+from trl_vlm.trainers.distortion import DistortedReplies, DistortingCollator
 from trl_vlm.trainers.dpo_config import LENGTH_NORMALISED, DPOConfig
 from trl_vlm.trainers.log_probs import CHANGED, PER_TOKEN, DenseScore, ReplyLogProbs
 from trl_vlm.trainers.pair_sources import WEIGHTLESS, FreshPairs, has_pair, without_replies
-from trl_vlm.trainers.reference_cache import ReferenceCache, fill, model_identity, processor_identity
+from trl_vlm.trainers.reference_cache import filled_for
 from trl_vlm.trainers.rollouts import rollout_rows
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,8 @@ class DPOTrainer(trl.DPOTrainer):
             train_dataset = pair_sources.checked_rows(train_dataset, "train")
             eval_dataset = pair_sources.checked_rows(eval_dataset, "eval")
             args.remove_unused_columns = False  # a source may read any column
-        self._extra = dpo_setup.extra_replies(train_dataset)
+        self._distorted = int(args.distortion is not None)  # one more rejected reply per row
+        self._extra = dpo_setup.extra_replies(train_dataset) + self._distorted
         self._pairs_without_change = 0
         super().__init__(
             model,
@@ -101,7 +103,8 @@ class DPOTrainer(trl.DPOTrainer):
             peft_config=dpo_setup.complete_peft_config(peft_config, model, args),
             **kwargs,
         )
-        self._replies = ReplyLogProbs(self._dense_score(args))
+        distortion = DistortedReplies(shared=args.distortion == "shared") if self._distorted else None
+        self._replies = ReplyLogProbs(self._dense_score(args), distortion)
         self._refuse_what_does_not_combine(args, own_collator=data_collator is not None)
         if self._is_vlm or args.freeze_vision_tower:
             prepare_vlm(self._base_model, freeze_vision=args.freeze_vision_tower)
@@ -113,7 +116,7 @@ class DPOTrainer(trl.DPOTrainer):
             self.train_dataset = rollout_rows(self.train_dataset, "train")
             self.eval_dataset = rollout_rows(self.eval_dataset, "eval")
         elif data_collator is None:
-            self.data_collator = make_collator(self._extra)
+            self.data_collator = make_collator(self._extra - self._distorted)
         if args.reference_cache is not None:
             self._fill_reference_cache()
         if args.watch_steps is not None:
@@ -132,22 +135,27 @@ class DPOTrainer(trl.DPOTrainer):
     def _segment_options(self, args: DPOConfig) -> SegmentOptions | None:
         return None if args.dense_gamma is None else SegmentOptions(args.dense_min_match, args.dense_two_sided)
 
-    def _preference_collator(self, collate: Any, extra: int) -> PreferenceCollator:
+    def _preference_collator(self, collate: Any, extra: int) -> PreferenceCollator | DistortingCollator:
         """TRL's collator with what we add, for rows with so many further rejected replies."""
-        return PreferenceCollator(
+        args = self.args
+        made = PreferenceCollator(
             copy.copy(collate),
             vision=self._is_vision_dataset,
             tokenizer=self._tokenizer,
-            extra=extra,
+            extra=extra + self._distorted,
             share=self._shares,
-            segments=self._segment_options(self.args),
+            segments=self._segment_options(args),
         )
+        if not self._distorted:
+            return made
+        return DistortingCollator(made, self.processing_class, args.distortion_steps, args.distortion_overflow)
 
     def _refuse_what_does_not_combine(self, args: DPOConfig, own_collator: bool) -> None:
         needs_collator = {
             "Dense DPO": args.dense_gamma is not None,
             "`rejected_extra`": self._extra > 0,
             "`reference_cache`": args.reference_cache is not None,
+            "`distortion`": args.distortion is not None,
         }
         for name, is_needed in needs_collator.items():
             if is_needed and own_collator:
@@ -156,8 +164,9 @@ class DPOTrainer(trl.DPOTrainer):
             args.precompute_ref_log_probs or self.aux_loss_enabled or self.compute_metrics is not None
         ):
             raise ValueError(
-                "`rejected_extra` does not go with `precompute_ref_log_probs` (use `reference_cache`), with the "
-                "auxiliary loss of mixtures of experts, or with `compute_metrics`. Unset it, or drop the column."
+                "`rejected_extra` (and `distortion`, which adds one) does not go with `precompute_ref_log_probs` (use "
+                "`reference_cache`), with the auxiliary loss of mixtures of experts, or with `compute_metrics`. Unset "
+                "it, or drop the column."
             )
         if args.reference_cache is not None and isinstance(self.train_dataset, IterableDataset):
             raise ValueError("`reference_cache` needs a dataset with rows by index, not a stream. Unset it.")
@@ -194,6 +203,8 @@ class DPOTrainer(trl.DPOTrainer):
         self._signature_columns += [column for column in ours if column not in self._signature_columns]
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        if self._distorted:  # rows with images are not prepared here
+            raise ValueError("`distortion` puts noise on images, and the rows have no column `images`. Unset it.")
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if not self._extra:
             return prepared
@@ -211,7 +222,8 @@ class DPOTrainer(trl.DPOTrainer):
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
         if self._fresh is not None and isinstance(inputs, list):
-            inputs, self._extra = self._fresh.batch(inputs)
+            inputs, extra = self._fresh.batch(inputs)
+            self._extra = extra + self._distorted
         return super()._prepare_inputs(inputs)
 
     # Loss
@@ -347,31 +359,7 @@ class DPOTrainer(trl.DPOTrainer):
     # Reference on disk
 
     def _fill_reference_cache(self) -> None:
-        args = self.args
-        settings = f"max_length={args.max_length} bf16={args.bf16} fp16={args.fp16}"
-        reference = self.ref_model if self.ref_model is not None else self.model
-        identity = model_identity(self.accelerator.unwrap_model(reference))
-        identity |= {"processor": processor_identity(self.processing_class), "settings": settings}
-        cache = ReferenceCache(args.reference_cache, identity)
-        datasets = {"train": self.train_dataset}
-        if self.eval_dataset is not None:
-            evaluation = self.eval_dataset
-            datasets |= evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
-        if self.ref_model is None and self.is_deepspeed_enabled:
-            reference = _trl.prepare_deepspeed(self.model, self.accelerator)
-        batch_size = args.precompute_ref_batch_size or args.per_device_train_batch_size
-        for name, dataset in datasets.items():
-            fill(
-                cache,
-                dataset,
-                name,
-                collator=self.data_collator,
-                score=lambda batch: self._score_reference(reference, batch),
-                batch_size=batch_size,
-                accelerator=self.accelerator,
-                workers=args.dataloader_num_workers,
-            )
-        self.data_collator.reference = cache.of_row
+        self.data_collator.reference = filled_for(self, self._score_reference).of_row
         self.ref_model, self.precompute_ref_logps = None, True
 
     def _score_reference(self, reference: Any, batch: dict[str, Tensor]) -> Tensor:

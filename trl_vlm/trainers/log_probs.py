@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from trl_vlm.models.prefix_sharing import FIRST_COLUMN, SHARED_PREFIX
 from trl_vlm.segments import dense_score
+from trl_vlm.trainers.distortion import DISTORTED, DistortedReplies
 
 CHANGED = "changed_tokens"
 # What TRL's fused head returns per token.
@@ -68,8 +69,8 @@ class ReplyLogProbs:
     and without gradient.
     """
 
-    def __init__(self, dense: DenseScore | None):
-        self.dense = dense
+    def __init__(self, dense: DenseScore | None, distortion: DistortedReplies | None = None):
+        self.dense, self.distortion = dense, distortion
         self.calls: list[Tensor] = []
 
     def attach(self, model: PreTrainedModel) -> None:
@@ -78,15 +79,17 @@ class ReplyLogProbs:
 
         # The signature stays that of the class: `generate` checks its arguments against it.
         @functools.wraps(type(model).forward)
-        def forward(_: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-            return self._forward(fused, args, kwargs)
+        def forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+            return self._forward(model, fused, args, kwargs)
 
         model.forward = types.MethodType(forward, model)
 
-    def _forward(self, fused: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        is_changed = kwargs.pop(CHANGED, None)
+    def _forward(self, model: PreTrainedModel, fused: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        is_changed, noisy = kwargs.pop(CHANGED, None), kwargs.pop(DISTORTED, None)
         if not kwargs.get("fused_lm_head"):
             return fused(*args, **kwargs)
+        if noisy is not None:
+            kwargs["labels"] = self.distortion.labels(model, kwargs, noisy, is_policy=not self.calls)
         labels, first = kwargs["labels"], 0
         if SHARED_PREFIX in kwargs:
             # Columns before the first reply have no labels: no hidden state is copied there, nor read by the head.

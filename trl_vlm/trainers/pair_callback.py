@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from trl_vlm.data.rows import NamedRows, Row, check_rows
 from trl_vlm.pairs.source import PairSource
+from trl_vlm.trainers.dpo_setup import extra_replies
 from trl_vlm.trainers.dpo_trainer import DPOTrainer
 from trl_vlm.trainers.pair_sources import (
     ABOUT_REPLIES,
@@ -105,6 +106,7 @@ class PairSourceCallback(TrainerCallback):
         self.source, self.trainer, self.every_steps = source, trainer, every_steps
         self.batch_size = batch_size or trainer.args.per_device_train_batch_size
         self.rows = NamedRows(dataset, "train")
+        self.extra = extra_replies(dataset)
         self.has_own = {"chosen", "rejected"} <= set(dataset.column_names)
         self.refreshed = trainer.train_dataset = RefreshedRows(dataset)
 
@@ -148,7 +150,7 @@ class PairSourceCallback(TrainerCallback):
         if pair is None:
             return None
         extra, is_ours = len(pair.get("rejected_extra") or ()), isinstance(self.trainer, DPOTrainer)
-        expected = self.trainer._extra if is_ours else 0
+        expected = self.extra if is_ours else 0
         if extra != expected:
             remedy = (
                 "Give the training rows a column `rejected_extra` with as many replies"

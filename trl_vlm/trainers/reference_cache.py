@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_vlm.data.preference import PreferenceCollator, Row
+from trl_vlm.trainers import _trl
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +188,39 @@ def fill(
         cache.finish(name, (key for row_keys in keys for key in row_keys))
     accelerator.wait_for_everyone()
     cache.read()
+
+
+def filled_for(trainer: Any, score: Callable[[nn.Module, dict[str, Tensor]], Tensor]) -> ReferenceCache:
+    """The cache of a `DPOTrainer` in the folder that its arguments name, with all rows of its datasets.
+
+    Args:
+        trainer: before training; its collator is in place.
+        score: the reference model and a batch -> (K * P, T - 1), as for `fill`.
+    """
+    args = trainer.args
+    settings = f"max_length={args.max_length} bf16={args.bf16} fp16={args.fp16}"
+    reference = trainer.ref_model if trainer.ref_model is not None else trainer.model
+    identity = model_identity(trainer.accelerator.unwrap_model(reference))
+    identity |= {"processor": processor_identity(trainer.processing_class), "settings": settings}
+    cache = ReferenceCache(args.reference_cache, identity)
+    datasets = {"train": trainer.train_dataset}
+    if trainer.eval_dataset is not None:
+        evaluation = trainer.eval_dataset
+        datasets |= evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+    if trainer.ref_model is None and trainer.is_deepspeed_enabled:
+        reference = _trl.prepare_deepspeed(trainer.model, trainer.accelerator)
+    for name, dataset in datasets.items():
+        fill(
+            cache,
+            dataset,
+            name,
+            collator=trainer.data_collator,
+            score=lambda batch: score(reference, batch),
+            batch_size=args.precompute_ref_batch_size or args.per_device_train_batch_size,
+            accelerator=trainer.accelerator,
+            workers=args.dataloader_num_workers,
+        )
+    return cache
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:

@@ -35,7 +35,7 @@ HEADINGS = (
 # Strings of these shapes in the trainers are names of logged metrics, and belong on this page.
 METRIC_PAGES = {
     r"ppo/\w+": "ppo",
-    r"(dense|drift|watch)/\w+": "dpo",
+    r"(dense|drift|watch|pairs)/\w+": "dpo",
 }
 
 
@@ -137,7 +137,9 @@ def test_every_option_of_ours_has_a_help(name):
     assert not [option.name for option in own_options(name) if not option.metadata.get("help")]
 
 
-@pytest.mark.parametrize(("page", "name"), [("ppo", "PPOConfig"), ("reward_model", "RewardConfig")])
+@pytest.mark.parametrize(
+    ("page", "name"), [("ppo", "PPOConfig"), ("reward_model", "RewardConfig"), ("dpo", "DPOConfig")]
+)
 def test_every_option_of_ours_stands_on_its_page(page, name):
     text = prose(DOCS / "methods" / f"{page}.md")
     missing = [option.name for option in own_options(name) if f"`{option.name}`" not in text]

@@ -3,9 +3,10 @@
     python benchmarks/bdhs_speed.py --runs 5 --results_dir docs/results
 
 Both sides make the same pairs, token by token, of the same rows, in turns in one process: the same masks, cuts and
-noise of sampling, and a gate that never accepts, so that every row goes through all iterations. The plain side, too,
-encodes its rows once. Then, in each iteration, it lays all sentences of all rows into one padded batch, each with its
-full prompt, its image and the sentences before it, and calls `generate` once.
+noise of sampling, and a trivial gate, which accepts every row after the same number of iterations, or none, so that
+the last iteration writes whole replies. The plain side, too, encodes its rows once. Then, in each iteration, it lays
+all sentences of all rows into one padded batch, each with its full prompt, its image and the sentences before it, and
+calls `generate` once.
 
 The model is random and has the shape of LLaVA-1.5 in small: 576 image tokens, six layers of width 384, a CLIP tower.
 """
@@ -17,7 +18,8 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +33,8 @@ from torch.nn.utils.rnn import pad_sequence
 from trl_vlm.data.collators import encode
 from trl_vlm.models.masked_images import draw_hidden, masked_inputs
 from trl_vlm.pairs.bdhs import BDHS
-from trl_vlm.pairs.draws import GumbelSampler
-from trl_vlm.pairs.guided import joined, sentence_cuts
+from trl_vlm.pairs.draws import Draws, GumbelSampler
+from trl_vlm.pairs.guided import Cut, joined, sentence_cuts
 from trl_vlm.pairs.reply_tokens import ReplyTokens
 from trl_vlm.pairs.source import Policy, row_draws
 
@@ -46,15 +48,30 @@ CHAT = (
 
 
 class Case(NamedTuple):
-    """What is compared: sentences of each reference, iterations, share of hidden image tokens, rows in a batch."""
+    """What is compared.
+
+    sentences: Of each reference.
+    guided: Iterations in which the sentences are finished.
+    unguided: Whether one more writes the reply as a whole.
+    share: Of hidden image tokens.
+    rows: In a batch.
+    """
 
     sentences: int
-    iterations: int
+    guided: int
+    unguided: bool = False
     share: float = 0.99
-    rows: int = 4
+    rows: int = 2
 
 
-CASES = [Case(4, 1), Case(4, 3), Case(8, 1), Case(8, 3), Case(4, 1, share=0.5), Case(4, 1, share=0.0)]
+CASES = [
+    Case(4, 1),
+    Case(4, 3),
+    Case(8, 1),
+    Case(4, 2, unguided=True),
+    Case(4, 1, share=0.5),
+    Case(4, 1, share=0.0),
+]
 
 
 def build() -> Policy:
@@ -114,15 +131,12 @@ def rows(case: Case) -> list[dict[str, Any]]:
     ]
 
 
-def never_accepts(texts: Sequence[str], others: Sequence[str]) -> list[float]:
-    return [1.0] * len(texts)
-
-
 def library(policy: Policy, case: Case, data: list[dict[str, Any]]) -> list[str]:
+    gate = iter([1.0] * (case.guided - 1) + [1.0 if case.unguided else 0.0, 1.0])
     source = BDHS(
-        never_accepts,
+        lambda texts, others: len(texts) * [next(gate)],
         mask_share=case.share,
-        iterations=case.iterations,
+        iterations=case.guided + 1,
         max_sentence_tokens=NEW_TOKENS,
         max_new_tokens=NEW_TOKENS * case.sentences,
     )
@@ -132,83 +146,78 @@ def library(policy: Policy, case: Case, data: list[dict[str, Any]]) -> list[str]
 def plain(policy: Policy, case: Case, data: list[dict[str, Any]]) -> list[str]:
     """The loop by hand, with the library's random draws, and its functions around the model."""
     tokenizer = policy.processor.tokenizer
-    texts = [row["completion"][0]["content"] for row in data]
     batch = encode(
         policy.processor, [row["prompt"] for row in data], [row["images"] for row in data], add_generation_prompt=True
     )
     draws = [row_draws(row, place, 0, 0) for place, row in enumerate(data)]
-    tokens = [ReplyTokens.of(policy.processor, text) for text in texts]
-    for iteration in range(1, case.iterations + 1):
-        masks = [each.generator("mask", iteration) for each in draws]
-        hidden = draw_hidden(batch["input_ids"], policy.model.config, case.share, masks)
-        if iteration == case.iterations > 1:
-            seeds = [each.seed_of("tokens", iteration) for each in draws]
-            whole = generated(
-                policy, batch, hidden, list(range(len(data))), [[]] * len(data), seeds, NEW_TOKENS * case.sentences
-            )
-            return [tokenizer.decode(new, skip_special_tokens=True).strip() for new in whole]
+    references = [ReplyTokens.of(policy.processor, row["completion"][0]["content"]) for row in data]
+    for iteration in range(1, case.guided + 1):
         cuts = [
             cut
-            for place, reply in enumerate(tokens)
-            for cut in sentence_cuts(reply, tokenizer, draws[place], row=place, iteration=iteration)
+            for place, reference in enumerate(references)
+            for cut in sentence_cuts(reference, tokenizer, draws[place], row=place, iteration=iteration)
         ]
-        places, contexts = [cut.job.row for cut in cuts], [cut.context for cut in cuts]
-        is_over = lambda job, new: cuts[job].is_over(tokenizer, new)  # noqa: B023, E731
-        news = generated(policy, batch, hidden, places, contexts, [cut.seed for cut in cuts], NEW_TOKENS, is_over)
-        replies = [
-            joined(
-                *zip(*[(c, n) for c, n in zip(cuts, news, strict=True) if c.job.row == place], strict=True), tokenizer
-            )
-            for place in range(len(data))
-        ]
-    return replies
+        jobs = [(cut.job.row, cut.context, cut.seed) for cut in cuts]
+        hidden = drawn(policy, case, batch, draws, iteration)
+        news = generated(policy, batch, hidden, jobs, NEW_TOKENS, over=partial(is_over, cuts, tokenizer))
+        texts = []
+        for place in range(case.rows):
+            own = [(cut, new) for cut, new in zip(cuts, news, strict=True) if cut.job.row == place]
+            texts.append(joined(*zip(*own, strict=True), tokenizer))
+    if case.unguided:
+        last = case.guided + 1
+        jobs = [(place, [], each.seed_of("tokens", last)) for place, each in enumerate(draws)]
+        hidden = drawn(policy, case, batch, draws, last)
+        news = generated(policy, batch, hidden, jobs, NEW_TOKENS * case.sentences)
+        texts = [tokenizer.decode(new, skip_special_tokens=True).strip() for new in news]
+    return texts
+
+
+def drawn(
+    policy: Policy, case: Case, batch: dict[str, torch.Tensor], draws: list[Draws], iteration: int
+) -> torch.Tensor:
+    generators = [each.generator("mask", iteration) for each in draws]
+    return draw_hidden(batch["input_ids"], policy.model.config, case.share, generators)
+
+
+def is_over(cuts: list[Cut], tokenizer: Any, job: int, new: list[int]) -> bool:
+    return cuts[job].is_over(tokenizer, new)
 
 
 def generated(
     policy: Policy,
     batch: dict[str, torch.Tensor],
     hidden: torch.Tensor,
-    places: list[int],
-    contexts: list[list[int]],
-    seeds: list[int],
+    jobs: list[tuple[int, list[int], int]],
     max_new_tokens: int,
-    is_over: Callable[[int, list[int]], bool] | None = None,
+    over: Callable[[int, list[int]], bool] = lambda job, new: False,
 ) -> list[list[int]]:
-    """New tokens of all jobs: one padded batch, full prompts, one call of `generate`."""
-
-    def padded(values: list[torch.Tensor], filler: int) -> torch.Tensor:
-        return pad_sequence(values, batch_first=True, padding_value=filler, padding_side="left")
-
+    """New tokens of all jobs (row, context, seed): one padded batch, full prompts, one call of `generate`."""
     real = batch["attention_mask"].bool()
-    tails = [torch.tensor(context, dtype=torch.long) for context in contexts]
-    prompts = [batch["input_ids"][place][real[place]] for place in places]
-    ids = [torch.cat(pair) for pair in zip(prompts, tails, strict=True)]
-    hides = [torch.cat([hidden[p][real[p]], torch.zeros_like(t).bool()]) for p, t in zip(places, tails, strict=True)]
+    rows = [row for row, *_ in jobs]
+    tails = [torch.tensor(context, dtype=torch.long) for _, context, _ in jobs]
+    ids = [torch.cat([batch["input_ids"][row][real[row]], tail]) for row, tail in zip(rows, tails, strict=True)]
+    hides = [torch.cat([hidden[row][real[row]], tail < 0]) for row, tail in zip(rows, tails, strict=True)]
+    padded = partial(pad_sequence, batch_first=True, padding_side="left")
     inputs = {
-        "input_ids": padded(ids, policy.processor.tokenizer.pad_token_id),
-        "attention_mask": padded([torch.ones_like(each) for each in ids], 0),
-        "pixel_values": batch["pixel_values"][places],
+        "input_ids": padded(ids, padding_value=policy.processor.tokenizer.pad_token_id),
+        "attention_mask": padded([torch.ones_like(each) for each in ids]),
+        "pixel_values": batch["pixel_values"][rows],
     }
     width = inputs["input_ids"].size(1)
-    sampler = GumbelSampler(seeds)
-    over = (
-        []
-        if is_over is None
-        else [lambda ids, scores: torch.tensor([is_over(job, row[width:].tolist()) for job, row in enumerate(ids)])]
-    )
+    end = policy.processor.tokenizer.eos_token_id
+    sampler = GumbelSampler([seed for *_, seed in jobs])
     output = policy.model.generate(
-        **masked_inputs(policy.model, inputs, padded(hides, 0).bool()),
+        **masked_inputs(policy.model, inputs, padded(hides).bool()),
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        pad_token_id=end,  # a random model samples the padding token as well
         logits_processor=[lambda ids, scores: sampler(None, scores)],
-        stopping_criteria=over,
+        stopping_criteria=[
+            lambda ids, scores: torch.tensor([over(job, row[width:].tolist()) for job, row in enumerate(ids)])
+        ],
     )
-    return [trimmed(row, policy) for row in output[:, width:].tolist()]
-
-
-def trimmed(tokens: list[int], policy: Policy) -> list[int]:
-    pad = policy.processor.tokenizer.pad_token_id
-    return tokens[: tokens.index(pad)] if pad in tokens else tokens
+    return [row[: row.index(end)] if end in row else row for row in output[:, width:].tolist()]
 
 
 class Profile:
@@ -249,12 +258,12 @@ SIDES = {"library": library, "plain": plain}
 def measure(policy: Policy, profile: Profile, case: Case, runs: int) -> dict[str, Any]:
     data = rows(case)
     results = {side: [] for side in SIDES}
-    replies = {side: make(policy, case, data) for side, make in SIDES.items()}  # warms up
+    replies = {}
     for _ in range(runs):
         for side, make in SIDES.items():
             profile.reset()
             wall, start = time.perf_counter(), time.process_time()
-            make(policy, case, data)
+            replies[side] = make(policy, case, data)
             seconds = time.process_time() - start
             parts = dict(profile.seconds) | {"rest": seconds - profile.seconds.total()}
             results[side].append(
@@ -274,16 +283,21 @@ def median(runs: list[dict[str, Any]], part: str | None = None) -> float:
     return statistics.median(run["parts"].get(part, 0.0) if part else run["seconds"] for run in runs)
 
 
+def iterations(result: dict[str, Any]) -> str:
+    return f"{result['guided']} + 1 unguided" if result["unguided"] else str(result["guided"])
+
+
 def report(results: list[dict[str, Any]]) -> str:
     lines = [
         "# BDHS: pairs per second",
         "",
         "The library beside one call of `generate` per iteration, on all sentences of all rows in one padded batch, "
-        "full prompt and image each. Both make the same pairs from the same draws; no gate accepts, so every row goes "
-        "through all iterations, the last of several being a whole reply. A random LLaVA of the shape of LLaVA-1.5: "
-        "576 image tokens, six layers of width 384; prompts of 30 tokens, references of 20 tokens a sentence, 20 new "
-        f"tokens for each, {results[0]['rows']} rows in a batch. CPU seconds of one thread; the ratio is the median "
-        f"of {len(results[0]['runs']['plain'])} runs of each in turns, with the least and the most. torch "
+        "full prompt and image each. Both make the same pairs from the same draws. A trivial gate accepts every row "
+        "after so many guided iterations, or none, and then one more writes whole replies. The model is a random "
+        "LLaVA of the shape of LLaVA-1.5: 576 image tokens, six layers of width 384; prompts have 30 tokens, "
+        "references 20 a sentence, and 20 new ones are made for each. Batches of "
+        f"{results[0]['rows']} rows; CPU seconds of one thread; the ratio is the median of "
+        f"{len(results[0]['runs']['plain'])} runs of each side in turns, with the least and the most. torch "
         f"{torch.__version__}, transformers {transformers.__version__}. Written by `benchmarks/bdhs_speed.py`.",
         "",
         "| hidden | sentences | iterations | plain, pairs/s | library, pairs/s | times faster | images seen per row "
@@ -295,7 +309,7 @@ def report(results: list[dict[str, Any]]) -> str:
         ratio = result["speedup"]
         images = [f"{runs[0]['images'] / result['rows']:g}" for runs in (plain_runs, library_runs)]
         lines.append(
-            f"| {result['share']:.0%} | {result['sentences']} | {result['iterations']} "
+            f"| {result['share']:.0%} | {result['sentences']} | {iterations(result)} "
             f"| {result['rows'] / median(plain_runs):.2f} | {result['rows'] / median(library_runs):.2f} "
             f"| {ratio['median']:.1f} ({ratio['least']:.1f} to {ratio['most']:.1f}) "
             f"| {images[0]} and {images[1]} | {result['same_pairs']:.0%} |"
@@ -311,10 +325,18 @@ def report(results: list[dict[str, Any]]) -> str:
     for result in results:
         for side, runs in result["runs"].items():
             parts = [1000 * median(runs, part) / result["rows"] for part in ("vision", "prefill", "decode", "rest")]
-            cells = [f"{result['share']:.0%}", result["sentences"], result["iterations"], side]
+            cells = [f"{result['share']:.0%}", result["sentences"], iterations(result), side]
             cells += [f"{part:.0f}" for part in parts]
             cells += [round(runs[0]["prefilled_tokens"] / result["rows"]), runs[0]["steps"]]
             lines.append(f"| {' | '.join(map(str, cells))} |")
+    first = results[0]["runs"]["library"]
+    lines += [
+        "",
+        f"What limits it: in the first line, {median(first, 'decode') / median(first):.0%} of the library's time is "
+        "decoding, one forward of all jobs per token, which both sides need; the vision tower is "
+        f"{median(first, 'vision') / median(first):.0%}, once per row. Where less of an image is hidden, its tokens "
+        "have to be computed, once per row and iteration, and each step reads them for every sentence.",
+    ]
     return "\n".join([*lines, ""])
 
 
@@ -328,6 +350,7 @@ def main() -> None:
     policy = build()
     profile = Profile(policy.model)
     results = []
+    measure(policy, profile, Case(1, 1, rows=1), 1)  # warms up
     for number in options.cases:
         result = measure(policy, profile, CASES[number], options.runs)
         print(CASES[number], result["speedup"], f"same pairs {result['same_pairs']:.0%}")

@@ -1,19 +1,31 @@
 """What `tests.distributed.launch` runs: DPO of a tiny model on pairs that it makes itself."""
 
 from pathlib import Path
+from typing import Any
 
+import trl
 from accelerate.utils import gather_object
 from transformers import AutoModelForImageTextToText
 
 from tests.families import load_processor
 from tests.trainers.dpo_training import lora, rows
-from tests.trainers.pair_sources import SOURCES, Recorded
-from trl_vlm import DPOConfig, DPOTrainer
+from tests.trainers.pair_sources import SOURCES
+from trl_vlm import DPOConfig, DPOTrainer, PairSourceCallback
 from trl_vlm.trainers.pair_sources import current_policy
 
 
-def make(folder: Path, trainer_arguments: dict, model: str, batch: int, source: Recorded, steps: int, adapter: bool):
-    args = DPOConfig(
+def make(
+    folder: Path,
+    trainer_arguments: dict,
+    model: str,
+    batch: int,
+    steps: int,
+    adapter: bool,
+    kind: tuple = (DPOTrainer, DPOConfig),
+    **options: Any,
+):
+    trainer, config = kind
+    args = config(
         str(folder / "out"),
         max_steps=steps,
         per_device_train_batch_size=batch,
@@ -27,14 +39,14 @@ def make(folder: Path, trainer_arguments: dict, model: str, batch: int, source: 
         **trainer_arguments,
     )
     data = rows((1, 2, 1, 1, 2, 1, 1, 1)).rename_column("chosen", "completion").remove_columns("rejected")
-    return DPOTrainer(
+    return trainer(
         # TRL seeds, then loads, then draws the adapter; loading draws other numbers when ZeRO-3 splits what it loads.
         AutoModelForImageTextToText.from_pretrained(model) if adapter else model,
         args=args,
         train_dataset=data,
         processing_class=load_processor(model),
         peft_config=lora() if adapter else None,
-        pair_source=source,
+        **options,
     )
 
 
@@ -52,9 +64,10 @@ def main(
     steps: int = 4,
     adapter: bool = False,
     undecided: bool = False,
+    callback: bool = False,
 ):
-    recorded = SOURCES[source]()
-    trainer = make(folder, trainer_arguments, model, batch, recorded, steps, adapter)
+    recorded, setup = SOURCES[source](), (folder, trainer_arguments, model, batch, steps, adapter)
+    trainer = make(*setup, pair_source=recorded)
     trainer.train()
     assert trainer._shares and trainer.model.is_gradient_checkpointing
     report = logged(trainer, "loss", "rewards/margins", "pairs/undecided")
@@ -70,7 +83,16 @@ def main(
     if undecided:
         # Of the rows of a step one process has a pair for each and the other for some, or none.
         names = [f"train row {number}" for number in range(5)]
-        second = make(folder, trainer_arguments, model, batch, SOURCES["greedy"](undecided=names), steps, adapter)
+        second = make(*setup, pair_source=SOURCES["greedy"](undecided=names))
         second.train()
         report |= logged(second, "pairs/left_out", "pairs/none")
+    if callback:
+        recorded = SOURCES[source]()
+        third = make(*setup, kind=(trl.DPOTrainer, trl.DPOConfig))
+        third.add_callback(PairSourceCallback(recorded, third))
+        third.train()
+        report["callback's losses"] = logged(third, "loss")["loss"]
+        replies = [row["rejected"][0]["content"] for row in third.train_dataset]
+        report["callback's replies of each process"] = gather_object([replies])
+        report["callback's calls of each process"] = gather_object([len(recorded.said)])
     return trainer, report

@@ -38,7 +38,10 @@ def test_twenty_steps_on_one_process_and_replies_follow_the_policy(source, adapt
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("zero2", {"source": "judged", "undecided": True}), ("zero3", {"source": "bdhs", "adapter": True})],
+    [
+        ("zero2", {"source": "judged", "undecided": True}),
+        ("zero3", {"source": "bdhs", "adapter": True, "callback": True}),
+    ],
 )
 def test_two_processes_make_the_pairs_of_one_and_train_like_it(kind, options, tmp_path):
     report = launch(SCRIPT, kind, processes=2, folder=tmp_path / kind, model=folder_of_model(), batch=2, **options)
@@ -50,3 +53,11 @@ def test_two_processes_make_the_pairs_of_one_and_train_like_it(kind, options, tm
         # Processes keep as many pairs as the one with the fewest, and a step without any does no harm.
         assert max(report["pairs/left_out"]) > 0 and max(report["pairs/none"]) == 1
         assert max(wanted["pairs/left_out"]) == 0
+    if "callback" in options:
+        # Plain TRL: each process makes half of the pairs of each of two epochs, and both train on all of them.
+        (replies,) = wanted["callback's replies of each process"]
+        assert report["callback's replies of each process"] == [replies, replies]
+        assert report["callback's calls of each process"] == [4, 4] and wanted["callback's calls of each process"] == [
+            4
+        ]
+        assert_close(report["callback's losses"], wanted["callback's losses"], rtol=1e-3, atol=1e-4)

@@ -36,7 +36,9 @@ def main() -> None:
     model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), load_processor(folder)
     pictures = World.load(folder).pictures(options.pictures, options.seed, "balanced")
     answers = [answer(model, processor, pictures, share, options.seed) for share in SHARES]
-    draw(pictures, answers).savefig(options.results_dir / "masked_gallery.png", dpi=110, metadata={"Software": None})
+    draw(pictures, answers).savefig(
+        options.results_dir / "masked_gallery.png", dpi=110, bbox_inches="tight", metadata={"Software": None}
+    )
     (options.results_dir / "masked_gallery.md").write_text(page(pictures, answers))
 
 

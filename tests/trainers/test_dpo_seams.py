@@ -4,12 +4,14 @@ from inspect import getsource, signature
 
 import torch
 import trl
-from transformers import AttentionInterface
+from accelerate import Accelerator
+from transformers import AttentionInterface, GenerationMixin
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from tests.families import build
 from trl_vlm.models.prefix_sharing import ATTENTION
+from trl_vlm.trainers import _trl
 
 
 def test_trl_hands_extra_batch_keys_to_the_model_and_reads_log_probs():
@@ -59,3 +61,25 @@ def test_transformers_takes_an_attention_function_and_a_four_dimensional_mask():
     with torch.no_grad():
         found, wanted = model(input_ids=ids, attention_mask=causal).logits, model(input_ids=ids).logits
     torch.testing.assert_close(found, wanted)
+
+
+def test_trl_gathers_a_model_for_generation_and_a_trainer_says_where_its_parts_are():
+    assert list(signature(_trl.unwrap_model_for_generation).parameters)[:2] == ["model", "accelerator"]
+    assert "gradient_checkpointing_kwargs" in signature(_trl.unwrap_model_for_generation).parameters
+    backend = _trl.DistributedBackend(Accelerator(cpu=True))
+    with backend.summon_full_params(torch.nn.Linear(1, 1), recurse=False):
+        assert not backend.is_fsdp
+    source = getsource(trl.DPOTrainer)
+    assert 'self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}' in source
+    assert "self._is_vision_dataset = " in source and "self._total_train_tokens" in source
+
+
+def test_trl_collates_rows_with_images_without_preparing_them():
+    """So a row needs its rejected reply only where it is collated."""
+    assert "skip_prepare_dataset = self._is_vision_dataset" in getsource(trl.DPOTrainer.__init__)
+
+
+def test_generate_waits_for_other_processes_under_zero3_unless_told_not_to():
+    """When this fails, see whether `pair_sources` must still say `synced_gpus=False`."""
+    assert "is_deepspeed_zero3_enabled()" in getsource(GenerationMixin._extract_generation_mode_kwargs)
+    assert "synced_gpus" in signature(GenerationMixin.generate).parameters

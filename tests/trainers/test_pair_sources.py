@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import PromptTuningConfig
 from torch.testing import assert_close
 
 from tests.families import load_processor
@@ -172,6 +173,12 @@ class TestEvaluation:
         assert source.seen[2]["turn"] == 0 and source.seen[2]["names"] != source.seen[0]["names"]
 
 
+def test_streamed_rows_train_too(tmp_path):
+    source = Greedy()
+    assert len(losses(online(tmp_path, source, data=instructions().to_iterable_dataset()))) == 3
+    assert source.seen[0]["names"] == [f"train row {number}" for number in range(4)]
+
+
 def test_the_watch_for_degeneration_sees_the_prompts(tmp_path):
     trainer = online(tmp_path, Greedy(), watch_steps=1, watch_max_new_tokens=4, max_steps=1)
     assert "watch/repeats" in logs(trainer)[0]
@@ -195,6 +202,11 @@ class TestRefusals:
     def test_what_does_not_go_with_it_says_why(self, options, reason, tmp_path):
         with pytest.raises(ValueError, match=reason):
             online(tmp_path, Greedy(), **options)
+
+    def test_an_adapter_of_virtual_tokens_is_refused(self, tmp_path):
+        prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        with pytest.raises(ValueError, match="Pairs cannot be made with a PROMPT_TUNING adapter"):
+            online(tmp_path, Greedy(), peft_config=prompts)
 
     def test_a_model_without_images_is_refused(self):
         with pytest.raises(TypeError, match="`pair_source` needs a vision-language model"):

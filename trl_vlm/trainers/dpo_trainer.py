@@ -153,7 +153,7 @@ class DPOTrainer(trl.DPOTrainer):
     def _refuse_what_does_not_combine(self, args: DPOConfig, own_collator: bool) -> None:
         needs_collator = {
             "Dense DPO": args.dense_gamma is not None,
-            "`rejected_extra`": self._extra > 0,
+            "`rejected_extra`": self._extra > self._distorted,
             "`reference_cache`": args.reference_cache is not None,
             "`distortion`": args.distortion is not None,
         }
@@ -233,7 +233,8 @@ class DPOTrainer(trl.DPOTrainer):
         inputs = dict(inputs)
         if inputs.pop(WEIGHTLESS, False):
             with self._metrics_as_they_are():
-                return 0.0 * self._compute_loss(model, inputs, False)
+                result = self._compute_loss(model, inputs, return_outputs)
+            return (0.0 * result[0], result[1]) if return_outputs else 0.0 * result
         reference, is_changed = inputs.pop(REFERENCE, None), inputs.get(CHANGED)
         if self._extra:
             result = self._averaged_loss(model, inputs, reference, return_outputs)

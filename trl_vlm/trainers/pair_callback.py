@@ -20,6 +20,7 @@ from trl_vlm.trainers.pair_sources import (
     current_policy,
     made_pairs,
     pair_statistics,
+    refuse_virtual_tokens,
     total_statistics,
 )
 
@@ -101,6 +102,7 @@ class PairSourceCallback(TrainerCallback):
         if every_steps is not None and every_steps < 1:
             raise ValueError(f"`every_steps` is {every_steps}; use 1 or more, or None for each epoch.")
         _check_trainer(trainer, every_steps)
+        refuse_virtual_tokens(trainer.model)
         dataset = trainer.train_dataset
         check_rows(dataset, required=["prompt"], name="train")
         self.source, self.trainer, self.every_steps = source, trainer, every_steps

@@ -148,14 +148,24 @@ def check_arguments(args: Any, processor: Any, data_collator: Any) -> None:
             raise ValueError(f"{name} does not go with `pair_source`: {reason}. Leave one of the two out.")
 
 
+def refuse_virtual_tokens(model: nn.Module) -> None:
+    """Raise if an adapter puts virtual tokens before the prompt: sources read a model without its PEFT wrapper."""
+    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"Pairs cannot be made with a {model.active_peft_config.peft_type.value} adapter: its virtual tokens are "
+            "not part of the model that generates. Use LoRA or another adapter inside the layers, or make the pairs "
+            "before training (`trl-vlm pairs`)."
+        )
+
+
 def checked_rows(dataset: Any, name: str) -> Any:
     """The dataset after a look at its rows, with a column `images` ([] in each row) if it has none.
 
     TRL tokenises rows without such a column before training, and their replies are not there yet.
     """
-    check_rollout_rows(dataset, name)
     if isinstance(dataset, dict):
         return {key: checked_rows(rows, key) for key, rows in dataset.items()}
+    check_rollout_rows(dataset, name)
     columns = dataset.column_names if isinstance(dataset, Dataset | IterableDataset) else None
     if columns is None or any(column in columns for column in IMAGE_COLUMNS):
         return dataset
@@ -180,6 +190,7 @@ class FreshPairs:
     """
 
     def __init__(self, trainer: Any, source: PairSource, make_collator: Callable[[int], PreferenceCollator]):
+        refuse_virtual_tokens(trainer.model)
         self.trainer, self.source, self.make_collator = trainer, source, make_collator
         self.collators: dict[int, PreferenceCollator] = {}
         self._step, self._micro_batch = -1, 0

@@ -135,7 +135,7 @@ def table(results: list[dict], facts: dict) -> str:
     lines = [
         "# Speed of a step of reward training",
         "",
-        "A whole optimiser step with `share_prefix` beside one without: median of "
+        "A whole optimiser step with `share_prefix` beside one without, in CPU seconds: median of "
         f"{len(results[0]['seconds_plain'])} paired steps (least to most). The limit counts the tokens that need not "
         "be computed in the language model; images that the vision tower sees once come on top, which is how a ratio "
         f"can exceed it. {facts['threads']} thread, torch {facts['torch']}, a model of width 384 and six layers with "

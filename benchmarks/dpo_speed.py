@@ -130,6 +130,8 @@ class Side:
             model, args=config(folder, **options), train_dataset=data, processing_class=processor(family)
         )
         self.trainer.model.train()
+        if checkpointing:  # otherwise only `train` would switch it on
+            self.trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = self.trainer.create_optimizer()
         batch = self.trainer.data_collator([dict(row) for row in data])
         lengths = batch["attention_mask"].sum(1) - batch["completion_mask"].sum(1)

@@ -168,7 +168,7 @@ class FactRLHF:
         folders = {arm: self.root / f"reward_{arm}" for arm in self.options.arms}
         if all(map(is_done, folders.values())):
             return
-        train, held_out = self.rows.preferences(self.supervised_model)
+        pairs, held_out = self.rows.preferences(self.supervised_model)
         for arm, folder in folders.items():
             if is_done(folder):
                 continue
@@ -186,7 +186,7 @@ class FactRLHF:
             trainer = RewardTrainer(
                 model=self.supervised_model,
                 args=args,
-                train_dataset=train,
+                train_dataset=pairs,
                 eval_dataset=held_out,
                 judge_template=self.rows.judge_template,
                 peft_config=get_peft_config(self.model),

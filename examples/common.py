@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForImageTextToText
+from trl import ModelConfig, get_quantization_config
 
 from trl_vlm.evaluation import chair, generate_replies, pope, split_metrics
 from trl_vlm.models import last_complete_checkpoint, load_processor
@@ -47,6 +48,16 @@ def load_model(folder: str | Path, **options: Any) -> tuple[Any, Any]:
     """The model of a folder, for evaluation, and its processor."""
     model = AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_processor(folder)
+
+
+def load_options(model: ModelConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained`: precision, attention, quantisation."""
+    given = {
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+        "quantization_config": get_quantization_config(model),
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def load_rows(path: str | None, option: str) -> Dataset:

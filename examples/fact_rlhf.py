@@ -27,11 +27,11 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from common import DONE, history, is_done, train, write_json
+from common import DONE, history, is_done, load_options, train, write_json
 from fact_rlhf_rows import Rows, TestbedRows, UserRows
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from trl_vlm import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 from trl_vlm.evaluation import Arm, write_report
@@ -147,7 +147,7 @@ class FactRLHF:
             args = SFTConfig(
                 learning_rate=self.options.sft_learning_rate,
                 max_length=None,  # never cut image tokens
-                model_init_kwargs=self.load_options(),
+                model_init_kwargs=load_options(self.model),
                 **self.shared_arguments(trained),
             )
             trainer = SFTTrainer(
@@ -180,7 +180,7 @@ class FactRLHF:
                 freeze_vision_tower=True,
                 eval_strategy="steps",
                 eval_steps=max(1, self.options.reward_steps // 2),
-                model_init_kwargs=self.load_options(),
+                model_init_kwargs=load_options(self.model),
                 **self.shared_arguments(folder) | self.rows.reward_arguments,
             )
             trainer = RewardTrainer(
@@ -200,7 +200,9 @@ class FactRLHF:
             if is_done(folder):
                 continue
             reward_folder = self.needed(f"reward_{arm}")
-            reward_model = RewardModelReward(reward_folder, batch_size=self.options.batch_size, **self.load_options())
+            reward_model = RewardModelReward(
+                reward_folder, batch_size=self.options.batch_size, **load_options(self.model)
+            )
             reward = FactRLHFReward(
                 self.rows.reward(reward_model),
                 eos_token_ids=processor.tokenizer.eos_token_id,
@@ -218,7 +220,7 @@ class FactRLHF:
                 top_k=0,
                 max_completion_length=self.options.max_completion_length,
                 freeze_vision_tower=True,
-                model_init_kwargs=self.load_options(),
+                model_init_kwargs=load_options(self.model),
                 # A checkpoint between two rollouts resumes exactly.
                 **self.shared_arguments(folder, UPDATES_PER_ROLLOUT) | self.rows.ppo_arguments,
             )
@@ -284,15 +286,6 @@ class FactRLHF:
         PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(folder)
         load_processor(self.model.model_name_or_path).save_pretrained(folder)
         write_json(folder / DONE, {"merged": str(adapter)})
-
-    def load_options(self) -> dict[str, Any]:
-        """Arguments of `from_pretrained`: precision, attention, quantisation."""
-        given = {
-            "dtype": self.model.dtype,
-            "attn_implementation": self.model.attn_implementation,
-            "quantization_config": get_quantization_config(self.model),
-        }
-        return {name: value for name, value in given.items() if value is not None}
 
     def notes(self) -> list[str]:
         options = self.options

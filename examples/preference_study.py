@@ -15,9 +15,20 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from common import DONE, by_split, evaluate_rows, history, is_done, load_model, load_rows, train, write_json
+from common import (
+    DONE,
+    by_split,
+    evaluate_rows,
+    history,
+    is_done,
+    load_model,
+    load_options,
+    load_rows,
+    train,
+    write_json,
+)
 from datasets import Dataset, load_dataset
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, TrlParser, get_peft_config
 
 from trl_vlm import DPOConfig, DPOTrainer
 from trl_vlm.data.converters import Source
@@ -193,7 +204,7 @@ class Study:
             if PartialState().is_main_process:
                 rows.to_parquet(inputs)
             PartialState().wait_for_everyone()
-            model, processor = load_model(self.supervised_model(), **self.load_options())
+            model, processor = load_model(self.supervised_model(), **load_options(self.model))
             with generating(model):
                 PairWriter(
                     make_source(),
@@ -235,7 +246,7 @@ class Study:
             save_steps=1 if options.quick else 20,
             save_total_limit=1,
             report_to=options.report_to,
-            model_init_kwargs=self.load_options(),
+            model_init_kwargs=load_options(self.model),
             **({} if torch.cuda.is_available() else {"bf16": False, "use_cpu": True}),
             **given,
         )
@@ -246,15 +257,6 @@ class Study:
             peft_config=get_peft_config(self.model),
             **arguments,
         )
-
-    def load_options(self) -> dict[str, Any]:
-        """Arguments of `from_pretrained`: precision, attention, quantisation."""
-        given = {
-            "dtype": self.model.dtype,
-            "attn_implementation": self.model.attn_implementation,
-            "quantization_config": get_quantization_config(self.model),
-        }
-        return {name: value for name, value in given.items() if value is not None}
 
     def notes(self) -> list[str]:
         options = self.options

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from common import load_rows
-from preference_study import Options, Study, parsed
+from preference_study import ALIGNMENT_STUDY, Options, Study, parsed
 
 from trl_vlm.pairs import BDHS, SelfSamples
 from trl_vlm.pairs.similarity import DEFAULT_ENCODER
@@ -41,17 +41,8 @@ ARMS = {
     "online": "BDHS, online",
 }
 
-# Table 6 of the paper searches these; it does not say which values it chose.
-PAPER = {
-    "learning_rates": [1e-6],
-    "steps": 600,
-    "beta": 0.1,
-    "anchor": 0.0,
-    "batch_size": 4,
-    "max_completion_length": 512,
-    "gradient_checkpointing": True,
-    "mask_share": 0.99,
-}
+# The paper's final mask.
+PAPER = ALIGNMENT_STUDY | {"mask_share": 0.99}
 # Nine image tokens: with the paper's 0.99, hardly a picture would show any.
 SMALL_WORLD = {"mask_share": 0.95}
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from common import load_rows
 from datasets import Dataset
-from preference_study import Options, Study, parsed
+from preference_study import ALIGNMENT_STUDY, Options, Study, parsed
 
 from trl_vlm.judges import EndpointJudge, Judge, RewardJudge
 from trl_vlm.pairs import Judged, Mixed, Offline
@@ -40,17 +40,6 @@ ARMS = {
     "offline": "DPO, offline",
     "mixed": "DPO, mixed",
     "online": "DPO, online",
-}
-
-# Appendix A of the paper searches these; it does not say which values it chose.
-PAPER = {
-    "learning_rates": [1e-6],
-    "steps": 600,
-    "beta": 0.1,
-    "anchor": 0.0,
-    "batch_size": 4,
-    "max_completion_length": 512,
-    "gradient_checkpointing": True,
 }
 
 
@@ -78,7 +67,7 @@ def judge_of(study: Study) -> Judge:
 
 
 def main() -> None:
-    options, model = parsed(OnlineOptions, PAPER, "online_dpo")
+    options, model = parsed(OnlineOptions, ALIGNMENT_STUDY, "online_dpo")
     study = Study("Online DPO", options, model, ARMS)
     if study.on_testbed:
         rows = prompt_rows(study.world, options.pairs, 100 * options.seed + 61).remove_columns("facts")

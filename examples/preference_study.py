@@ -79,6 +79,16 @@ class Options:
     max_completion_length: int | None = field(default=None, metadata={"help": "Longest generated reply in tokens."})
 
 
+# With a model: from the ranges that appendix A of 2407.02477 searches; it does not say what it chose, nor how long.
+ALIGNMENT_STUDY = {
+    "learning_rates": [1e-6],
+    "steps": 600,
+    "beta": 0.1,
+    "anchor": 0.0,
+    "batch_size": 4,
+    "max_completion_length": 512,
+    "gradient_checkpointing": True,
+}
 TESTBED = {
     "learning_rates": [3e-4, 1e-3, 3e-3],
     "steps": 60,

@@ -30,11 +30,11 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
 
-from trl_vlm.data.collators import encode
+from trl_vlm.data.encoding import encode
 from trl_vlm.models.masked_images import draw_hidden, masked_inputs
-from trl_vlm.pairs.bdhs import BDHS
+from trl_vlm.pairs.bdhs.bdhs import BDHS
+from trl_vlm.pairs.bdhs.guided import Cut, joined, sentence_cuts
 from trl_vlm.pairs.draws import Draws, GumbelSampler
-from trl_vlm.pairs.guided import Cut, joined, sentence_cuts
 from trl_vlm.pairs.reply_tokens import ReplyTokens
 from trl_vlm.pairs.source import Policy, row_draws
 

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from transformers import AutoModelForImageTextToText
 
-from trl_vlm.data.collators import encode
+from trl_vlm.data.encoding import encode
 from trl_vlm.models import load_processor
 from trl_vlm.models.image_tokens import image_token_mask
 from trl_vlm.models.masked_images import draw_hidden, masked_inputs

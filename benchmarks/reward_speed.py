@@ -25,7 +25,7 @@ from dpo_speed import processor, resident, rows, save_model, spread
 
 from trl_vlm import RewardConfig, RewardTrainer
 from trl_vlm.data.facts import JudgeTemplate
-from trl_vlm.models.prefix_sharing import SHARED_PREFIX
+from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX
 
 REPLY_TOKENS = (64, 128)
 SIDES = {"plain": False, "shared": True}

@@ -28,7 +28,7 @@ from common import load_rows
 from preference_study import ALIGNMENT_STUDY, Options, Study, parsed
 
 from trl_vlm.pairs import BDHS, SelfSamples
-from trl_vlm.pairs.similarity import DEFAULT_ENCODER
+from trl_vlm.pairs.bdhs.similarity import DEFAULT_ENCODER
 from trl_vlm.testbed.datasets import caption_rows
 from trl_vlm.testbed.oracle import object_overlap
 

@@ -5,7 +5,7 @@ returns the trainer and a JSON-able report; `trainer_arguments` must go into its
 by the test and named in `arguments`: in the script only the first process could save them. The launcher asserts that
 the world has the size and the kind that were asked for: several launchers fall back to one process without a word.
 
-    report = launch("tests/trainers/reward_script.py", "zero2", processes=2, folder=tmp_path, batch=2)
+    report = launch("tests/trainers/reward/distributed_main.py", "zero2", processes=2, folder=tmp_path, batch=2)
 """
 
 import json

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from trl_vlm.rewards import FactRLHFReward
-from trl_vlm.trainers.reward_metrics import score_statistics
+from trl_vlm.trainers.reward.metrics import score_statistics
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trl_vlm"
@@ -101,7 +101,7 @@ def test_a_method_page_has_the_fixed_headings(page):
 
 @pytest.mark.parametrize(("pattern", "page"), METRIC_PAGES.items(), ids=METRIC_PAGES.values())
 def test_every_logged_metric_has_a_line_on_its_page(pattern, page):
-    names = {text for text in strings_of(sorted((PACKAGE / "trainers").glob("*.py"))) if re.fullmatch(pattern, text)}
+    names = {text for text in strings_of(sorted((PACKAGE / "trainers").rglob("*.py"))) if re.fullmatch(pattern, text)}
     assert len(names) > 3
     text = prose(DOCS / "methods" / f"{page}.md")
     missing = sorted(name for name in names if f"`{name}`" not in text)

@@ -9,13 +9,13 @@ from typing import Any
 __version__ = "0.1.0.dev0"
 
 _WHERE = {
-    "DPOConfig": "trainers.dpo_config",
-    "DPOTrainer": "trainers.dpo_trainer",
-    "PairSourceCallback": "trainers.pair_callback",
-    "RewardConfig": "trainers.reward_config",
-    "RewardTrainer": "trainers.reward_trainer",
-    "PPOConfig": "trainers.ppo_config",
-    "PPOTrainer": "trainers.ppo_trainer",
+    "DPOConfig": "trainers.dpo.config",
+    "DPOTrainer": "trainers.dpo.trainer",
+    "PairSourceCallback": "trainers.dpo.pair_callback",
+    "RewardConfig": "trainers.reward.config",
+    "RewardTrainer": "trainers.reward.trainer",
+    "PPOConfig": "trainers.ppo.config",
+    "PPOTrainer": "trainers.ppo.trainer",
 }
 
 __all__ = sorted(_WHERE)

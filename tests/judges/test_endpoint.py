@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, InferenceTimeoutError
 from PIL import Image
 
-from tests.judges.server import Reply, endpoint, said
+from tests.judges.helpers import Reply, endpoint, said
 from trl_vlm.judges import Comparison, EndpointChat, EndpointJudge, Request, SpendingCapReached, Verdict
 from trl_vlm.judges.endpoint import _retry_after_seconds
 from trl_vlm.judges.pairwise import NO_VERDICT

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests import families
-from trl_vlm.data.collators import encode
+from trl_vlm.data.encoding import encode
 from trl_vlm.data.rows import ROW_NAME
 from trl_vlm.pairs import POVID, BothRejected, Offline, Policy, distorted
 from trl_vlm.pairs.draws import Draws

@@ -15,7 +15,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from tests import families
 from tests.distributed import launch
-from trl_vlm.data.collators import encode
+from trl_vlm.data.encoding import encode
 from trl_vlm.data.facts import JudgeTemplate, judge_messages
 from trl_vlm.models.reward_model import load_reward_model
 from trl_vlm.models.unsharded import unsharded_loading
@@ -311,7 +311,7 @@ def test_trls_own_trainers_train_on_images_and_facts(trainer, folder, tmp_path):
 def test_under_zero3_the_reward_model_is_loaded_whole_and_scores(folder, reward, tmp_path):
     policy = str(families.saved("llava", sharp=2.0))
     report = launch(
-        "tests/rewards/scoring_script.py",
+        "tests/rewards/distributed_main.py",
         "zero3",
         processes=1,
         folder=tmp_path,

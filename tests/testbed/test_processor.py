@@ -6,7 +6,7 @@ from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from trl_vlm.data.collators import encode
+from trl_vlm.data.encoding import encode
 from trl_vlm.data.facts import judge_messages
 from trl_vlm.testbed.datasets import assistant, user
 from trl_vlm.testbed.processor import JUDGE_TEMPLATE, WORDS, encode_texts

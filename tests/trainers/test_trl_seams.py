@@ -11,10 +11,10 @@ from torch.testing import assert_close
 from trl import GRPOConfig, GRPOTrainer
 
 from tests import families
-from tests.trainers.ppo_setup import count_letters, rollout, rows, settings
+from tests.trainers.ppo.helpers import count_letters, rollout, rows, settings
 from trl_vlm import PPOTrainer
 from trl_vlm.trainers import _trl
-from trl_vlm.trainers.rollouts import IMAGE_INPUTS
+from trl_vlm.trainers.ppo.rollout_rows import IMAGE_INPUTS
 
 
 def parameters(function):

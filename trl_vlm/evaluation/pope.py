@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from trl_vlm.rewards.answers import yes_or_no
+from trl_vlm.data.answers import yes_or_no
 
 
 class PopeScores(NamedTuple):

@@ -9,8 +9,8 @@ from accelerate import PartialState
 from torch import nn
 from transformers import ProcessorMixin
 
-from trl_vlm.data.collators import encode
-from trl_vlm.models.generative import load_generative_model, load_generative_processor
+from trl_vlm.data.encoding import encode
+from trl_vlm.models.loading import load_generative_model, load_generative_processor
 from trl_vlm.models.processors import control_tokens
 from trl_vlm.models.unsharded import is_sharded, unsharded_loading
 

@@ -2,7 +2,7 @@
 
 from trl_vlm.models._transformers import keep_parameter_names
 from trl_vlm.models.checkpoints import last_complete_checkpoint
-from trl_vlm.models.continuations import Continuations, Job
+from trl_vlm.models.continuation.continuations import Continuations, Job
 from trl_vlm.models.masked_images import draw_hidden, masked_inputs
 from trl_vlm.models.parts import freeze_vision_tower, part_of, trainable_parameter_table
 from trl_vlm.models.processors import load_processor

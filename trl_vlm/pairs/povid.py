@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from trl_vlm.data.collators import encode
+from trl_vlm.data.encoding import encode
 from trl_vlm.data.images import MAX_IMAGE_PIXELS
 from trl_vlm.data.rows import Row, check_row
 from trl_vlm.pairs.draws import Draws

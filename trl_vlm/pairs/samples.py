@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from trl_vlm.data.collators import encode
+from trl_vlm.data.encoding import encode
 from trl_vlm.data.rows import Row, row_images
 from trl_vlm.pairs.draws import GumbelSampler
 from trl_vlm.pairs.source import Policy, reference_reply, row_draws, row_key

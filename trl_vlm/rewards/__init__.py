@@ -1,6 +1,6 @@
 """TRL reward functions: the image-and-facts reward model, symbolic terms, and their Fact-RLHF composition."""
 
-from trl_vlm.rewards.answers import option_letter, yes_or_no
+from trl_vlm.data.answers import option_letter, yes_or_no
 from trl_vlm.rewards.checks import checked
 from trl_vlm.rewards.ends import MissingEndPenalty, cut_after_first, has_end, question_mark_ids
 from trl_vlm.rewards.fact_rlhf import FactRLHFReward

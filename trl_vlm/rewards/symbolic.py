@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from trl_vlm.rewards.answers import option_letter, plain_text, yes_or_no
+from trl_vlm.data.answers import option_letter, plain_text, yes_or_no
 from trl_vlm.rewards.replies import column_values, reply_text
 
 

@@ -1,8 +1,8 @@
 """POVID, LLaVA-Human-Preference-10K and the Fact-RLHF prompts: data sets that hold conversations."""
 
 import pytest
-from converter_records import FACTS, fact_rlhf, gpt, human, llava_preference, povid
 
+from tests.data.converters.helpers import FACTS, fact_rlhf, gpt, human, llava_preference, povid
 from trl_vlm.data.converters import BadRecord, MissingColumns
 from trl_vlm.data.converters import fact_rlhf as fact_rlhf_module
 from trl_vlm.data.converters import llava_human_preference as llava_module

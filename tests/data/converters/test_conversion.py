@@ -7,7 +7,10 @@ import sys
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
-from converter_records import (
+from datasets import Dataset, Features, Image, List, load_dataset
+from PIL import Image as PILImage
+
+from tests.data.converters.helpers import (
     FACTS,
     NLF_COLUMNS,
     fact_rlhf,
@@ -20,13 +23,10 @@ from converter_records import (
     rlhf_v,
     vlfeedback,
 )
-from datasets import Dataset, Features, Image, List, load_dataset
-from PIL import Image as PILImage
-
 from trl_vlm.data.checks import check_dataset
 from trl_vlm.data.converters import CONVERTERS, BadRecord, MissingColumns, Source, convert
 from trl_vlm.data.converters import conversion as conversion_module
-from trl_vlm.data.converters.output import STATE_FILE
+from trl_vlm.data.io.output import STATE_FILE
 
 
 def numbered(count):
@@ -237,7 +237,7 @@ def test_an_unfinished_conversion_is_not_mixed_with_another_one(world, monkeypat
 def test_a_killed_conversion_leaves_nothing_half_written(world):
     source = write_parquet(world / "in.parquet", numbered(40))
     script = (
-        "import os, sys; from trl_vlm.data.converters import Source, convert, output\n"
+        "import os, sys; from trl_vlm.data.converters import Source, convert; from trl_vlm.data.io import output\n"
         "replace, calls = os.replace, []\n"
         "def dying(old, new):\n"
         "    calls.append(new)\n"

@@ -1,6 +1,6 @@
 import pytest
-from converter_records import NLF_COLUMNS, gpt, human, nlf
 
+from tests.data.converters.helpers import NLF_COLUMNS, gpt, human, nlf
 from trl_vlm.data.converters import BadRecord, MissingColumns
 from trl_vlm.data.converters.nlf import COLUMNS, to_row
 

@@ -1,9 +1,9 @@
 import json
 
 import pytest
-from converter_records import png, rlaif_v, rlhf_v
 from PIL import Image
 
+from tests.data.converters.helpers import png, rlaif_v, rlhf_v
 from trl_vlm.data.converters import BadRecord, MissingColumns
 from trl_vlm.data.converters import rlaif_v as rlaif_v_module
 from trl_vlm.data.converters import rlhf_v as rlhf_v_module

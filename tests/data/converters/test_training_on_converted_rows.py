@@ -6,7 +6,9 @@ import math
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
-from converter_records import (
+from datasets import concatenate_datasets, load_dataset
+
+from tests.data.converters.helpers import (
     FACTS,
     NLF_COLUMNS,
     fact_rlhf,
@@ -18,8 +20,6 @@ from converter_records import (
     rlhf_v,
     vlfeedback,
 )
-from datasets import concatenate_datasets, load_dataset
-
 from tests.families import saved
 from trl_vlm import DPOConfig, DPOTrainer, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 from trl_vlm.data.converters import Source, convert

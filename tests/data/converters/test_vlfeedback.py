@@ -1,6 +1,6 @@
 import pytest
-from converter_records import annotation, vlfeedback
 
+from tests.data.converters.helpers import annotation, vlfeedback
 from trl_vlm.data.converters import BadRecord, MissingColumns
 from trl_vlm.data.converters.vlfeedback import COLUMNS, to_rows
 

@@ -2,6 +2,6 @@
 
 from trl_vlm.data.converters.conversion import CONVERTERS, Converter, Report, convert
 from trl_vlm.data.converters.records import BadRecord, Converted, MissingColumns
-from trl_vlm.data.converters.sources import Source
+from trl_vlm.data.io.source import Source
 
 __all__ = ["CONVERTERS", "BadRecord", "Converted", "Converter", "MissingColumns", "Report", "Source", "convert"]

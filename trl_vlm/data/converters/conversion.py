@@ -19,10 +19,10 @@ from trl_vlm.data.converters import (
     rlhf_v,
     vlfeedback,
 )
-from trl_vlm.data.converters.image_files import stored_image
-from trl_vlm.data.converters.output import Output
 from trl_vlm.data.converters.records import BadRecord, Converted, MissingColumns, Record, Row
-from trl_vlm.data.converters.sources import Source
+from trl_vlm.data.io.image_files import stored_image
+from trl_vlm.data.io.output import Output
+from trl_vlm.data.io.source import Source
 
 logger = logging.getLogger(__name__)
 

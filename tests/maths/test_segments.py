@@ -1,0 +1,123 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from trl_vlm.maths.segments import changed_tokens, dense_score, segment_weights, tokens_in_spans
+
+
+def marked(chosen: str, rejected: str, **options) -> tuple[str, str]:
+    """One letter is one token; changed tokens come back in capitals."""
+    found = changed_tokens([ord(letter) for letter in chosen], [ord(letter) for letter in rejected], **options)
+    return tuple(
+        "".join(letter.upper() if changed else letter for letter, changed in zip(text, side, strict=True))
+        for text, side in zip((chosen, rejected), found, strict=True)
+    )
+
+
+def test_a_substitution_is_changed_on_both_sides():
+    assert marked("abcdxyzefgh", "abcdkefgh") == ("abcdXYZefgh", "abcdKefgh")
+
+
+def test_an_insertion_is_a_change_on_the_side_that_has_it():
+    assert marked("abcdefgh", "abcdxyefgh") == ("abcdefgh", "abcdXYefgh")
+
+
+def test_a_deletion_is_a_change_on_the_side_that_has_it():
+    assert marked("abcdxyefgh", "abcdefgh") == ("abcdXYefgh", "abcdefgh")
+
+
+def test_two_sided_changes_leave_insertions_and_deletions_out():
+    assert marked("abcdefgh", "abcdxyefgh", two_sided=True) == ("abcdefgh", "abcdxyefgh")
+    assert marked("abcdxyefgh", "abcdefgh", two_sided=True) == ("abcdxyefgh", "abcdefgh")
+    assert marked("abcdxefgh", "abcdkefgh", two_sided=True) == ("abcdXefgh", "abcdKefgh")
+
+
+def test_an_island_of_two_shared_tokens_merges_the_changes_around_it():
+    assert marked("abcxefygh", "abckeflgh") == ("abcXEFYgh", "abcKEFLgh")
+
+
+def test_an_island_as_long_as_the_minimum_separates_two_changes():
+    assert marked("abcxdefyghi", "abckdeflghi") == ("abcXdefYghi", "abcKdefLghi")
+    assert marked("abcxefygh", "abckeflgh", min_match=2) == ("abcXefYgh", "abcKefLgh")
+
+
+def test_identical_replies_have_no_changed_token():
+    assert marked("abcdef", "abcdef") == ("abcdef", "abcdef")
+
+
+def test_replies_without_a_common_token_are_changed_throughout():
+    assert marked("abc", "xyz") == ("ABC", "XYZ")
+
+
+def test_short_runs_count_where_they_touch_the_prompt_or_the_end():
+    # "e" is the end of the reply: it is shared, as the published diff, which sees what follows, has it too.
+    assert marked("ye", "ne") == ("Ye", "Ne")
+    assert marked("ayzw", "akl") == ("aYZW", "aKL")
+
+
+def test_frequent_tokens_still_match_in_long_replies():
+    # difflib's autojunk would drop a token that fills more than one percent of 200 tokens as the start of a match.
+    same = [7] * 400
+    found = changed_tokens([1, *same], [2, *same])
+    assert sum(found.chosen) == sum(found.rejected) == 1
+
+
+def test_an_empty_side_changes_the_other_one_entirely():
+    assert marked("", "abc") == ("", "ABC")
+
+
+def test_character_spans_mark_the_tokens_that_they_touch():
+    # "A red|cat| sat" as tokens "A", " red", " cat", " sat"; the span covers "d ca".
+    ends = [1, 5, 9, 13]
+    assert tokens_in_spans(ends, [(4, 8)]) == [False, True, True, False]
+    assert tokens_in_spans(ends, [(5, 9)]) == [False, False, True, False]
+    assert tokens_in_spans(ends, []) == [False] * 4
+
+
+def test_character_spans_count_from_where_the_reply_begins():
+    # The text is "> A red", and the reply begins at the third character.
+    assert tokens_in_spans([2, 3, 7], [(0, 1)], start=2) == [False, True, False]
+
+
+def test_the_dense_score_of_the_papers_formula_by_hand():
+    logps = torch.tensor([-1.0, -1.0, -2.0, -2.0, -1.0, -1.0, -9.0])
+    is_changed = torch.tensor([False, False, True, True, False, False, True])
+    is_reply = torch.tensor([True] * 6 + [False])
+    mean = dense_score(logps, is_changed, is_reply, gamma=5.0, score="mean")
+    assert_close(mean, torch.tensor(-24 / 14))
+    assert round(mean.item(), 4) == -1.7143
+    assert_close(dense_score(logps, is_changed, is_reply, gamma=1.1, score="sum"), torch.tensor(-8.4))
+
+
+def test_gamma_one_is_the_plain_sum_and_the_plain_mean():
+    logps = -torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
+    is_changed, is_reply = torch.rand(3, 5) > 0.5, torch.ones(3, 5, dtype=torch.bool)
+    assert_close(dense_score(logps, is_changed, is_reply, gamma=1.0, score="sum"), logps.sum(1))
+    assert_close(dense_score(logps, is_changed, is_reply, gamma=1.0, score="mean"), logps.mean(1))
+
+
+def test_a_large_gamma_leaves_the_mean_of_the_changed_tokens():
+    logps = torch.tensor([-1.0, -3.0, -5.0])
+    score = dense_score(logps, torch.tensor([False, True, True]), torch.ones(3).bool(), gamma=1e6, score="mean")
+    assert_close(score, torch.tensor(-4.0), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_a_mean_sum_to_one_and_are_the_formula_written_out():
+    generator = torch.Generator().manual_seed(0)
+    is_changed, is_reply = (torch.rand(4, 9, generator=generator) > 0.5 for _ in range(2))
+    weights = segment_weights(is_changed, is_reply, gamma=3.0, score="mean")
+    for row in range(4):
+        gains = [3.0 if c else 1.0 for c, r in zip(is_changed[row], is_reply[row], strict=True) if r]
+        assert_close(weights[row, is_reply[row]], torch.tensor(gains) / sum(gains))
+        assert weights[row, ~is_reply[row]].sum() == 0
+
+
+def test_an_empty_reply_scores_zero():
+    nothing = torch.zeros(2, dtype=torch.bool)
+    for score in ("mean", "sum"):
+        assert dense_score(torch.tensor([-1.0, -2.0]), nothing, nothing, gamma=5.0, score=score) == 0.0
+
+
+def test_an_unknown_score_is_an_error():
+    with pytest.raises(ValueError, match="'mean' \\(the paper\\) or 'sum'"):
+        segment_weights(torch.zeros(1).bool(), torch.ones(1).bool(), gamma=2.0, score="average")

@@ -1,0 +1,262 @@
+"""Sharing a prompt gives the hidden states, and the gradients, of computing it once per reply."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.testing import assert_close
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+from tests.families import FAMILIES, build, saved
+from tests.preference_rows import preference_row
+from trl_vlm.data.encoding import RewardCollator
+from trl_vlm.data.facts import JudgeTemplate
+from trl_vlm.models.prefix_sharing.sharing import (
+    ATTENTION,
+    SHARED_PREFIX,
+    SHARING_FAMILIES,
+    packing,
+    share_pairs,
+    share_prefix,
+    why_not_shareable,
+)
+from trl_vlm.models.reward_model import load_reward_model
+from trl_vlm.trainers.dpo.collator import PreferenceCollator
+
+SPECIAL_MASKS = ("gemma3", "paligemma", "qwen3_vl")
+
+
+def batches(processor, images=(1, 2, 0), extra: int = 0):
+    """The same rows twice: plain, and with images once per row and the key that says which sequences share one."""
+    rows = [preference_row(seed, count) for seed, count in enumerate(images)]
+    for number, row in enumerate(rows):
+        row["prompt"][0]["content"] *= 1 + number  # prompts of different lengths
+        extras = ["No.", "A dog and a dog.", "The wall is red."]
+        row["rejected_extra"] = [[{"role": "assistant", "content": text}] for text in extras[:extra]]
+    for share in (False, True):
+        collate = DataCollatorForVisionPreference(processor)
+        collator = PreferenceCollator(collate, vision=True, tokenizer=processor.tokenizer, extra=extra, share=share)
+        yield dict(collator(rows))
+
+
+def hidden_states_and_gradients(model, batch):
+    """Hidden states (N, T, H) where replies are predicted, and the gradients of a loss that tells them all apart."""
+    batch = dict(batch)
+    is_reply = batch.pop("completion_mask").bool()
+    states = model.base_model(**batch, use_cache=False).last_hidden_state[:, :-1]
+    states = states * is_reply[:, 1:, None]
+    weights = torch.linspace(-1, 1, states.numel()).view(states.shape)
+    model.zero_grad()
+    (states * weights).sum().backward()
+    gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    return states.detach(), gradients
+
+
+def assert_equal_gradients(found, wanted, tolerance: float = 1e-4):
+    assert found.keys() == wanted.keys()
+    largest = max(gradient.norm() for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        if "vision" in name and name.endswith("k_proj.bias"):
+            # A softmax ignores what all keys have in common: this gradient is zero, and what is there is rounding.
+            assert max(found[name].norm(), gradient.norm()) < 1e-6 * largest, name
+        else:
+            assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+def assert_sharing_changes_nothing(model, processor, **rows):
+    plain, shared = batches(processor, **rows)
+    wanted, wanted_gradients = hidden_states_and_gradients(model, plain)
+    share_prefix(model)
+    found, found_gradients = hidden_states_and_gradients(model, shared)
+    assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert_equal_gradients(found_gradients, wanted_gradients)
+
+
+def sharp(family: str):
+    """A model that sees its images and positions; the usual initialisation is nearly blind."""
+    model, processor = build(family, sharp=6.0)
+    return model.train(), processor
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_and_every_gradient_equal_the_plain_path_with_no_one_and_two_images(family):
+    assert_sharing_changes_nothing(*sharp(family))
+
+
+@pytest.mark.parametrize("family", ["llava", *SPECIAL_MASKS])
+def test_four_replies_share_a_prompt_like_two(family):
+    assert_sharing_changes_nothing(*sharp(family), images=(1, 1), extra=2)
+
+
+@pytest.mark.parametrize("family", ["llava", *SPECIAL_MASKS])
+def test_eager_attention_equals_its_plain_path(family):
+    model, processor = sharp(family)
+    model.set_attn_implementation("eager")
+    assert_sharing_changes_nothing(model, processor, images=(1, 0))
+
+
+@pytest.mark.parametrize("family", ["llava", *SPECIAL_MASKS])
+def test_gradient_checkpointing_changes_no_gradient(family):
+    model, processor = sharp(family)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_sharing_changes_nothing(model, processor, images=(1, 0))
+
+
+@pytest.mark.parametrize("kinds", [None, ["sliding_attention", "full_attention"]])
+def test_a_window_narrower_than_the_sequences_stays_in_force(kinds):
+    # Mistral has one window for all layers, Qwen2 has layers with and without.
+    model, processor = sharp("llava" if kinds is None else "internvl")
+    text = model.config.get_text_config()
+    if kinds is None:
+        from transformers import MistralConfig, MistralModel
+
+        config = MistralConfig(**{**text.to_dict(), "sliding_window": 12, "model_type": "mistral"})
+        config._attn_implementation = "sdpa"
+        model.config.text_config = config
+        model.model.language_model = MistralModel(config)
+        torch.manual_seed(0)
+        for parameter in model.model.language_model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    else:
+        text.sliding_window, text.layer_types, text.use_sliding_window = 12, kinds, True
+        model.model.language_model.has_sliding_layers = True
+        for layer, kind in zip(model.model.language_model.layers, kinds, strict=True):
+            layer.attention_type = kind
+    assert_sharing_changes_nothing(model, processor, images=(1, 0))
+
+
+def test_the_window_test_would_notice_a_window_that_is_ignored():
+    model, processor = sharp("gemma3")
+    plain, _ = batches(processor)
+    wanted, _ = hidden_states_and_gradients(model, plain)
+    model.config.get_text_config().sliding_window = 1000
+    found, _ = hidden_states_and_gradients(model, plain)
+    assert (found - wanted).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_vision_tower_sees_each_image_once(family):
+    model, processor = build(family)
+    plain, shared = batches(processor, images=(1, 1))
+    pixels = {name: value for name, value in shared.items() if name.startswith("pixel_values")}
+    assert pixels and all(2 * value.size(0) == plain[name].size(0) for name, value in pixels.items())
+    calls = []
+    tower = next(
+        module for name, module in model.named_modules() if name.endswith(("vision_tower", "vision_model", "visual"))
+    )
+    tower.register_forward_hook(lambda *_: calls.append(1))
+    share_prefix(model)
+    shared.pop("completion_mask")
+    model.base_model(**shared, use_cache=False)
+    assert len(calls) == 1
+
+
+def test_a_prompt_is_computed_once_for_its_replies():
+    model, processor = build("llava")
+    plain, shared = batches(processor, images=(1, 1), extra=2)
+    seen = []
+    share_prefix(model)
+    layer = model.model.language_model.layers[0]
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    shared.pop("completion_mask")
+    states = model.base_model(**shared, use_cache=False).last_hidden_state
+    assert states.shape[:2] == plain["input_ids"].shape
+    rows, prompts = shared[SHARED_PREFIX].unbind(1)
+    replies = shared["attention_mask"].sum(1) - prompts
+    packed = [sum(replies[rows == row]) for row in range(2)]
+    assert seen == [(2, prompts.max() + max(packed), 32)]
+
+
+def test_lora_trains_through_it():
+    model, processor = sharp("llava")
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    assert_sharing_changes_nothing(peft.get_base_model(), processor)
+
+
+def test_bfloat16_is_as_near_to_float32_as_the_plain_path_is():
+    model, processor = sharp("llava")
+    plain, shared = batches(processor, images=(1, 1))
+    wanted, _ = hidden_states_and_gradients(model, plain)
+    model = model.to(torch.bfloat16)
+    plain, shared = ({k: v.bfloat16() if v.is_floating_point() else v for k, v in b.items()} for b in (plain, shared))
+    plain_states, _ = hidden_states_and_gradients(model, plain)
+    share_prefix(model)
+    states, gradients = hidden_states_and_gradients(model, shared)
+    assert states.dtype == torch.bfloat16
+    assert (states - wanted).norm() < 1.5 * (plain_states - wanted).norm()
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_a_batch_without_the_key_and_generation_are_untouched():
+    model, processor = build("gemma3", sharp=6.0)
+    plain, _ = batches(processor, images=(1, 0))
+    plain.pop("completion_mask")
+    wanted = model(**plain).logits
+    tokens = model.generate(**plain, max_new_tokens=5, do_sample=False)
+    share_prefix(model)
+    assert_close(model(**plain).logits, wanted)
+    assert torch.equal(model.generate(**plain, max_new_tokens=5, do_sample=False), tokens)
+
+
+def test_sharing_twice_is_sharing_once_and_leaves_no_trace_in_a_saved_config(tmp_path):
+    model, _ = build("llava")
+    share_prefix(model)
+    share_prefix(model)
+    assert len(model.base_model._forward_pre_hooks) == 1
+    model.save_pretrained(tmp_path)
+    assert ATTENTION not in (tmp_path / "config.json").read_text()
+
+
+def test_the_packing_of_two_rows_by_hand():
+    # Row 0: prompt of 3, replies of 2 and 1. Row 1: prompt of 2, replies of 1 and 3.
+    lengths = torch.tensor([5, 3, 4, 5])
+    attention_mask = (torch.arange(5) < lengths[:, None]).long()
+    slots = packing(attention_mask, torch.tensor([[0, 3], [1, 2], [0, 3], [1, 2]]))
+    assert slots.segment.tolist() == [[0, 0, 0, 1, 1, 2, -1], [0, 0, -1, 1, 2, 2, 2]]
+    assert slots.index.tolist() == [[0, 1, 2, 3, 4, 3, 0], [0, 1, 0, 2, 2, 3, 4]]
+    assert slots.source.tolist() == [[0, 1, 2, 3, 4, 13, 0], [5, 6, 0, 7, 17, 18, 19]]
+    assert [row[:length] for row, length in zip(slots.target.tolist(), lengths, strict=True)] == [
+        [0, 1, 2, 3, 4],
+        [7, 8, 10],
+        [0, 1, 2, 5],
+        [7, 8, 11, 12, 13],
+    ]
+
+
+def test_every_tested_family_is_on_and_others_say_why_not():
+    assert set(SHARING_FAMILIES) == set(FAMILIES)
+    model, _ = build("llava")
+    assert why_not_shareable(model.config) is None
+    model.config.get_text_config()._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="'flash_attention_2' takes no mask .* attn_implementation='sdpa'"):
+        share_prefix(model)
+    model.config.model_type = "other_vlm"
+    with pytest.raises(ValueError, match="other_vlm is not among the tested families"):
+        share_prefix(model)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "paligemma"])
+def test_a_reward_model_scores_pairs_as_without_sharing(family):
+    _, processor = build(family)
+    torch.manual_seed(0)
+    model = load_reward_model(str(saved(family, sharp=6.0)))
+    rows = [preference_row(seed, count) for seed, count in enumerate((1, 2, 0))]
+    batch = RewardCollator(processor, JudgeTemplate())(rows)
+    batch.pop("margin")
+    shared = share_pairs(batch, model.config)
+    wanted = model(**batch).logits
+    wanted.diff(dim=0).abs().sum().backward()
+    wanted_gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    share_prefix(model)
+    model.zero_grad()
+    found = model(**shared).logits
+    found.diff(dim=0).abs().sum().backward()
+    gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert_equal_gradients(gradients, wanted_gradients)
+    assert all(2 * len(shared[name]) == len(batch[name]) for name in batch if name.startswith(("pixel", "image")))
+
+
+def test_paligemma_shares_nothing_in_whole_conversations():
+    model, _ = build("paligemma")
+    with pytest.raises(ValueError, match="PaliGemma reads a conversation that was encoded as a whole as one prompt"):
+        share_pairs({}, model.config)

@@ -1,0 +1,369 @@
+"""The writer of pairs; several runs and processes are forks of this one, which have everything imported already."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import time
+import traceback
+
+import datasets
+import pyarrow
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+
+from tests.families import build, image, saved
+from trl_vlm.cli import main as cli
+from trl_vlm.data.converters import Source
+from trl_vlm.data.io.card import histogram, statistics
+from trl_vlm.data.io.shards import give_one_schema
+from trl_vlm.pairs.samples import SelfSamples
+from trl_vlm.pairs.source import Policy, generating
+from trl_vlm.pairs.writer import BAD_ROW, NO_PAIR, PairWriter, features_of
+
+ROWS = 23
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return Policy(*build("llava", sharp=4))
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Rows with none, one and several images, as JSON Lines beside their images."""
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        image(number).save(tmp_path / "images" / f"{number}.png")
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for number in range(ROWS):
+            row = {
+                "images": [f"{place}.png" for place in range(number % 3)],
+                "prompt": [{"role": "user", "content": f"What is it? {number}"}],
+                "completion": [{"role": "assistant", "content": f"A red square, {number}."}],
+                "id": number,
+            }
+            file.write(json.dumps(row) + "\n")
+    return tmp_path
+
+
+class Slow:
+    """A source that takes its time, and now and then gives no pair."""
+
+    def __init__(self, seconds=0.0):
+        self.source, self.seconds, self.seen = SelfSamples(max_new_tokens=3), seconds, []
+
+    def __call__(self, rows, policy, turn=0):
+        time.sleep(self.seconds * len(rows))
+        self.seen += [row["row_name"] for row in rows]
+        made = self.source(rows, policy, turn)
+        return [
+            None
+            if row["id"] % 7 == 3
+            else {**pair, "pair_similarity": row["id"] / ROWS, "pair_iterations": row["id"] % 3}
+            for row, pair in zip(rows, made, strict=True)
+        ]
+
+
+def make(world, policy, output="out", source=None, settings=None, limit=None, **options):
+    options = {"batch_size": 3, "block_rows": 4, "progress": False, "images": world / "images", **options}
+    writer = PairWriter(source or Slow(), policy, world / output, settings or {"seed": 0}, **options)
+    with generating(policy.model):
+        return writer.write(Source(str(world / "rows.jsonl")), limit=limit)
+
+
+def rows_of(path):
+    kind = {".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
+    data = {"path": kind, "data_files": str(path)} if kind else {"path": str(path)}
+    rows = datasets.load_dataset(**data, split="train", cache_dir=str(path.parent / "cache"))
+    return list(rows.cast_column("images", datasets.List(datasets.Image(decode=False))) if kind != "json" else rows)
+
+
+def test_pairs_are_written_in_the_order_of_the_rows_and_the_rest_is_counted(world, policy):
+    report = make(world, policy)
+    rows = rows_of(world / "out")
+    left_out = [number for number in range(ROWS) if number % 7 == 3]
+    assert [row["id"] for row in rows] == [number for number in range(ROWS) if number not in left_out]
+    assert (report.rows, report.pairs, report.dropped) == (ROWS, ROWS - len(left_out), {NO_PAIR: len(left_out)})
+    assert [len(row["images"]) for row in rows] == [row["id"] % 3 for row in rows]
+    assert rows[1]["images"][0]["path"] == str(world / "images" / "0.png")
+    assert rows[0]["pair_source"] == "self" and "row_name" not in rows[0]
+    assert rows[0]["chosen"] == [{"role": "assistant", "content": "A red square, 0."}]
+    assert not (world / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 5}, {"block_rows": 100, "batch_size": 1}, {"output": "out.parquet"}]
+)
+def test_batch_size_blocks_and_form_change_no_row(world, policy, options):
+    make(world, policy, output="plain")
+    make(world, policy, **{"output": "other", **options})
+    assert rows_of(world / options.get("output", "other")) == rows_of(world / "plain")
+
+
+def test_json_lines_hold_paths(world, policy):
+    make(world, policy, output="rows_out.jsonl")
+    first = json.loads((world / "rows_out.jsonl").read_text().splitlines()[1])
+    assert first["images"] == [str(world / "images" / "0.png")]
+    assert "pairs of 23 rows" in (world / "rows_out.md").read_text()
+    with pytest.raises(ValueError, match="JSON Lines cannot hold the bytes of images"):
+        make(world, policy, output="more.jsonl", embed_images=True)
+
+
+def test_images_can_be_embedded(world, policy):
+    make(world, policy, embed_images=True, limit=3)
+    embedded = rows_of(world / "out")[1]["images"][0]
+    assert embedded["bytes"] == (world / "images" / "0.png").read_bytes()
+
+
+def fork(work, **environment):
+    """A child of this process that does `work` and ends; its number."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.environ.update(environment)
+        work()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def finished(child):
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def test_a_run_killed_at_three_random_moments_ends_with_the_rows_of_one_that_was_not(world, policy):
+    make(world, policy, output="whole", block_rows=2)
+    seen = world / "seen.txt"
+
+    class Watched(Slow):
+        def __call__(self, rows, policy, turn=0):
+            with seen.open("a") as file:
+                file.writelines(f"{row['row_name']}\n" for row in rows)
+            return super().__call__(rows, policy, turn)
+
+    def work():
+        make(world, policy, block_rows=2, source=Watched(seconds=0.02))
+
+    kills = 0
+    moments = random.Random(5)
+    while kills < 3:
+        before = seen.read_text().count("\n") if seen.exists() else 0
+        child = fork(work)
+        # At a random moment after a random number of rows, so that a slow machine changes nothing.
+        rows = moments.randint(1, 6)
+        while (seen.read_text().count("\n") if seen.exists() else 0) < before + rows:
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.05))
+        os.kill(child, signal.SIGKILL)
+        assert finished(child) == -signal.SIGKILL
+        kills += 1
+        assert not (world / "out").exists()
+    child = fork(work)
+    assert finished(child) == 0
+    assert rows_of(world / "out") == rows_of(world / "whole")
+    counted = [
+        re.search(r"^\d+ pairs of \d+ rows", (world / out / "README.md").read_text(), re.MULTILINE)[0]
+        for out in ("out", "whole")
+    ]
+    assert counted[0] == counted[1]
+    tried = seen.read_text().split("\n")[:-1]
+    assert set(tried) == {f"row {number}" for number in range(ROWS)}
+    assert ROWS < len(tried) <= ROWS + 3 * 3  # what a kill costs is the block that it came in
+
+
+def test_a_kill_while_columns_are_made_equal_loses_nothing(world, policy, monkeypatch):
+    make(world, policy, output="whole")
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trl_vlm.pairs.writer.write_card", dies)
+    with pytest.raises(KeyboardInterrupt):
+        make(world, policy)
+    monkeypatch.undo()
+    source = Slow()
+    report = make(world, policy, source=source)
+    assert source.seen == [] and report.pairs == 20
+    assert rows_of(world / "out") == rows_of(world / "whole")
+
+
+@pytest.mark.distributed
+def test_two_processes_make_the_rows_of_one(world, policy):
+    make(world, policy, output="alone")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def work():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        state = PartialState(cpu=True)
+        source = Slow()
+        try:
+            report = make(world, policy, source=source)
+        finally:
+            state.destroy_process_group()
+        assert (report is None) == (state.process_index == 1)
+        (world / f"seen-{state.process_index}.json").write_text(json.dumps([state.num_processes, source.seen]))
+
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+    children = [fork(work, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
+    assert [finished(child) for child in children] == [0, 0]
+    (size, first), (_, second) = (json.loads((world / f"seen-{rank}.json").read_text()) for rank in range(2))
+    assert size == 2 and len(first) == 12 and len(second) == 11 and not set(first) & set(second)
+    assert rows_of(world / "out") == rows_of(world / "alone")
+
+
+def test_other_settings_do_not_go_on_with_an_unfinished_run(world, policy):
+    class Dies(Slow):
+        def __call__(self, rows, policy, turn=0):
+            if rows[0]["id"] > 10:
+                raise KeyboardInterrupt
+            return super().__call__(rows, policy, turn)
+
+    with pytest.raises(KeyboardInterrupt):
+        make(world, policy, source=Dies())
+    with pytest.raises(ValueError, match=r"unfinished conversion that differs in \['seed'\]"):
+        make(world, policy, settings={"seed": 1})
+    make(world, policy, settings={"seed": 1}, overwrite=True)
+    with pytest.raises(FileExistsError, match="exists"):
+        make(world, policy)
+
+
+def test_bad_rows_are_named_or_left_out_and_counted(world, policy):
+    (world / "images" / "1.png").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match="row 2: not an image"):
+        make(world, policy)
+    report = make(world, policy, output="good", skip_bad=True)
+    bad = [number for number in range(ROWS) if number % 3 == 2]
+    assert report.dropped[BAD_ROW] == len(bad)
+    assert not set(bad) & {row["id"] for row in rows_of(world / "good")}
+
+
+def test_reasons_of_the_source_are_counted_even_beside_bad_rows(world, policy):
+    lines = (world / "rows.jsonl").read_text().splitlines()
+    lines[1] = lines[1].replace("A red square, 1.", "")
+    (world / "rows.jsonl").write_text("\n".join(lines))
+    source = SelfSamples(max_new_tokens=2)
+    with pytest.raises(ValueError, match="row 1, column 'completion': the reply is empty"):
+        make(world, policy, source=source)
+    source = SelfSamples(max_new_tokens=2)
+    real = source._pair
+    source._pair = lambda row, reference, sample: (
+        source.dropped.update(["odd"]) if row["id"] % 2 else real(row, reference, sample)
+    )
+    report = make(world, policy, output="left", source=source, skip_bad=True)
+    assert report.dropped == {BAD_ROW: 1, "odd": 10}
+
+
+def test_no_pair_at_all_is_an_error_that_says_why(world, policy):
+    with pytest.raises(ValueError, match="None of 23 rows gave a pair: {'the source gave no pair': 23}"):
+        make(world, policy, source=lambda rows, policy, turn=0: [None] * len(rows))
+
+
+def test_columns_that_are_empty_or_missing_in_a_block_are_filled(world, policy):
+    class Changing(Slow):
+        def __call__(self, rows, policy, turn=0):
+            made = super().__call__(rows, policy, turn)
+            for row, pair in zip(rows, made, strict=True):
+                if pair is not None:
+                    pair["pair_note"] = None if row["id"] < 8 else "late"
+                    if row["id"] > 15:
+                        pair["pair_extra"] = 1.5
+            return made
+
+    make(world, policy, source=Changing())
+    rows = {row["id"]: row for row in rows_of(world / "out")}
+    assert (rows[0]["pair_note"], rows[9]["pair_note"]) == (None, "late")
+    assert (rows[0]["pair_extra"], rows[16]["pair_extra"]) == (None, 1.5)
+    assert len({parquet.read_schema(shard) for shard in (world / "out").glob("*.parquet")}) == 1
+
+
+def test_values_of_several_kinds_name_the_column(tmp_path):
+    with pytest.raises(ValueError, match="The column 'prompt' holds values of several kinds"):
+        features_of([{"prompt": [{"content": "text"}]}, {"prompt": [{"content": [{"type": "text"}]}]}])
+    for number, value in enumerate(([1], "text")):
+        parquet.write_table(pyarrow.table({"a": [value]}), tmp_path / f"train-{number}.parquet")
+    with pytest.raises(ValueError, match="hold columns of several kinds"):
+        give_one_schema(tmp_path)
+
+
+def test_the_card_says_what_was_made_and_how(world, policy):
+    make(world, policy, settings={"seed": 0, "method": "samples"})
+    card = (world / "out" / "README.md").read_text()
+    assert card.startswith("---\ntags:\n") and '"method": "samples"' in card and f"torch {torch.__version__}" in card
+    assert "| pairs | 20 | 87.0% |" in card and f"| no pair: {NO_PAIR} | 3 | 13.0% |" in card
+    accepted = [number % 3 for number in range(ROWS) if number % 7 != 3]
+    for iteration in range(3):
+        so_far = sum(value <= iteration for value in accepted) / len(accepted)
+        count = accepted.count(iteration)
+        assert f"| {iteration} | {count} | {count / len(accepted):.1%} | {so_far:.1%} |" in card
+    assert "## `pair_similarity`" in card and "Mean 0.4" in card
+
+
+def test_a_histogram_counts_every_value_once():
+    lines = list(histogram([0.0, 0.05, 0.1, 0.99, 1.0]))
+    assert [int(line.split()[3]) for line in lines] == [2, 1, 0, 0, 0, 0, 0, 0, 0, 2]
+    assert list(histogram([0.5, 0.5])) == [f"   0.500 to   0.500        2  {'#' * 30}"]
+
+
+def test_statistics_take_whatever_columns_there_are():
+    reply = [{"role": "assistant", "content": "four"}]
+    rows = [{"chosen": reply, "rejected": reply * 2, "pair_guided": n > 1, "pair_text": f"{n}"} for n in range(40)]
+    text = "\n".join(statistics(rows))
+    assert "| chosen | 4.0 |" in text and "| True | 38 | 95.0% |" in text
+    assert "pair_text" not in text  # as many texts as rows
+
+
+def test_the_command_makes_pairs_that_train(world, capsys, tmp_path):
+    model = saved("llava", sharp=4)
+    command = ["pairs", "samples", "--model", str(model), "--dataset", str(world / "rows.jsonl"), "--out"]
+    command += [str(world / "out"), "--images", str(world / "images"), "--max-new-tokens", "3", "--limit", "6"]
+    assert cli.main(command) == 0
+    assert "6 rows -> 6 pairs" in capsys.readouterr().out
+    assert cli.main(["check", str(world / "out"), "--for", "dpo"]) == 0
+    assert cli.main(command) == 1
+    assert "exists. Choose another output" in capsys.readouterr().err
+    from trl_vlm import DPOConfig, DPOTrainer
+
+    pairs = datasets.load_dataset(str(world / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    settings = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "max_steps": 1,
+        "save_strategy": "no",
+        "max_length": None,
+    }
+    trainer = DPOTrainer(str(model), args=DPOConfig(str(tmp_path / "policy"), **settings), train_dataset=pairs)
+    trainer.train()
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_a_judge_is_one_of_two_and_an_unreachable_one_is_an_error(world, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    common = [
+        "--model",
+        str(saved("llava", sharp=4)),
+        "--dataset",
+        str(world / "rows.jsonl"),
+        "--out",
+        str(world / "x"),
+    ]
+    common += ["--images", str(world / "images"), "--max-new-tokens", "3"]
+    assert cli.main(["pairs", "judge", *common]) == 1
+    assert "Give exactly one of them" in capsys.readouterr().err
+    endpoint = ["--endpoint", "http://127.0.0.1:9/v1", "--retries", "0", "--judge-model", "judge"]
+    assert cli.main(["pairs", "judge", *common, *endpoint]) == 1
+    assert "error: http://127.0.0.1:9/v1 gave no answer to any of" in capsys.readouterr().err
+    corrupt = ["--writer-model", "writer", *endpoint[:4], "--images", str(world / "images")]
+    assert cli.main(["pairs", "corrupt", *common[2:6], *corrupt]) == 1
+    assert "gave no answer" in capsys.readouterr().err

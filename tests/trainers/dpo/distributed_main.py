@@ -1,0 +1,42 @@
+"""What `tests.distributed.launch` runs: DPO of a tiny model, with its losses as the report."""
+
+from pathlib import Path
+
+from transformers import AutoModelForImageTextToText
+
+from tests.families import load_processor
+from tests.trainers.dpo.helpers import lora, rows
+from trl_vlm import DPOConfig, DPOTrainer
+
+
+def main(folder: Path, trainer_arguments: dict, model: str, batch: int, adapter: bool = False, cache: bool = False):
+    folder_of_model = model
+    args = DPOConfig(
+        str(folder / "out"),
+        max_steps=4,
+        per_device_train_batch_size=batch,
+        learning_rate=1e-2 if adapter else 1e-3,
+        logging_steps=1,
+        max_length=None,
+        dense_preset="paper",
+        reference_cache=str(folder / "cache") if cache else None,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **trainer_arguments,
+    )
+    if adapter:
+        # TRL seeds, then loads, then draws the adapter; loading draws other numbers when ZeRO-3 splits what it loads.
+        model = AutoModelForImageTextToText.from_pretrained(folder_of_model)
+    trainer = DPOTrainer(
+        model,
+        args=args,
+        train_dataset=rows((1, 2, 1, 1, 2, 1, 1, 1)),
+        processing_class=load_processor(folder_of_model),
+        peft_config=lora() if adapter else None,
+    )
+    trainer.train()
+    assert trainer.data_collator.share
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    names = ("loss", "rewards/margins", "dense/margin_changed", "dense/changed_share")
+    return trainer, {name: [entry[name] for entry in entries] for name in names}

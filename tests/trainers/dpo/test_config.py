@@ -1,0 +1,83 @@
+"""Options that contradict each other are refused when they are set, with what to do."""
+
+import dataclasses
+
+import pytest
+import trl
+
+from trl_vlm import DPOConfig
+from trl_vlm.trainers.dpo.config import PRESETS
+
+QUIET = {"use_cpu": True, "bf16": False, "report_to": "none"}
+
+
+def config(**options):
+    return DPOConfig("out", **QUIET | options)
+
+
+def test_nothing_set_is_trls_configuration():
+    ours, theirs = config(), trl.DPOConfig("out", **QUIET)
+    for field in dataclasses.fields(trl.DPOConfig):
+        if field.name not in ("logging_dir",):
+            assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
+
+
+def test_presets_set_all_three_values():
+    paper, release = config(dense_preset="paper"), config(dense_preset="release")
+    assert (paper.dense_gamma, paper.beta, paper.dense_score) == (5.0, 0.5, "mean")
+    assert (release.dense_gamma, release.beta, release.dense_score) == (1.1, 0.1, "sum")
+
+
+def test_saved_arguments_load_again():
+    for preset in PRESETS:
+        first = config(dense_preset=preset)
+        names = ("dense_preset", "dense_gamma", "dense_score", "beta")
+        again = config(**{name: getattr(first, name) for name in names})
+        assert again.beta == first.beta
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"dense_preset": "paper", "beta": 0.1},
+            "`beta` is 0.1, but the preset 'paper' sets it to 0.5. The presets do not mix",
+        ),
+        ({"dense_preset": "release", "dense_gamma": 5.0}, "`dense_gamma` is 5.0, but the preset 'release'"),
+        ({"dense_preset": "paper", "dense_score": "sum"}, "`dense_score` is 'sum', but the preset 'paper'"),
+        ({"dense_preset": "best"}, "must be one of paper, release"),
+        ({"dense_gamma": 5.0}, "needs `dense_gamma` .* and `dense_score` .* together"),
+        ({"dense_gamma": 0.5, "dense_score": "sum"}, "corrected tokens would count less"),
+        ({"dense_gamma": 2.0, "dense_score": "median"}, "must be 'mean' or 'sum'"),
+        ({"dense_preset": "release", "loss_type": ["ipo"]}, "ipo divides by the number of reply tokens"),
+        ({"dense_preset": "release", "loss_type": ["sigmoid_norm"]}, "Use `dense_score='mean'`"),
+        ({"dense_preset": "paper", "loss_type": ["ipo", "sigmoid"]}, "cannot be combined with sigmoid"),
+        ({"dense_preset": "paper", "ld_alpha": 0.5}, "`ld_alpha` does not go with Dense DPO: it weighs tokens too"),
+        ({"dense_preset": "paper", "f_divergence_type": "forward_kl"}, "which a weighted score is not"),
+        ({"dense_preset": "paper", "precompute_ref_log_probs": True}, "`reference_cache` stores what Dense DPO needs"),
+        ({"dense_min_match": 0}, "must be at least 1"),
+        ({"rejected_weight": 1.5}, "must lie between 0 and 1"),
+        ({"reference_cache": "x", "sync_ref_model": True}, "one fixed reference"),
+        ({"watch_steps": 0}, "set it to 1 or more"),
+        ({"bad_pairs": "ignore"}, "must be 'error' or 'skip'"),
+    ],
+)
+def test_a_contradiction_is_refused_with_the_remedy(options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+@pytest.mark.parametrize(
+    "loss", [["sigmoid"], ["sigmoid", "sft"], ["ipo"], ["ipo", "sft"], ["sigmoid_norm"], ["apo_zero"]]
+)
+def test_the_mean_goes_with_every_loss_that_reads_one_kind_of_score(loss):
+    assert config(dense_preset="paper", loss_type=loss).loss_type == loss
+
+
+def test_every_option_has_a_help_line():
+    ours = {field.name for field in dataclasses.fields(DPOConfig)} - {
+        f.name for f in dataclasses.fields(trl.DPOConfig)
+    }
+    assert len(ours) > 10
+    for field in dataclasses.fields(DPOConfig):
+        assert field.name not in ours or field.metadata["help"]

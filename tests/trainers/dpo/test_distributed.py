@@ -1,0 +1,42 @@
+"""Dense weights, shared prefixes and LoRA give the losses of one process under DDP, ZeRO-2 and ZeRO-3."""
+
+from functools import cache
+
+import pytest
+from torch.testing import assert_close
+
+from tests.distributed import launch
+from tests.families import saved
+from tests.trainers.dpo.distributed_main import main
+
+SCRIPT = "tests/trainers/dpo/distributed_main.py"
+
+
+@cache
+def folder_of_model() -> str:
+    return str(saved("llava", sharp=4.0))
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    @cache
+    def run(**options):
+        folder = tmp_path_factory.mktemp("single")
+        trainer, report = main(folder, {"use_cpu": True, "bf16": False}, model=folder_of_model(), batch=4, **options)
+        assert trainer.accelerator.num_processes == 1
+        return report
+
+    return run
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("ddp", {"adapter": True, "cache": True}), ("zero2", {}), ("zero3", {"adapter": True})],
+)
+def test_two_processes_give_the_losses_and_metrics_of_one(kind, options, single, tmp_path):
+    report = launch(SCRIPT, kind, processes=2, folder=tmp_path, model=folder_of_model(), batch=2, **options)
+    wanted = single(**options)
+    for name, values in wanted.items():  # sums are taken in another order; nothing else differs
+        assert_close(report[name], values, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    assert wanted["loss"][-1] < wanted["loss"][0]

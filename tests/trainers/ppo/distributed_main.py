@@ -1,0 +1,32 @@
+"""What `tests.distributed.launch` runs: PPO of a tiny llava with greedy replies, with its logs as the report."""
+
+from pathlib import Path
+
+from tests.trainers.ppo.helpers import count_letters, lora, rows, settings
+from trl_vlm import PPOTrainer
+
+REPORTED = ("loss", "grad_norm", "ppo/score", "ppo/kl", "ppo/value_mean", "ppo/value_loss", "ppo/explained_variance")
+
+
+def main(folder: Path, trainer_arguments: dict, model: str, batch: int, images: list[int], adapter: bool = False):
+    trainer = PPOTrainer(
+        model,
+        reward_funcs=count_letters,
+        args=settings(
+            folder / "out",
+            per_device_train_batch_size=batch,
+            max_steps=3,
+            learning_rate=5e-3,
+            shuffle_dataset=False,
+            kl_coef=0.5,
+            vf_coef=1.0,
+            generation_kwargs={"do_sample": False},  # so that replies do not depend on the number of processes
+            **trainer_arguments,
+        ),
+        train_dataset=rows(images),
+        peft_config=lora() if adapter else None,
+    )
+    trainer.train()
+    trainer.save_model(str(folder / "saved"))
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return trainer, {name: [entry[name] for entry in logs] for name in REPORTED}

@@ -1,0 +1,1 @@
+"""Reading and writing datasets: sources, resumable output, image files, shards, cards."""

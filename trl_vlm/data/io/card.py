@@ -1,0 +1,101 @@
+"""The card of a data set of pairs: how it was made, and what its `pair_*` columns say, counted."""
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from trl_vlm.data.io.output import Progress
+from trl_vlm.data.io.shards import read_columns
+from trl_vlm.data.rows import message_text
+
+PREFIX = "pair_"
+REPLIES = ("chosen", "rejected")
+PACKAGES = ("trl-vlm", "torch", "transformers", "datasets")
+MOST_VALUES = 12  # a text column with more of them is not counted
+BINS = 10
+BAR = 30  # characters
+
+
+def write_card(file: Path, title: str, shards: Path, progress: Progress, rows_per_second: float) -> None:
+    """Writes the card, in one step that happens or does not.
+
+    Args:
+        file: Where to.
+        title: Name of the data set.
+        shards: Folder of its shards.
+        progress: What was asked for, read, written and left out.
+        rows_per_second: Of the last run.
+    """
+    lines = ["---", "tags:", "- preference", "- trl", "---", "", f"# {title}", ""]
+    lines += [f"{progress.rows} pairs of {progress.records} rows, made by `trl-vlm pairs`.", ""]
+    lines += ["## Settings", "", "```json", json.dumps(progress.identity, indent=2, ensure_ascii=False), "```", ""]
+    lines += [f"Versions: {', '.join(f'{package} {version(package)}' for package in PACKAGES)}.", ""]
+    lines += ["## Rows", ""]
+    counts = {"pairs": progress.rows, **{f"no pair: {why}": n for why, n in sorted(progress.dropped.items())}}
+    lines += table(("rows", "count", "share"), [(k, n, f"{n / progress.records:.1%}") for k, n in counts.items()])
+    lines += [f"The last run made {rows_per_second:.2f} rows per second.", ""]
+    lines += statistics(read_columns(shards, REPLIES, PREFIX))
+    unfinished = file.with_name(file.name + ".tmp")
+    unfinished.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    os.replace(unfinished, file)
+
+
+def statistics(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Lines about the replies' lengths and each column `pair_*`."""
+    values: dict[str, list[Any]] = defaultdict(list)
+    lengths: dict[str, list[int]] = {side: [] for side in REPLIES}
+    for row in rows:
+        for side in REPLIES:
+            lengths[side].append(len(message_text(row[side][-1])))
+        for column, value in row.items():
+            if column.startswith(PREFIX) and isinstance(value, str | bool | int | float):
+                values[column].append(value)
+    lines = ["## Replies", ""]
+    means = [(side, f"{sum(each) / len(each):.1f}") for side, each in lengths.items()]
+    lines += table(("reply", "mean characters"), means)
+    for column in sorted(values):
+        lines += list(about(column, values[column]))
+    return lines
+
+
+def about(column: str, values: Sequence[Any]) -> Iterator[str]:
+    """Lines about one column: the shares of its values, or a histogram of numbers with a point."""
+    if any(isinstance(value, float) for value in values):
+        yield from (f"## `{column}`", "", f"Mean {sum(values) / len(values):.4f}.", "", "```text")
+        yield from histogram(values)
+        yield from ("```", "")
+        return
+    counts = Counter(values)
+    if len(counts) > MOST_VALUES:
+        return
+    yield from (f"## `{column}`", "")
+    shares, so_far = [], 0
+    for value in sorted(counts):
+        so_far += counts[value]
+        shares.append((value, counts[value], f"{counts[value] / len(values):.1%}", f"{so_far / len(values):.1%}"))
+    if all(type(value) is int for value in counts):
+        yield from table((column, "pairs", "share", "up to here"), shares)
+    else:
+        yield from table((column, "pairs", "share"), [row[:3] for row in shares])
+
+
+def histogram(values: Sequence[float]) -> Iterator[str]:
+    """A line for each of ten equal intervals between the smallest and the largest value."""
+    low, high = min(values), max(values)
+    bins = BINS if high > low else 1
+    width = (high - low) / bins
+    counts = Counter(min(int((value - low) / width), bins - 1) if width else 0 for value in values)
+    for bin_ in range(bins):
+        count = counts[bin_]
+        bar = "#" * round(BAR * count / max(counts.values()))
+        yield f"{low + bin_ * width:8.3f} to {low + (bin_ + 1) * width:7.3f}  {count:7d}  {bar}".rstrip()
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """A Markdown table and an empty line."""
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(str(cell) for cell in line)} |" for line in lines] + [""]

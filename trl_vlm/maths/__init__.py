@@ -1,0 +1,1 @@
+"""The mathematics: pure functions of tensors that know torch and nothing else."""

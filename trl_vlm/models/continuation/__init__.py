@@ -1,0 +1,1 @@
+"""Many continuations of one prompt and reply, with images partly hidden."""

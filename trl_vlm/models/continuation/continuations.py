@@ -1,0 +1,324 @@
+"""Many continuations of one prompt and reply, with images partly hidden: how BDHS gets its sentences fast.
+
+Each job keeps the first tokens of its row's reply and goes on from there by itself:
+
+    prompt and image   reply of the row                     two jobs of the row
+    p p i i i i p p    a a a a . b b b b b . c c c c .      p p i i p p a a a a . b b | x x x .
+                                                            p p i i p p a a a a . b b b b b . c | y y .
+
+What `generate` would compute once per job is computed once per row:
+
+* the vision tower: once for all jobs and all calls of `run`;
+* prompt and reply: once per call, and each job reads their keys and values up to its own cut.
+
+And hidden image tokens are left out of the language model: nothing attends to them, and all others keep their
+positions, so it computes the same. Where a sliding window is shorter than the sequence they stay, masked, because a
+window counts tokens and not positions.
+
+Under greedy decoding the tokens are those of one `generate(**masked_inputs(...), do_sample=False)` per job, with
+prompt and kept tokens written out; `tests/models/continuation/test_continuations.py` checks it for ten families.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from trl_vlm.models import _transformers
+from trl_vlm.models.continuation.caches import share_out
+from trl_vlm.models.image_features import ImageFeatures
+from trl_vlm.models.image_tokens import image_token_id
+from trl_vlm.models.masked_images import check_hidden
+
+
+class Job(NamedTuple):
+    """One continuation.
+
+    row: Whose prompt and reply it continues.
+    cut: How many of the reply's tokens it keeps.
+    forced: Tokens put behind them before it chooses its own.
+    """
+
+    row: int
+    cut: int
+    forced: Sequence[int] = ()
+
+
+# Called with a job's number and its new tokens so far, after each of them; True ends the job.
+Stop = Callable[[int, list[int]], bool]
+
+
+class Sampler(Protocol):
+    """Scores whose argmax is the next token: `trl_vlm.pairs.draws.GumbelSampler`."""
+
+    def __call__(self, input_ids: None, scores: Tensor, sequences: Sequence[int]) -> Tensor:
+        """Returns (N, V) for the logits (N, V), in float32, of the jobs numbered `sequences`."""
+        ...
+
+
+def why_not_continuable(model: PreTrainedModel) -> str | None:
+    """Why replies of this model cannot be continued from a cache, as one sentence; None if they can."""
+    text = model.config.get_text_config()
+    kinds = set(vars(text).get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"layers of type {', '.join(sorted(kinds))} keep no keys that could be cut at a token"
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        return "its forward takes no ready image features (`mm_encoder_outputs`; transformers 5.23 has it)"
+    return None
+
+
+class Continuations:
+    """Continues the replies of a batch of rows, as often as asked; see the module's docstring.
+
+    Args:
+        model: A generative model, or a PEFT model around one, in evaluation mode.
+        batch: B rows as the processor returned them, padded on either side, ending with the opening of the
+            assistant's turn.
+        replies: B lists of token ids, without the end of the turn; [] for a row whose jobs keep nothing.
+
+    Raises:
+        ValueError: The model cannot do this or is in training mode, or the batch holds other numbers of image tokens
+            and of features.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch: Mapping[str, Tensor], replies: Sequence[Sequence[int]]):
+        self._model = _generative(model)
+        batch = {name: value.to(self._model.device) for name, value in batch.items()}
+        self._rows = _rows(self._model, batch, replies)
+        self._features = ImageFeatures.of(self._model, batch)
+
+    @torch.no_grad()
+    def run(
+        self,
+        hidden: Tensor,
+        jobs: Sequence[Job],
+        *,
+        max_new_tokens: int,
+        stop: Stop | None = None,
+        sampler: Sampler | None = None,
+    ) -> list[list[int]]:
+        """The new tokens of each job, forced ones not among them. Rows without a job cost nothing.
+
+        A job ends with an end-of-sequence token of the model's `generation_config`, after the token at which `stop`
+        says so, or after `max_new_tokens`. The token that ended it comes back too.
+
+        Differs from `generate`: of the `generation_config`, the ends of sequence alone count. A repetition penalty
+        or a top-k that a checkpoint brings along is not applied, so samples are those of the model itself.
+
+        Args:
+            hidden: (B, T) bool, image tokens of the batch that nothing attends to, see `masked_images.draw_hidden`.
+            jobs: Any number, in any order.
+            max_new_tokens: Most new tokens of a job.
+            stop: See `Stop`.
+            sampler: None decodes greedily.
+
+        Raises:
+            ValueError: A job names a row or a cut that there is not, or `hidden` does not fit the batch.
+        """
+        if not jobs:
+            return []
+        _check_jobs(jobs, self._rows)
+        hidden = hidden.to(self._model.device)
+        check_hidden(hidden, self._rows.batch_ids, self._model.config)
+        hidden = self._rows.without_padding(hidden)
+        row = torch.tensor([job.row for job in jobs], device=hidden.device)
+        # The last token that a job keeps is the first that decoding feeds: the prefill gives no logits, which would
+        # be as large as the vocabulary at every place where some job starts.
+        last = torch.tensor([self._rows.prompts[job.row] + job.cut - 1 for job in jobs], device=hidden.device)
+        room = 1 + max_new_tokens + max(len(job.forced) for job in jobs)
+        cache, seen = self._prefill(hidden, row, last, room)
+        decoding = _Decoding(jobs, max_new_tokens, stop, sampler, _ends_of_sequence(self._model))
+        tokens, positions = self._rows.ids[row, last], self._rows.positions[..., row, last]
+        while True:
+            seen = pad(seen, (0, 1), value=True)
+            logits = self._forward(
+                cache, seen, input_ids=tokens[:, None], position_ids=positions[..., None], logits_to_keep=1
+            )
+            tokens, stay = decoding.step(logits[:, -1])
+            if not len(stay):
+                return decoding.replies
+            positions = positions + 1
+            if len(stay) < len(seen):
+                positions, seen = positions[..., stay], seen[stay]
+                cache.batch_select_indices(stay)
+
+    def _forward(self, cache: Cache, seen: Tensor, **inputs: Tensor) -> Tensor:
+        return self._model(**inputs, attention_mask=seen.long(), past_key_values=cache, use_cache=True).logits
+
+    def _prefill(self, hidden: Tensor, row: Tensor, last: Tensor, room: int) -> tuple[Cache, Tensor]:
+        """Keys and values of what each job has before its last token, and which of them it sees, (J, N)."""
+        rows = self._rows
+        ends = torch.zeros(len(rows.ids), dtype=torch.long, device=row.device).scatter_reduce(0, row, last, "amax")
+        computed = torch.arange(rows.ids.size(1), device=row.device) < ends[:, None]  # (B, L)
+        if _all_see_all(self._model.config, int(last.max()) + room):
+            computed &= ~hidden
+        needed = ends.nonzero()[:, 0]
+        index = pad_sequence([computed[each].nonzero()[:, 0] for each in needed], batch_first=True, padding_value=-1)
+        real, index = index >= 0, index.clamp(min=0)  # (b, W)
+        inputs = {name: value[needed].gather(1, index) for name, value in rows.types.items()}
+        inputs["input_ids"] = rows.ids[needed].gather(1, index).masked_fill(~real, rows.filler)
+        positions = rows.positions[..., needed, :]
+        inputs["position_ids"] = positions.gather(-1, index.expand(*positions.shape[:-2], *index.shape))
+        if self._features is not None:
+            inputs |= self._features.at(computed[rows.is_image])
+        # Without a configuration the cache keeps every key; the model's masks still hold windows to their width.
+        cache, seen = DynamicCache(), real & ~hidden[needed].gather(1, index)
+        self._forward(cache, seen, **inputs, logits_to_keep=1)
+        place = torch.searchsorted(needed, row)
+        return share_out(cache, seen, place, lengths=computed.cumsum(1)[row, last - 1], room=room)
+
+
+class _Rows(NamedTuple):
+    """Prompts with their replies behind them: B rows of L tokens, padded on the right.
+
+    ids, is_image: (B, L).
+    types: Whatever else has one entry per token, (B, L) each.
+    positions: (B, L), or (4, B, L) for Qwen-VL.
+    prompts, replies: Lengths, B each.
+    filler: A token for padding that is no image token.
+    batch_ids, attended: (B, T), the ids and the attention mask as they came.
+    """
+
+    ids: Tensor
+    is_image: Tensor
+    types: dict[str, Tensor]
+    positions: Tensor
+    prompts: list[int]
+    replies: list[int]
+    filler: int
+    batch_ids: Tensor
+    attended: Tensor
+
+    def without_padding(self, values: Tensor) -> Tensor:
+        """(B, T) bool in the layout of the batch -> (B, L), False at replies and padding."""
+        prompts = pad_sequence([row[real] for row, real in zip(values, self.attended, strict=True)], batch_first=True)
+        return pad(prompts, (0, self.ids.size(1) - prompts.size(1)))
+
+
+def _rows(model: PreTrainedModel, batch: Mapping[str, Tensor], replies: Sequence[Sequence[int]]) -> _Rows:
+    config, attended = model.config, batch["attention_mask"].bool()
+    image = image_token_id(config)
+    tails = [torch.tensor(reply, dtype=torch.long, device=attended.device) for reply in replies]
+    for row, (ids, real, tail) in enumerate(zip(batch["input_ids"], attended, tails, strict=True)):
+        if ids[real][-1] == image or image in tail:
+            raise ValueError(
+                f"row {row} of the batch: its {'reply holds' if image in tail else 'prompt ends with'} an image "
+                "token. Encode prompts with `add_generation_prompt=True`, and replies as text."
+            )
+
+    def with_replies(name: str, reply_value: int | None = None) -> Tensor:
+        pieces = zip(batch[name], attended, tails, strict=True)
+        rows = [
+            torch.cat([row[real], tail if reply_value is None else torch.full_like(tail, reply_value)])
+            for row, real, tail in pieces
+        ]
+        return pad_sequence(rows, batch_first=True)
+
+    ids = with_replies("input_ids")
+    # PaliGemma's type 0 is a prefix that sees all of itself; elsewhere 0 is text.
+    of_replies = 1 if config.model_type == "paligemma" else 0
+    types = {
+        name: with_replies(name, of_replies)
+        for name, value in batch.items()
+        if value.shape == batch["input_ids"].shape and name not in ("input_ids", "attention_mask")
+    }
+    prompts, lengths = attended.sum(1).tolist(), [len(reply) for reply in replies]
+    ends = torch.tensor(prompts, device=ids.device) + torch.tensor(lengths, device=ids.device)
+    attention_mask = (torch.arange(ids.size(1), device=ids.device) < ends[:, None]).long()
+    whole = {**batch, **types, "input_ids": ids, "attention_mask": attention_mask}
+    positions = _transformers.generation_positions(model, whole)
+    is_image = (ids == image) & attention_mask.bool()
+    filler = 0 if image != 0 else 1
+    return _Rows(ids, is_image, types, positions, prompts, lengths, filler, batch["input_ids"], attended)
+
+
+def _check_jobs(jobs: Sequence[Job], rows: _Rows) -> None:
+    for number, job in enumerate(jobs):
+        if not 0 <= job.row < len(rows.prompts):
+            raise ValueError(f"job {number} is of row {job.row}; there are {len(rows.prompts)} rows, counted from 0.")
+        if not 0 <= job.cut <= rows.replies[job.row]:
+            raise ValueError(
+                f"job {number} keeps {job.cut} tokens of the reply of row {job.row}, which has "
+                f"{rows.replies[job.row]}."
+            )
+
+
+def _generative(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself: adapters are layers inside it, and work without PEFT's wrapper."""
+    # hasattr: importing peft for an isinstance takes seconds, which a model without adapters can spare.
+    if hasattr(model, "get_base_model"):
+        if model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"A {model.active_peft_config.peft_type.value} adapter puts tokens of its own before the prompt, "
+                "which are not continued. Use an adapter that changes layers, as LoRA does."
+            )
+        model = model.get_base_model()
+    reason = why_not_continuable(model)
+    if reason is not None:
+        raise ValueError(f"{type(model).__name__} cannot continue replies: {reason}.")
+    if model.training:
+        raise ValueError("The model is in training mode, in which dropout changes replies; call `model.eval()` first.")
+    return model
+
+
+def _all_see_all(config: PreTrainedConfig, length: int) -> bool:
+    """Whether in sequences of `length` tokens no token is too far away to be seen."""
+    text = vars(config.get_text_config())
+    window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
+    slides = "sliding_attention" in (text.get("layer_types") or ["sliding_attention"])
+    return window is None or not slides or length <= window
+
+
+def _ends_of_sequence(model: PreTrainedModel) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    return set(ends) if isinstance(ends, list) else {ends}
+
+
+class _Decoding:
+    """The tokens of jobs that are decoded side by side; a job that has ended leaves."""
+
+    def __init__(
+        self, jobs: Sequence[Job], max_new_tokens: int, stop: Stop | None, sampler: Sampler | None, ends: set[int]
+    ):
+        self.replies: list[list[int]] = [[] for _ in jobs]
+        self._forced = [job.forced for job in jobs]
+        self._active = list(range(len(jobs)))
+        self._steps = 0
+        self._max_new_tokens, self._stop, self._sampler, self._ends = max_new_tokens, stop, sampler, ends
+
+    def step(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The next tokens (M,) of the jobs that go on, and which of those that `logits` (N, V) is for they are."""
+        tokens = self._chosen(logits)
+        going_on = []
+        for place, (job, token) in enumerate(zip(self._active, tokens, strict=True)):
+            if self._steps < len(self._forced[job]):
+                going_on.append(place)
+                continue
+            self.replies[job].append(token)
+            if not self._ended(job, token):
+                going_on.append(place)
+        self._steps += 1
+        self._active = [self._active[place] for place in going_on]
+        stay = torch.tensor(going_on, dtype=torch.long, device=logits.device)
+        return torch.tensor(tokens, device=logits.device)[stay], stay
+
+    def _chosen(self, logits: Tensor) -> list[int]:
+        free = [place for place, job in enumerate(self._active) if self._steps >= len(self._forced[job])]
+        tokens = [forced[self._steps] if self._steps < len(forced := self._forced[job]) else 0 for job in self._active]
+        if free:
+            scores = logits[free].float()
+            if self._sampler is not None:
+                scores = self._sampler(None, scores, [self._active[place] for place in free])
+            for place, token in zip(free, scores.argmax(-1).tolist(), strict=True):
+                tokens[place] = token
+        return tokens
+
+    def _ended(self, job: int, token: int) -> bool:
+        if token in self._ends or len(self.replies[job]) == self._max_new_tokens:
+            return True
+        return self._stop is not None and self._stop(job, self.replies[job])

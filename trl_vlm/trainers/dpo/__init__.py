@@ -1,0 +1,1 @@
+"""DPO: losses on weighted replies, fresh pairs, the reference on disk."""

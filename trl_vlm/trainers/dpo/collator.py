@@ -1,0 +1,263 @@
+"""Batches of preference pairs: TRL's collator makes them, and what trl_vlm needs is added to its result."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from trl_vlm.data.images import load_image
+from trl_vlm.data.rows import message_text, row_images
+from trl_vlm.maths.segments import changed_tokens, tokens_in_spans
+from trl_vlm.models.image_tokens import check_image_tokens
+from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX
+
+Row = dict[str, Any]
+
+
+class ImagesOnce:
+    """A processor for TRL's vision collator, which asks for each prompt and its images twice: it computes them once.
+
+    The token tensors come back repeated, as TRL expects them; pixels, and what belongs to them, once per row.
+    """
+
+    def __init__(self, processor: ProcessorMixin):
+        self.processor = processor
+        self.rows = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "processor":  # not there yet while unpickling in a worker
+            raise AttributeError(name)
+        return getattr(self.processor, name)
+
+    def __call__(self, *, text: list[str], **kwargs: Any) -> BatchFeature:
+        """As the processor, but prompts (the call with `images`) are given `rows` at a time."""
+        if "images" not in kwargs:
+            return self.processor(text=text, **kwargs)
+        rows, copies = self.rows, len(text) // self.rows
+        for row, prompt in enumerate(text):
+            if prompt != text[row % rows]:
+                raise ValueError(
+                    f"The chat template renders one prompt in two ways, depending on the reply: {text[row % rows]!r} "
+                    f"and {prompt!r}. Use a template that does not, or set `share_prefix=False`."
+                )
+        images = kwargs.pop("images")
+        batch = self.processor(images=None if images is None else images[:rows], text=text[:rows], **kwargs)
+        shape = batch["input_ids"].shape
+        for name, value in batch.items():
+            if isinstance(value, Tensor) and value.shape == shape:
+                batch[name] = value.repeat(copies, 1)
+        return batch
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    """How changed tokens are found; see `trl_vlm.maths.segments.changed_tokens`."""
+
+    min_match: int = 3
+    two_sided: bool = False
+
+
+class PreferenceCollator:
+    """Adds to a TRL preference batch what sharing prefixes, Dense DPO and further rejected replies need.
+
+    The batch holds K replies to each of P rows, (K * P, T): P chosen, P rejected, then P of each extra column.
+
+    Keys that are added:
+        shared_prefix: (K * P, 2), with `share`; pixels then come once per row.
+        changed_tokens: (K - 1, 2 * P, T - 1), bool, with `segments`; one entry per pair of chosen and rejected, at the
+            place of the log-probabilities that TRL computes, so token t is found at t - 1.
+        reference_log_probs: (K * P, T - 1), with `reference`.
+
+    Args:
+        collate: TRL's collator; for rows with images its `processor` is replaced.
+        vision: whether rows hold images (and text), or token ids.
+        tokenizer: decodes replies to find character spans.
+        extra: how many replies `rejected_extra` holds in each row.
+        share: whether the model shares prefixes.
+        segments: how to find changed tokens.
+        reference: gives the reference log-probabilities of a row's replies, one tensor per reply.
+    """
+
+    def __init__(
+        self,
+        collate: Any,
+        *,
+        vision: bool,
+        tokenizer: PreTrainedTokenizerBase,
+        extra: int = 0,
+        share: bool = False,
+        segments: SegmentOptions | None = None,
+        reference: Callable[[Row], Sequence[Tensor]] | None = None,
+    ):
+        self.collate, self.vision, self.tokenizer = collate, vision, tokenizer
+        self.extra, self.share, self.segments, self.reference = extra, share, segments, reference
+        self.images_once: ImagesOnce | None = None
+        if vision and (share or extra):
+            self.images_once = collate.processor = ImagesOnce(collate.processor)
+
+    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+        """The batch of `rows`, which are not changed."""
+        rows = [self.loaded(row) for row in rows]
+        # TRL's collators edit their rows, hence the copies.
+        batch = self._collated([dict(pair) for pair in self._pairs(rows)], len(rows))
+        if self.vision:
+            self._check_images(batch, rows)
+        self._check_replies(batch, rows)
+        if self.share:
+            prompts = batch["attention_mask"].sum(1) - batch["completion_mask"].sum(1)
+            batch[SHARED_PREFIX] = torch.stack([torch.arange(len(prompts)) % len(rows), prompts], dim=1)
+        if self.segments is not None:
+            batch["changed_tokens"] = self._changed(batch, rows)
+        if self.reference is not None:
+            batch["reference_log_probs"] = self._reference(batch, rows)
+        return batch
+
+    def loaded(self, row: Row) -> Row:
+        """The row with its images decoded, as every later step sees it."""
+        if not self.vision:
+            return row
+        name = row_name(row)
+        images = [load_image(image, name=name) if not _is_ready(image) else image for image in row_images(row, name)]
+        _check_placeholders(row, len(images), name)
+        return {key: value for key, value in row.items() if key not in ("image", "images")} | {"images": images}
+
+    def _pairs(self, rows: list[Row]) -> list[Row]:
+        """Each row once per rejected reply, the first rejected replies of all rows first."""
+        column = "rejected_extra" if self.vision else "rejected_extra_ids"
+        rejected = "rejected" if self.vision else "rejected_ids"
+        for row in rows:
+            if self.extra and len(row.get(column) or ()) != self.extra:
+                raise ValueError(
+                    f"{row_name(row)}: `rejected_extra` holds {len(row.get(column) or ())} replies, and the first row "
+                    f"of the dataset {self.extra}. Every row needs the same number; drop the others or fill them up."
+                )
+        return rows + [row | {rejected: row[column][number]} for number in range(self.extra) for row in rows]
+
+    def _collated(self, pairs: list[Row], rows: int) -> dict[str, Tensor]:
+        if self.images_once is not None:
+            self.images_once.rows = rows
+        batch = self.collate(pairs)
+        if not self.extra:
+            return batch
+        shape = batch["input_ids"].shape
+        # Chosen replies were collated once per pair; the first copy stays.
+        keep = [*range(rows), *range(len(pairs), 2 * len(pairs))]
+        for name, value in batch.items():
+            if isinstance(value, Tensor) and value.shape == shape:
+                batch[name] = value[keep]
+            elif isinstance(value, Tensor) and not self.share:
+                batch[name] = torch.cat([value] * (self.extra + 2))
+        return batch
+
+    def _check_images(self, batch: dict[str, Tensor], rows: list[Row]) -> None:
+        copies = 1 if self.share else self.extra + 2
+        processor = self.images_once.processor if self.images_once is not None else self.collate.processor
+        tokens = batch["input_ids"][: copies * len(rows)]
+        images = [len(row["images"]) for row in rows] * copies
+        check_image_tokens({**batch, "input_ids": tokens}, images, processor, [row_name(row) for row in rows] * copies)
+
+    def _check_replies(self, batch: dict[str, Tensor], rows: list[Row]) -> None:
+        for sequence, tokens in enumerate(batch["completion_mask"].sum(1).tolist()):
+            if tokens == 0:
+                kind = "chosen" if sequence < len(rows) else "rejected"
+                raise ValueError(
+                    f"{row_name(rows[sequence % len(rows)])}: the {kind} reply has no token left. It is empty, or "
+                    "`max_length` cuts it off behind the prompt. Drop the row (`bad_pairs='skip'` drops empty "
+                    "replies), or raise `max_length`."
+                )
+
+    def _changed(self, batch: dict[str, Tensor], rows: list[Row]) -> Tensor:
+        """(K - 1, 2P, T - 1), bool."""
+        count, is_reply = len(rows), batch["completion_mask"].bool()
+        replies = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], is_reply, strict=True)]
+        is_changed = torch.zeros(self.extra + 1, 2 * count, is_reply.size(1), dtype=torch.bool)
+        for pair in range(self.extra + 1):
+            for row in range(count):
+                other = (pair + 1) * count + row
+                found = changed_tokens(
+                    replies[row],
+                    replies[other],
+                    min_match=self.segments.min_match,
+                    two_sided=self.segments.two_sided,
+                )
+                chosen, rejected = found
+                if pair == 0:
+                    chosen = self._in_spans(rows[row], "chosen", replies[row]) or chosen
+                    rejected = self._in_spans(rows[row], "rejected", replies[other]) or rejected
+                is_changed[pair, row, is_reply[row]] = torch.tensor(chosen)
+                is_changed[pair, count + row, is_reply[other]] = torch.tensor(rejected)
+        return is_changed[:, :, 1:]
+
+    def _in_spans(self, row: Row, column: str, ids: list[int]) -> list[bool] | None:
+        """The tokens in the character spans of a row's column, or None if it has none."""
+        spans = row.get(f"{column}_spans")
+        if spans is None:
+            return None
+        reply = row[column]
+        reply = reply if isinstance(reply, str) else message_text(reply[-1])
+        name = f"{row_name(row)}, column '{column}_spans'"
+        for first, last in spans:
+            if not 0 <= first < last <= len(reply):
+                raise ValueError(
+                    f"{name}: the span ({first}, {last}) is not inside the reply of {len(reply)} characters. Spans "
+                    "are (first character, one behind the last) of the reply's text."
+                )
+        # Decoding ever longer pieces is exact for any tokenizer, and the replies themselves are tokenised once only.
+        texts = [self._decoded(ids[: end + 1]) for end in range(len(ids))]
+        ends, start = [len(text) for text in texts], texts[-1].find(reply)
+        if start < 0:
+            raise ValueError(
+                f"{name}: the reply's tokens do not decode to its text, so characters cannot be assigned to them. Was "
+                "it cut by `max_length`, or changed by the chat template? Leave the spans out to have them found."
+            )
+        return tokens_in_spans(ends, [tuple(span) for span in spans], start)
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def _reference(self, batch: dict[str, Tensor], rows: list[Row]) -> Tensor:
+        """(K * P, T - 1), float32, 0 outside the replies."""
+        is_reply = batch["completion_mask"][:, 1:].bool()
+        result = torch.zeros(is_reply.shape)
+        for row, values in enumerate(map(self.reference, rows)):
+            for reply, log_probs in enumerate(values):
+                sequence = reply * len(rows) + row
+                if len(log_probs) != int(is_reply[sequence].sum()):
+                    raise ValueError(
+                        f"{row_name(rows[row])}: the reference cache holds {len(log_probs)} log-probabilities for a "
+                        f"reply of {int(is_reply[sequence].sum())} tokens. The chat template or `max_length` changed; "
+                        "delete the cache's folder."
+                    )
+                result[sequence, is_reply[sequence]] = log_probs
+        return result
+
+
+def row_name(row: Row) -> str:
+    """How errors call a row: by the beginning of its prompt."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, list | tuple) and prompt:
+        prompt = message_text(prompt[-1])
+    text = " ".join(str(prompt).split()) if prompt is not None else "unknown"
+    return f"the row with prompt {text[:60]!r}"
+
+
+def _check_placeholders(row: Row, images: int, name: str) -> None:
+    """Compare the images that a prompt in parts mentions with those that there are; plain text gets its own."""
+    users = [message for message in row["prompt"] if isinstance(message, dict) and message["role"] == "user"]
+    if not users or any(isinstance(message["content"], str) for message in users):
+        return
+    parts = [part for message in users for part in message["content"]]
+    mentioned = sum(part["type"] == "image" and part.get("image") is None for part in parts)
+    if mentioned != images:
+        raise ValueError(
+            f"{name}: the prompt mentions {mentioned} images and the row holds {images}. Add the missing images to "
+            "its `images` column, or remove the placeholders."
+        )
+
+
+def _is_ready(image: Any) -> bool:
+    """Whether processors take an image as it is: arrays and PIL images, but no paths, bytes or dictionaries."""
+    return not isinstance(image, str | bytes | bytearray | dict) and not hasattr(image, "__fspath__")

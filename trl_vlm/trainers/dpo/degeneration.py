@@ -1,0 +1,99 @@
+"""Watching a policy for degeneration: replies that grow, shrink, repeat themselves or never end."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX
+from trl_vlm.trainers import _trl
+
+
+def repeat_rate(tokens: Sequence[int], length: int = 4) -> float:
+    """Share of a reply's n-grams that occurred before in it, from 0 to 1; 0 for a reply shorter than that."""
+    grams = Counter(tuple(tokens[start : start + length]) for start in range(len(tokens) - length + 1))
+    return 1 - len(grams) / grams.total() if grams else 0.0
+
+
+class DegenerationWatch(TrainerCallback):
+    """Generates greedy replies to a few training prompts, and logs how they drift from those before training.
+
+    Logged: `watch/length_tokens`, `watch/length_ratio` (to the replies before training), `watch/repeats` (share of
+    repeated 4-grams), `watch/unfinished` (share of replies that reach the length limit).
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.length_before: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the model as it is before training."""
+        self._log()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure every `watch_steps` steps."""
+        if state.global_step % args.watch_steps == 0:
+            self._log()
+
+    def _log(self) -> None:
+        replies = self._replies()
+        lengths = [len(reply) for reply in replies]
+        length = sum(lengths) / len(lengths)
+        if self.length_before is None:
+            self.length_before = length
+        limit = self.trainer.args.watch_max_new_tokens
+        measured = {
+            "watch/length_tokens": length,
+            "watch/length_ratio": length / max(self.length_before, 1.0),
+            "watch/repeats": sum(map(repeat_rate, replies)) / len(replies),
+            "watch/unfinished": sum(count >= limit for count in lengths) / len(lengths),
+        }
+        # TRL's `log` writes these with its own metrics of the step.
+        self.trainer._metrics["train"] |= {name: [value] for name, value in measured.items()}
+
+    def _replies(self) -> list[list[int]]:
+        """Token ids of greedy replies, without the token that ends them. Every process generates the same."""
+        trainer, args = self.trainer, self.trainer.args
+        prompts = trainer._prepare_inputs(self._prompts())
+        was_training = trainer.model.training
+        trainer.model.eval()
+        with (
+            torch.no_grad(),
+            _trl.disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs),
+            _trl.unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model,
+        ):
+            tokens = model.generate(**prompts, do_sample=False, max_new_tokens=args.watch_max_new_tokens)
+            ends = model.generation_config.eos_token_id
+        trainer.model.train(was_training)
+        ends = set(ends if isinstance(ends, list) else [ends]) | {trainer._tokenizer.eos_token_id}
+        return [_up_to(reply, ends) for reply in tokens[:, prompts["input_ids"].size(1) :].tolist()]
+
+    def _prompts(self) -> dict[str, Tensor]:
+        """The first rows of the training data, prompts only, left padded."""
+        trainer = self.trainer
+        count = trainer.args.watch_prompts
+        rows = [row for row, _ in zip(trainer.train_dataset, range(count), strict=False)]
+        batch = dict(trainer.prompt_batch(rows))
+        copies = len(batch["input_ids"]) // len(rows)
+        lengths = (batch["attention_mask"].sum(1) - batch.pop("completion_mask").sum(1))[: len(rows)].tolist()
+        shared, shape = SHARED_PREFIX in batch, batch["input_ids"].shape
+        prompts = {}
+        for name, value in batch.items():
+            if isinstance(value, Tensor) and value.shape == shape:
+                padding = trainer._tokenizer.pad_token_id if name == "input_ids" else 0
+                prompts[name] = _left_padded([value[row, :length] for row, length in enumerate(lengths)], padding)
+            elif name.startswith(("pixel", "image")):
+                prompts[name] = value if shared else value[: len(value) // copies]
+        return prompts
+
+
+def _left_padded(rows: list[Tensor], padding: int) -> Tensor:
+    width = max(map(len, rows))
+    return torch.stack([torch.cat([row.new_full((width - len(row),), padding), row]) for row in rows])
+
+
+def _up_to(tokens: list[int], ends: set[int | None]) -> list[int]:
+    return next((tokens[:place] for place, token in enumerate(tokens) if token in ends), tokens)

@@ -1,0 +1,124 @@
+"""POVID in the loss: a rejected reply made of the tokens that a model would choose if its image were noisy.
+
+The chosen reply y is before every token, so this is one forward pass and no generation:
+
+    z_t = argmax p(. | noisy image, prompt, y_<t)          the rejected tokens
+    s(z) = sum_t log p(z_t | image, prompt, y_<t)          their score, read with the clean image
+
+Source: POVID's published training code, as described in docs/methods/dpo.md.
+Differs: the published code lets policy and reference each score their own tokens, so that their difference is no
+log-ratio of one sequence once they have moved apart ("published" here); "shared" lets both score the policy's.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+
+from trl_vlm.data.encoding import encode
+from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX
+from trl_vlm.pairs.draws import Draws
+from trl_vlm.pairs.noise import Overflow, distorted
+from trl_vlm.trainers.dpo.collator import PreferenceCollator, Row, row_name
+
+# The batch key: `pixel_values` of the noisy images, once per row, and how many `rows` there are.
+DISTORTED = "distorted"
+
+
+class DistortingCollator:
+    """Adds to a batch of pairs the chosen replies once more, as the last ones, and the pixels of noisy images.
+
+    The noise of a row is new each time, and its seed comes from torch's global generator, which `Trainer` seeds and
+    restores.
+
+    Args:
+        collate: makes the batch; for one further rejected reply than the rows hold.
+        processor: the model's.
+        steps: of noise, see `trl_vlm.pairs.noise`.
+        overflow: what becomes of colours that leave their range.
+    """
+
+    def __init__(self, collate: PreferenceCollator, processor: ProcessorMixin, steps: int, overflow: Overflow):
+        self.collate, self.processor, self.steps, self.overflow = collate, processor, steps, overflow
+
+    @property
+    def share(self) -> bool:
+        """Whether the model shares prefixes."""
+        return self.collate.share
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """The batch of `rows`, which are not changed."""
+        rows = [self.collate.loaded(row) for row in rows]
+        batch = self.collate(
+            [{**row, "rejected_extra": [*(row.get("rejected_extra") or ()), row["chosen"]]} for row in rows]
+        )
+        noisy = encode(
+            self.processor,
+            [row["prompt"] for row in rows],
+            [self._noisy(row) for row in rows],
+            add_generation_prompt=True,
+            names=list(map(row_name, rows)),
+            max_pixels=None,  # they are loaded already
+        )
+        return {**batch, DISTORTED: {"pixel_values": noisy["pixel_values"], "rows": len(rows)}}
+
+    def _noisy(self, row: Row) -> list[Any]:
+        if not row["images"]:
+            raise ValueError(
+                f"{row_name(row)}: it has no image, and `distortion` puts noise on images. Drop rows without images, "
+                "or unset `distortion`."
+            )
+        draws = Draws(int(torch.randint(2**62, ())), 0, row_name(row))
+        generator = draws.generator("noise")
+        return [
+            distorted(image, self.steps, generator, indexing="code", overflow=self.overflow) for image in row["images"]
+        ]
+
+
+class DistortedReplies:
+    """Puts the likeliest tokens under noisy images in the place of the last P sequences' labels.
+
+    Args:
+        shared: the reference scores the policy's tokens, not its own.
+    """
+
+    def __init__(self, shared: bool):
+        self.shared = shared
+        self.tokens: Tensor | None = None
+
+    def labels(self, model: PreTrainedModel, inputs: dict[str, Any], noisy: dict[str, Any], is_policy: bool) -> Tensor:
+        """Labels (N, T) for a forward with clean images.
+
+        Args:
+            model: policy or reference.
+            inputs: of that forward, with `labels` (N, T): the first P sequences are the chosen replies, and so are
+                the last.
+            noisy: see `DISTORTED`.
+            is_policy: the policy comes before its reference.
+        """
+        labels, rows = inputs["labels"], noisy["rows"]
+        is_reply = labels[:rows, 1:] != -100
+        if is_policy or not self.shared:
+            self.tokens = _likeliest(model, inputs, noisy, is_reply)
+        last = labels[-rows:].clone()
+        last[:, 1:][is_reply] = self.tokens
+        return torch.cat([labels[:-rows], last])
+
+
+@torch.no_grad()
+def _likeliest(model: PreTrainedModel, inputs: dict[str, Any], noisy: dict[str, Any], is_reply: Tensor) -> Tensor:
+    """The likeliest token at each of the R reply tokens, (R,), with the tokens of the chosen reply before it."""
+    rows, shape = noisy["rows"], inputs["input_ids"].shape
+    images_come_once = SHARED_PREFIX in inputs
+    chosen = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.shape == shape and name != "labels":
+            chosen[name] = value[:rows]
+        elif name.startswith(("pixel", "image")):
+            chosen[name] = value if images_come_once else value[: len(value) * rows // shape[0]]
+    chosen["pixel_values"] = noisy["pixel_values"]
+    states = model.base_model(**chosen, use_cache=False).last_hidden_state[:, :-1]
+    # What some families do to logits (scaling, soft caps) keeps their order.
+    return model.get_output_embeddings()(states[is_reply]).argmax(-1)

@@ -1,0 +1,254 @@
+"""Fresh pairs for every batch: a source makes them with the current policy, and TRL's collator a batch of them."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from transformers import ProcessorMixin, Trainer
+
+from trl_vlm.data.rows import IMAGE_COLUMNS, ROW_NAME, Row
+from trl_vlm.pairs.source import PairSource, Policy, generating
+from trl_vlm.trainers import _trl
+from trl_vlm.trainers.dpo.collator import PreferenceCollator
+from trl_vlm.trainers.ppo.rollout_rows import check_rollout_rows
+
+# Set in a batch that no pair is in: its loss is multiplied by zero.
+WEIGHTLESS = "weightless"
+# What a weightless batch says in the place of replies.
+NO_REPLY = [{"role": "assistant", "content": "-"}]
+
+# What is said about the replies of a row; a new pair brings its own.
+ABOUT_REPLIES = ("chosen", "rejected", "rejected_extra", "chosen_spans", "rejected_spans")
+# What a collator reads of a pair. TRL takes rows with other reply columns (`completion`) for another kind of data.
+PAIR_COLUMNS = ("prompt", *ABOUT_REPLIES, "tools", "chat_template_kwargs", ROW_NAME, *IMAGE_COLUMNS)
+
+
+@contextmanager
+def current_policy(trainer: Trainer) -> Iterator[Policy]:
+    """The model that is being trained, ready to generate: evaluation mode, adapters on, whole, with a cache.
+
+    ZeRO-3 gathers its parameters on every process, so all processes enter and leave this context together; what they
+    do in between they do apart. Afterwards everything is as it was.
+    """
+    kwargs = trainer.args.gradient_checkpointing_kwargs
+    with (
+        _trl.unwrap_model_for_generation(
+            trainer.model_wrapped, trainer.accelerator, gradient_checkpointing_kwargs=kwargs
+        ) as model,
+        _trl.DistributedBackend(trainer.accelerator).summon_full_params(trainer.model_wrapped, recurse=False),
+    ):
+        # An adapter's layers are inside the model that it adapts.
+        model = model.get_base_model() if is_peft_model(model) else model
+        with generating(model), _unsynchronised(model), trainer.accelerator.autocast():
+            yield Policy(model, trainer.processing_class)
+
+
+@contextmanager
+def _unsynchronised(model: nn.Module) -> Iterator[None]:
+    """Let `generate` run on one process alone: under ZeRO-3 and FSDP it would wait for the others to generate, too.
+
+    Sources call it as often as their rows need, which differs from process to process.
+    """
+    model.generate = partial(model.generate, synced_gpus=False)
+    try:
+        yield
+    finally:
+        del model.generate
+
+
+def has_pair(row: Row) -> bool:
+    """Whether a row has a chosen and a rejected reply of its own."""
+    return bool(row.get("chosen") and row.get("rejected"))
+
+
+def without_replies(row: Row) -> dict[str, Any]:
+    """A row whose replies do not matter."""
+    kept = {name: value for name, value in row.items() if name not in ABOUT_REPLIES}
+    return kept | {"chosen": NO_REPLY, "rejected": NO_REPLY}
+
+
+def made_pairs(source: PairSource, rows: Sequence[Row], policy: Policy, turn: int) -> list[Row | None]:
+    """What a source makes of rows, with only the columns that are trained on or logged.
+
+    Spans of changed characters are left out with the replies that they were about.
+
+    Raises:
+        ValueError: an entry is missing, or is no pair.
+    """
+    made = source(rows, policy, turn)
+    if len(made) != len(rows):
+        raise ValueError(
+            f"The pair source {source!r} gave {len(made)} entries for {len(rows)} rows. It must give one per row: a "
+            "preference row, or None where there is no decision."
+        )
+    return [None if pair is None else _trimmed(pair, row, source) for pair, row in zip(made, rows, strict=True)]
+
+
+def _trimmed(pair: Row, row: Row, source: PairSource) -> dict[str, Any]:
+    for column in ("chosen", "rejected"):
+        if not isinstance(pair.get(column), list | tuple) or not pair[column]:
+            raise ValueError(
+                f"{row.get(ROW_NAME, 'a row')}: the pair source {source!r} gave {pair.get(column)!r} as {column!r}. "
+                "It must be a list of messages; for a row without a decision give None in place of the pair."
+            )
+    columns = [name for name in pair if name in PAIR_COLUMNS or name.startswith("pair_")]
+    is_new = any(pair[column] != row.get(column) for column in ("chosen", "rejected"))
+    return {name: pair[name] for name in columns if not (is_new and name.endswith("_spans"))}
+
+
+def pair_statistics(pairs: Sequence[Row]) -> dict[str, tuple[float, int]]:
+    """Sum and count of every number in the columns `pair_<name>`, under the names of metrics, `pairs/<name>`."""
+    sums: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for pair in pairs:
+        for column, value in pair.items():
+            if column.startswith("pair_") and isinstance(value, bool | int | float):
+                name = f"pairs/{column.removeprefix('pair_')}"
+                sums[name] += value
+                counts[name] += 1
+    return {name: (sums[name], counts[name]) for name in counts}
+
+
+def total_statistics(statistics: Sequence[dict[str, tuple[float, int]]]) -> dict[str, float]:
+    """Means over what all processes counted."""
+    names = {name: None for one in statistics for name in one}
+    totals = {
+        name: [sum(part) for part in zip(*(s[name] for s in statistics if name in s), strict=True)] for name in names
+    }
+    return {name: total / count for name, (total, count) in totals.items()}
+
+
+def check_arguments(args: Any, processor: Any, data_collator: Any) -> None:
+    """Refuse what does not go with a source of pairs.
+
+    Raises:
+        TypeError: the model reads no images.
+        ValueError: an option needs pairs that are there before training.
+    """
+    if not isinstance(processor, ProcessorMixin):
+        raise TypeError(
+            "`pair_source` needs a vision-language model and its processor: sources read rows with images. Pass such "
+            "a model, or make the pairs before training (`trl-vlm pairs`)."
+        )
+    refused = {
+        "`reference_cache`": (
+            args.reference_cache is not None,
+            "it holds the log-probabilities of replies that are there before training",
+        ),
+        "`precompute_ref_log_probs`": (args.precompute_ref_log_probs, "the replies are new at every step"),
+        "A data collator of your own": (data_collator is not None, "the pairs are made behind it"),
+    }
+    for name, (is_given, reason) in refused.items():
+        if is_given:
+            raise ValueError(f"{name} does not go with `pair_source`: {reason}. Leave one of the two out.")
+
+
+def refuse_virtual_tokens(model: nn.Module) -> None:
+    """Raise if an adapter puts virtual tokens before the prompt: sources read a model without its PEFT wrapper."""
+    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"Pairs cannot be made with a {model.active_peft_config.peft_type.value} adapter: its virtual tokens are "
+            "not part of the model that generates. Use LoRA or another adapter inside the layers, or make the pairs "
+            "before training (`trl-vlm pairs`)."
+        )
+
+
+def checked_rows(dataset: Any, name: str) -> Any:
+    """The dataset after a look at its rows, with a column `images` ([] in each row) if it has none.
+
+    TRL tokenises rows without such a column before training, and their replies are not there yet.
+    """
+    if isinstance(dataset, dict):
+        return {key: checked_rows(rows, key) for key, rows in dataset.items()}
+    check_rollout_rows(dataset, name)
+    columns = dataset.column_names if isinstance(dataset, Dataset | IterableDataset) else None
+    if columns is None or any(column in columns for column in IMAGE_COLUMNS):
+        return dataset
+    return dataset.map(lambda _: {"images": []})
+
+
+class FreshPairs:
+    """Turns the rows of a micro-batch into a batch of pairs, which a source makes with the current policy.
+
+    Every process keeps the same number of pairs, the least that any of them has, since each process averages over its
+    own: with other numbers, pairs would weigh more on one process than on another. If one has none, all of them run a
+    batch without weight, so that gradients are exchanged as in any other step.
+
+    Logged: `pairs/undecided`, the share of rows for which the source had no decision; `pairs/left_out`, the share
+    whose pair was left out because another process had fewer; `pairs/none`, the share of micro-batches without any
+    pair; and the mean of each number that the source reports in a column `pair_*`.
+
+    Args:
+        trainer: of the policy.
+        source: makes the pairs.
+        make_collator: gives a collator for so many further rejected replies per row.
+    """
+
+    def __init__(self, trainer: Any, source: PairSource, make_collator: Callable[[int], PreferenceCollator]):
+        refuse_virtual_tokens(trainer.model)
+        self.trainer, self.source, self.make_collator = trainer, source, make_collator
+        self.collators: dict[int, PreferenceCollator] = {}
+        self._step, self._micro_batch = -1, 0
+
+    def batch(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], int]:
+        """The batch of pairs for `rows`, and how many further rejected replies each row has in it."""
+        pairs = self._pairs(rows)
+        decided = [pair for pair in pairs if pair is not None]
+        extras = sorted({len(pair.get("rejected_extra") or ()) for pair in decided})
+        mine = {"pairs": len(decided), "rows": len(rows), "extras": extras, "statistics": pair_statistics(decided)}
+        everywhere = gather_object([mine])
+        kept = min(one["pairs"] for one in everywhere)
+        self._log(everywhere, kept)
+        extra = self._extra(everywhere)
+        if kept == 0:
+            return {**self.collated([without_replies(rows[0])]), WEIGHTLESS: True}, 0
+        return self.collated(decided[:kept], extra), extra
+
+    def collated(self, pairs: Sequence[Row], extra: int = 0) -> dict[str, Tensor]:
+        """The batch of these pairs, with so many further rejected replies each."""
+        if extra not in self.collators:
+            self.collators[extra] = self.make_collator(extra)
+        return self.collators[extra]([{name: pair[name] for name in PAIR_COLUMNS if name in pair} for pair in pairs])
+
+    def _pairs(self, rows: Sequence[Row]) -> list[Row | None]:
+        """The source's pairs while training; while evaluating, the rows' own, where all processes' rows have them."""
+        is_training = self.trainer.model.training
+        if not is_training and all(gather_object([all(map(has_pair, rows))])):
+            return list(rows)
+        with current_policy(self.trainer) as policy:
+            return made_pairs(self.source, rows, policy, self._turn() if is_training else 0)
+
+    def _turn(self) -> int:
+        """The number of the micro-batch since the beginning of training, the same after a resumption."""
+        step = self.trainer.state.global_step
+        self._micro_batch = self._micro_batch + 1 if step == self._step else 0
+        self._step = step
+        return step * self.trainer.args.gradient_accumulation_steps + self._micro_batch
+
+    @staticmethod
+    def _extra(everywhere: Sequence[dict[str, Any]]) -> int:
+        found = sorted({number for one in everywhere for number in one["extras"]})
+        if len(found) > 1:
+            raise ValueError(
+                f"The pairs of one step have different numbers of `rejected_extra`: {found}. Every pair needs the "
+                "same number: use one source that always adds as many (`BothRejected`), not a mixture."
+            )
+        return found[0] if found else 0
+
+    def _log(self, everywhere: Sequence[dict[str, Any]], kept: int) -> None:
+        rows = sum(one["rows"] for one in everywhere)
+        pairs = sum(one["pairs"] for one in everywhere)
+        measured = {
+            "pairs/undecided": 1 - pairs / rows,
+            "pairs/left_out": (pairs - kept * len(everywhere)) / rows,
+            "pairs/none": float(kept == 0),
+            **total_statistics([one["statistics"] for one in everywhere]),
+        }
+        metrics = self.trainer._metrics["train" if self.trainer.model.training else "eval"]
+        for name, value in measured.items():
+            metrics[name].append(value)

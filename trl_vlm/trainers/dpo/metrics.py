@@ -1,0 +1,61 @@
+"""What is logged beyond TRL's metrics: where the margin comes from, and how far the policy has drifted."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from trl_vlm.maths.masked import masked_sum
+
+Gather = Callable[[Tensor], Tensor]
+
+
+def dense_metrics(ratios: Tensor, is_changed: Tensor, is_reply: Tensor, gather: Gather) -> dict[str, float]:
+    """Share of changed tokens, margins on changed and on unchanged tokens, number of pairs without a changed token.
+
+    Args:
+        ratios: (K * P, T), log pi - log pi_ref per token.
+        is_changed: (K - 1, 2 * P, T), bool.
+        is_reply: (K * P, T), bool.
+        gather: over processes.
+
+    Returns:
+        The margins are sums over tokens, chosen minus rejected, in nats, means over pairs.
+    """
+    rows = is_changed.size(1) // 2
+    changed_margins, other_margins, shares, unchanged_pairs = [], [], [], []
+    for pair, changed in enumerate(is_changed):
+        place = [*range(rows), *range((pair + 1) * rows, (pair + 2) * rows)]
+        ratio, reply = ratios[place], is_reply[place]
+        for margins, mask in ((changed_margins, changed & reply), (other_margins, ~changed & reply)):
+            chosen, rejected = masked_sum(ratio, mask, dim=1).chunk(2)
+            margins.append(chosen - rejected)
+        counts = torch.stack([(changed & reply).sum(1), reply.sum(1)]).float()
+        shares.append(counts)
+        chosen, rejected = counts[0].chunk(2)
+        unchanged_pairs.append((chosen + rejected == 0).float())
+    tokens = gather(torch.cat(shares, dim=1).sum(1)[None]).sum(0)
+    return {
+        "dense/changed_share": (tokens[0] / tokens[1].clamp(min=1)).item(),
+        "dense/margin_changed": gather(torch.cat(changed_margins)).mean().item(),
+        "dense/margin_unchanged": gather(torch.cat(other_margins)).mean().item(),
+        "dense/pairs_without_change": int(gather(torch.cat(unchanged_pairs)).sum().item()),
+    }
+
+
+def drift_metrics(ratios: Tensor, is_reply: Tensor, extra: int, gather: Gather) -> dict[str, float]:
+    """Mean log pi - log pi_ref per token, in nats, of the chosen and of the rejected replies.
+
+    Args:
+        ratios: (K * P, T).
+        is_reply: (K * P, T), bool.
+        extra: K - 2.
+        gather: over processes.
+    """
+    rows = len(ratios) // (extra + 2)
+    drift = {}
+    for name, place in (("chosen", slice(0, rows)), ("rejected", slice(rows, None))):
+        total = torch.stack([masked_sum(ratios[place], is_reply[place]), is_reply[place].sum().float()])
+        total = gather(total[None]).sum(0)
+        drift[f"drift/{name}"] = (total[0] / total[1].clamp(min=1)).item()
+    return drift

@@ -1,0 +1,192 @@
+"""Pairs that are made anew every so many steps or each epoch, for our `DPOTrainer` and for TRL's."""
+
+import logging
+import time
+from typing import Any
+
+import trl
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch.utils.data import Dataset as TorchDataset
+from transformers import TrainerCallback
+
+from trl_vlm.data.rows import NamedRows, Row, check_rows
+from trl_vlm.pairs.source import PairSource
+from trl_vlm.trainers.dpo.fresh_pairs import (
+    ABOUT_REPLIES,
+    PAIR_COLUMNS,
+    current_policy,
+    made_pairs,
+    pair_statistics,
+    refuse_virtual_tokens,
+    total_statistics,
+)
+from trl_vlm.trainers.dpo.setup import extra_replies
+from trl_vlm.trainers.dpo.trainer import DPOTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class RefreshedRows(TorchDataset):
+    """The rows of a dataset with the pairs that were made last.
+
+    A row that never had a pair gives its place to another row, so that every batch is full.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+        self.pairs: dict[int, Row] = {}
+        self.numbers = list(range(len(dataset)))
+
+    @property
+    def column_names(self) -> list[str]:
+        """The columns of a pair."""
+        return [name for name in PAIR_COLUMNS if name in {*self.dataset.column_names, "chosen", "rejected"}]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        if place >= len(self):  # ends a loop over the rows
+            raise IndexError(place)
+        number = self.numbers[place % len(self.numbers)]
+        row = self.dataset[number]
+        if number in self.pairs:
+            row = {name: value for name, value in row.items() if name not in ABOUT_REPLIES} | self.pairs[number]
+        return {name: value for name, value in row.items() if name in PAIR_COLUMNS}
+
+    def put(self, pairs: dict[int, Row], own: bool) -> None:
+        """Take new pairs by the numbers of their rows; `own` says that the dataset's rows have pairs, too."""
+        self.pairs |= pairs
+        self.numbers = [number for number in range(len(self)) if own or number in self.pairs]
+        if not self.numbers:
+            raise ValueError(
+                f"The pair source gave no pair for any of {len(self)} rows, and the rows have none of their own. Look "
+                "at why it decides nothing, or start with a column `rejected`."
+            )
+
+
+class PairSourceCallback(TrainerCallback):
+    """Replaces the pairs of the training rows by those that a source makes with the policy as it is then.
+
+    Between two times the trainer sees ordinary rows, so it also serves plain `trl.DPOTrainer`, on rows with images.
+    Each process makes a share of the pairs, and all of them see the same ones. A row without a decision keeps the
+    pair it had; one that never had a pair gives its place to another row. Data loaders fetch one batch ahead, so with
+    `every_steps` the first batch after a refresh still has the pairs from before it.
+
+    Logged: `pairs/undecided`, the share of rows without a decision, and the mean of each number that the source
+    reports in a column `pair_*`.
+
+    Args:
+        source: Makes the pairs. Its `turn` is the global step.
+        trainer: Whose training rows are refreshed; add the callback to it.
+        every_steps: Refresh before the first step and after every so many; None: at the beginning of each epoch.
+        batch_size: Rows per call of the source; None: `per_device_train_batch_size`.
+
+    Raises:
+        TypeError, ValueError: the trainer, its rows or its data loader cannot be refreshed.
+
+    Example:
+        >>> trainer = trl.DPOTrainer("llava-hf/llava-1.5-7b-hf", train_dataset=rows)
+        >>> trainer.add_callback(PairSourceCallback(BDHS(), trainer, every_steps=200))
+    """
+
+    def __init__(
+        self,
+        source: PairSource,
+        trainer: trl.DPOTrainer,
+        *,
+        every_steps: int | None = None,
+        batch_size: int | None = None,
+    ):
+        if every_steps is not None and every_steps < 1:
+            raise ValueError(f"`every_steps` is {every_steps}; use 1 or more, or None for each epoch.")
+        _check_trainer(trainer, every_steps)
+        refuse_virtual_tokens(trainer.model)
+        dataset = trainer.train_dataset
+        check_rows(dataset, required=["prompt"], name="train")
+        self.source, self.trainer, self.every_steps = source, trainer, every_steps
+        self.batch_size = batch_size or trainer.args.per_device_train_batch_size
+        self.rows = NamedRows(dataset, "train")
+        self.extra = extra_replies(dataset)
+        self.has_own = {"chosen", "rejected"} <= set(dataset.column_names)
+        self.refreshed = trainer.train_dataset = RefreshedRows(dataset)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Make the first pairs, unless the first epoch does."""
+        if self.every_steps is not None:
+            self._refresh(state.global_step)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Make the pairs of an epoch."""
+        if self.every_steps is None:
+            self._refresh(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Make new pairs every so many steps."""
+        step = state.global_step
+        if self.every_steps is not None and step % self.every_steps == 0 and step < state.max_steps:
+            self._refresh(step)
+
+    def _refresh(self, turn: int) -> None:
+        start, accelerator = time.perf_counter(), self.trainer.accelerator
+        mine = range(accelerator.process_index, len(self.rows), accelerator.num_processes)
+        made: list[tuple[int, Row | None]] = []
+        with current_policy(self.trainer) as policy:
+            for first in range(0, len(mine), self.batch_size):
+                numbers = mine[first : first + self.batch_size]
+                pairs = made_pairs(self.source, [self.rows[number] for number in numbers], policy, turn)
+                made += zip(numbers, map(self._trimmed, numbers, pairs), strict=True)
+        decided = {number: pair for number, pair in gather_object(made) if pair is not None}
+        statistics = total_statistics([pair_statistics(list(decided.values()))])
+        pairs = {n: {name: pair[name] for name in ABOUT_REPLIES if name in pair} for n, pair in decided.items()}
+        self.refreshed.put(pairs, self.has_own)
+        undecided = 1 - len(decided) / len(self.rows)
+        for name, value in {"pairs/undecided": undecided, **statistics}.items():
+            self.trainer._metrics["train"][name].append(value)
+        seconds = time.perf_counter() - start
+        logger.info("Made pairs for %d of %d rows in %.0f s.", len(decided), len(self.rows), seconds)
+
+    def _trimmed(self, number: int, pair: Row | None) -> Row | None:
+        """What goes to the other processes: the replies, and what happened."""
+        if pair is None:
+            return None
+        extra, is_ours = len(pair.get("rejected_extra") or ()), isinstance(self.trainer, DPOTrainer)
+        expected = self.extra if is_ours else 0
+        if extra != expected:
+            remedy = (
+                "Give the training rows a column `rejected_extra` with as many replies"
+                if is_ours
+                else "`trl.DPOTrainer` knows no further rejected replies; use `trl_vlm.DPOTrainer`"
+            )
+            raise ValueError(
+                f"train row {number}: the pair source gave {extra} `rejected_extra`, and the trainer reads {expected}"
+                f". {remedy}, or use a source that gives {expected}."
+            )
+        return {name: value for name, value in pair.items() if name in ABOUT_REPLIES or name.startswith("pair_")}
+
+
+def _check_trainer(trainer: Any, every_steps: int | None) -> None:
+    if not isinstance(trainer, trl.DPOTrainer):
+        raise TypeError(
+            f"`trainer` is a {type(trainer).__name__}. Pass the `DPOTrainer` (ours or TRL's) that the callback is "
+            "added to."
+        )
+    args, dataset = trainer.args, trainer.train_dataset
+    is_ours = isinstance(trainer, DPOTrainer)
+    refused = {
+        "has a `pair_source`, which makes new pairs at every step": is_ours and trainer._fresh is not None,
+        "has a `reference_cache`, which holds the log-probabilities of the first pairs": is_ours
+        and args.reference_cache is not None,
+        "trains on a stream, whose rows cannot be written back": not isinstance(dataset, Dataset),
+        "trains on rows without images, which TRL tokenised when it was made": not trainer._is_vision_dataset,
+        "has workers that hold copies of the rows (`dataloader_num_workers`); use 0, or each epoch": (
+            every_steps is not None and args.dataloader_num_workers > 0
+        ),
+        "has workers that hold copies of the rows (`dataloader_persistent_workers`); turn it off": (
+            args.dataloader_num_workers > 0 and args.dataloader_persistent_workers
+        ),
+    }
+    for reason, applies in refused.items():
+        if applies:
+            raise ValueError(f"The pairs of this trainer cannot be refreshed: it {reason}.")

@@ -1,0 +1,173 @@
+"""Where PPO's critic comes from, and where its weights are saved."""
+
+import copy
+import os
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import GRPOConfig
+
+from trl_vlm.models.reward_model import load_reward_model, reward_model_class
+from trl_vlm.trainers.ppo.joint_forward import CRITIC, zero_head_
+
+CRITIC_FILE = f"{CRITIC}.safetensors"
+
+
+def make_critic(
+    policy: nn.Module,
+    *,
+    value_model: str | PreTrainedModel | PeftModel | None,
+    reward_model: str | PreTrainedModel | PeftModel | None,
+    peft_config: PeftConfig | None,
+    head_init: str,
+    seed: int,
+    load_options: dict[str, Any],
+) -> nn.Module:
+    """The critic that PPO trains: a sequence classifier with one label, read at every token.
+
+    It is `value_model` if given, else a copy of `reward_model`, else a copy of the policy's backbone under a new head.
+
+    Args:
+        policy: the policy, possibly with PEFT adapters; it is left as it is.
+        value_model: folder, hub id or model.
+        reward_model: folder, hub id or model; a model is copied, since the reward must not train.
+        peft_config: adapters to train, by default like those of the policy; without any the critic trains in full.
+            Ignored if it has adapters already.
+        head_init: `zero` or `trained`. A value model that is passed as a model keeps its head.
+        seed: for the adapters' initial weights, so that every process draws the same ones.
+        load_options: passed to `from_pretrained`.
+    """
+    if peft_config is None and isinstance(policy, PeftModel):
+        peft_config = policy.active_peft_config
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if isinstance(value_model, nn.Module):
+            critic = value_model
+        else:
+            critic = _new_critic(policy, value_model, reward_model, head_init, load_options)
+            if head_init == "zero":
+                zero_head_(critic)
+        if not isinstance(critic, PeftModel):
+            # An adapter freezes what it adapts; the copy of a frozen reward model must train without one.
+            critic = get_peft_model(critic, for_values(peft_config)) if peft_config else critic.requires_grad_(True)
+    if isinstance(critic, PeftModel):
+        critic.set_adapter(critic.active_adapter)
+    return critic
+
+
+def prepare_critic(critic: nn.Module, args: GRPOConfig) -> None:
+    """Set up dropout and gradient checkpointing as TRL does for the policy."""
+    if args.disable_dropout:
+        for module in critic.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    if args.gradient_checkpointing:
+        critic.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        if isinstance(critic, PeftModel):
+            critic.enable_input_require_grads()
+
+
+def for_values(config: PeftConfig) -> PeftConfig:
+    """The policy's adapter configuration, for a classifier: its head trains and is saved with the adapter."""
+    config = copy.deepcopy(config)
+    config.task_type = TaskType.SEQ_CLS
+    config.inference_mode = False
+    kept = [name for name in getattr(config, "modules_to_save", None) or [] if name != "lm_head"]
+    config.modules_to_save = sorted({*kept, "score"})
+    return config
+
+
+def _new_critic(
+    policy: nn.Module,
+    value_model: str | None,
+    reward_model: str | PreTrainedModel | PeftModel | None,
+    head_init: str,
+    load_options: dict[str, Any],
+) -> nn.Module:
+    source = value_model or reward_model
+    if isinstance(source, str):
+        return load_reward_model(source, for_scoring=head_init == "trained", **load_options)
+    if source is not None:
+        return copy.deepcopy(source)
+    if head_init == "trained":
+        raise ValueError(
+            "`value_head_init='trained'` keeps the head of a reward model, but there is neither a `reward_model` nor "
+            "a `value_model`. Pass one, or use `value_head_init='zero'`."
+        )
+    return _from_policy(policy, load_options)
+
+
+def _from_policy(policy: nn.Module, load_options: dict[str, Any]) -> PreTrainedModel:
+    """A classifier of the policy's family with the weights of its backbone, adapters merged in."""
+    quantization = getattr(policy.config, "quantization_config", None)
+    if quantization is not None or is_deepspeed_zero3_enabled():
+        # 4-bit weights cannot be merged without loss, and ZeRO-3's are split: read them again.
+        if not policy.config._name_or_path:
+            raise ValueError(
+                "The critic of a quantised or ZeRO-3 policy is loaded from the policy's folder, and this policy was "
+                "made in memory. Save it and pass the folder, or pass a `reward_model` or `value_model`."
+            )
+        if quantization is not None:
+            load_options = {**load_options, "quantization_config": quantization}
+        return load_reward_model(policy.config._name_or_path, **load_options)
+    if isinstance(policy, PeftModel):
+        # On a copy: merging changes weights, and the policy goes on training.
+        policy = copy.deepcopy(policy).merge_and_unload()
+        backbone = getattr(policy, policy.base_model_prefix)
+    else:
+        backbone = copy.deepcopy(getattr(policy, policy.base_model_prefix))
+    return classifier_around(backbone)
+
+
+def classifier_around(backbone: PreTrainedModel) -> PreTrainedModel:
+    """The sequence classifier of a backbone's family that holds this backbone, under a head of zeros in float32."""
+    config = backbone.config
+    config.num_labels = 1
+    with torch.device("meta"):  # its own weights are not needed
+        if hasattr(config, "vision_config"):
+            classifier = reward_model_class(config)(config)
+        else:
+            classifier = AutoModelForSequenceClassification.from_config(config)
+    setattr(classifier, classifier.base_model_prefix, backbone)
+    classifier.score = classifier.score.to_empty(device=backbone.device).float()
+    zero_head_(classifier)
+    return classifier
+
+
+def save_critic(critic: nn.Module, state_dict: dict[str, Tensor], folder: str) -> None:
+    """Write the critic's trained weights, taken from the state of the policy that holds it."""
+    names = _trained(critic)
+    state = {name.removeprefix(f"{CRITIC}."): tensor for name, tensor in state_dict.items()}
+    state = {name: tensor.contiguous() for name, tensor in state.items() if name in names}
+    if state:  # a backend that saves shards passes none
+        save_file(state, os.path.join(folder, CRITIC_FILE), metadata={"format": "pt"})
+
+
+def load_critic(critic: nn.Module, folder: str) -> None:
+    """Read what `save_critic` wrote.
+
+    Raises:
+        ValueError: the folder is no checkpoint of PPO, or of PPO with other arguments.
+    """
+    path = os.path.join(folder, CRITIC_FILE)
+    if not os.path.exists(path):
+        raise ValueError(
+            f"{folder} has no {CRITIC_FILE}: it is not a checkpoint of PPOTrainer. To start PPO from the model in it, "
+            "pass the folder as `model`; `resume_from_checkpoint` is for runs that were interrupted."
+        )
+    missing, unexpected = critic.load_state_dict(load_file(path), strict=False)
+    missing = sorted(_trained(critic) & set(missing))
+    if unexpected or missing:
+        raise ValueError(
+            f"{path} does not fit the value model: {missing[:3]} are missing and {unexpected[:3]} are not part of it. "
+            "Resume with the arguments that the run was started with."
+        )
+
+
+def _trained(critic: nn.Module) -> set[str]:
+    return {name for name, parameter in critic.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,47 @@
+"""PPO's reference model, where TRL does not make the right one."""
+
+import copy
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from torch import nn
+from trl import GRPOTrainer
+
+from trl_vlm.trainers._trl import add_fused_lm_head, prepare_deepspeed, prepare_fsdp
+from trl_vlm.trainers.ppo.config import PPOConfig
+
+
+def own_reference(
+    model: str | nn.Module, ref_model: nn.Module | None, peft_config: Any, args: PPOConfig
+) -> nn.Module | None:
+    """The reference that TRL does not make itself; None where it does, or where none is needed.
+
+    Args:
+        model: the policy, or where it is loaded from.
+        ref_model: the user's reference.
+        peft_config: the adapters that the policy gets; their base is then the reference.
+        args: the configuration.
+    """
+    if args.kl_coef == 0 or ref_model is not None:
+        return ref_model if args.kl_coef else None
+    if isinstance(model, str) or peft_config is not None or is_peft_model(model):
+        return None
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        return None  # sharded weights cannot be copied: TRL loads the reference from the model's path
+    # A model in memory may have been trained since it was loaded; TRL would load its path again.
+    return copy.deepcopy(model)
+
+
+def prepared_reference(reference: nn.Module, trainer: GRPOTrainer) -> nn.Module:
+    """The reference frozen, with the log-probabilities that TRL reads, and wrapped for the trainer's backend."""
+    reference = reference.eval().requires_grad_(False)
+    add_fused_lm_head(
+        reference.get_base_model() if is_peft_model(reference) else reference,
+        temperature=trainer.temperature,
+        cast_lm_head_to_fp32=trainer.args.cast_lm_head_to_fp32,
+    )
+    if trainer.is_deepspeed_enabled:
+        return prepare_deepspeed(reference, trainer.accelerator)
+    if trainer.is_fsdp_enabled:
+        return prepare_fsdp(reference, trainer.accelerator)
+    return trainer.accelerator.prepare_model(reference, evaluation_mode=True)

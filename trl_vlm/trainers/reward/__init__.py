@@ -1,0 +1,1 @@
+"""Reward models that see the images and read the facts."""

@@ -1,0 +1,167 @@
+"""What `RewardTrainer` needs before it can start: which path, which model, which words around a reply."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from accelerate import DistributedType
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, ProcessorMixin
+from transformers.utils import find_adapter_config_file
+
+from trl_vlm.data.encoding import RewardCollator
+from trl_vlm.data.facts import JudgeTemplate
+from trl_vlm.data.rows import IMAGE_COLUMNS, Row
+from trl_vlm.models._transformers import reads_images
+from trl_vlm.models.prefix_sharing.sharing import share_pairs, why_pairs_not_shareable
+from trl_vlm.models.reward_model import load_reward_model
+from trl_vlm.trainers.reward.config import RewardConfig
+
+
+def wants_images(model: Any, args: RewardConfig, dataset: Any, processing_class: Any) -> bool:
+    """Whether to train with images: the model reads them, and the rows may have some."""
+    if isinstance(processing_class, ProcessorMixin):
+        return True
+    columns = dataset.column_names if isinstance(dataset, Dataset | IterableDataset) else None
+    has_images = columns is None or any(column in columns for column in IMAGE_COLUMNS)
+    if not has_images or not reads_images(type(_config(model, args))):
+        return False
+    if processing_class is not None:
+        raise TypeError(
+            f"`processing_class` is a {type(processing_class).__name__}, and the rows have images. Pass the model's "
+            "processor (`trl_vlm.models.processors.load_processor`), or nothing: it is then loaded with the model."
+        )
+    return True
+
+
+def refuse_image_options(args: RewardConfig, judge_template: JudgeTemplate | None) -> None:
+    """Raise if an option that only concerns images is set for a run without."""
+    given = {
+        "judge_template": judge_template or args.judge_template,
+        "freeze_vision_tower": args.freeze_vision_tower,
+        "drop_too_long_rows": args.drop_too_long_rows,
+    }
+    names = [name for name, value in given.items() if value]
+    if names:
+        raise ValueError(
+            f"{names} are for models and rows with images, but the model reads none, or the rows have no column "
+            "`images`. Unset them, add the column ([] for rows without), or pass a processor as `processing_class`."
+        )
+
+
+def _config(model: Any, args: RewardConfig) -> PreTrainedConfig:
+    """The configuration of a model, of a checkpoint, or of the base of an adapter's folder."""
+    if not isinstance(model, str):
+        return model.config
+    hub = hub_arguments(args)
+    if find_adapter_config_file(model, **hub) is not None:
+        model = PeftConfig.from_pretrained(model, **hub).base_model_name_or_path
+        hub = {}
+    return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **hub)
+
+
+def source_of(model: Any) -> str:
+    """Where the model came from, and so its processor."""
+    name = model if isinstance(model, str) else model.config._name_or_path
+    if not name:
+        raise ValueError(
+            "The model was made in memory, so its processor cannot be found. Pass it as `processing_class`."
+        )
+    return name
+
+
+def hub_arguments(args: RewardConfig) -> dict[str, Any]:
+    """Those of `args.model_init_kwargs` that say where files come from."""
+    given = args.model_init_kwargs or {}
+    return {name: given[name] for name in ("cache_dir", "local_files_only", "revision", "token") if name in given}
+
+
+def load_for_training(path: str, args: RewardConfig, quantization_config: BitsAndBytesConfig | None) -> nn.Module:
+    """The reward model of a checkpoint, loaded with TRL's defaults: float32, spread over devices only if alone."""
+    settings = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        if "quantization_config" in settings:
+            raise ValueError(
+                "`quantization_config` came both as an argument of the trainer and in `args.model_init_kwargs`. "
+                "Pass it as an argument only."
+            )
+        settings["quantization_config"] = quantization_config
+    state = args.distributed_state
+    if state.distributed_type != DistributedType.NO or state.device.type in ("cpu", "mps"):
+        settings["device_map"] = None
+    settings.setdefault("device_map", "auto")
+    settings.setdefault("dtype", "float32")
+    if args.trust_remote_code:
+        settings.setdefault("trust_remote_code", True)
+    return load_reward_model(path, head_seed=args.seed, **settings)
+
+
+def resolve_judge_template(model: Any, args: RewardConfig, given: JudgeTemplate | None) -> JudgeTemplate:
+    """The template that was passed, named, or saved with the model; else the default."""
+    if given is not None and args.judge_template is not None:
+        raise ValueError("`judge_template` came both as an argument of the trainer and in `args`. Pass one of them.")
+    if given is None and args.judge_template is not None:
+        named_none = args.judge_template.lower() == "none"
+        given = JudgeTemplate.none() if named_none else JudgeTemplate.from_pretrained(args.judge_template)
+    if given is None:
+        try:
+            given = JudgeTemplate.from_pretrained(source_of(model)) if isinstance(model, str) else JudgeTemplate()
+        except FileNotFoundError:
+            given = JudgeTemplate()
+    return given if args.use_facts else given.without_facts()
+
+
+def make_collator(processor: ProcessorMixin, template: JudgeTemplate, args: RewardConfig) -> RewardCollator:
+    """The collator that the options describe."""
+    return RewardCollator(
+        processor,
+        template,
+        seed=args.seed,
+        max_length=None if args.max_length == "auto" else args.max_length,
+        pad_to_multiple_of=args.pad_to_multiple_of,
+        max_pixels=args.max_image_pixels,
+    )
+
+
+class SharingCollator:
+    """A collator of pairs whose batches hold the images of a pair once, for a model that shares prefixes."""
+
+    def __init__(self, collate: Callable[[Sequence[Row]], dict[str, Tensor]], config: PreTrainedConfig):
+        self.collate, self.config = collate, config
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """The batch of `rows`, with the key `SHARED_PREFIX`."""
+        return share_pairs(self.collate(rows), self.config)
+
+
+def why_plain(model: nn.Module, args: RewardConfig, own_collator: bool) -> str | None:
+    """Why prompts are computed once per reply, as one sentence; None if the pairs of a batch can share them."""
+    refusals = {
+        "`share_prefix` is off": not args.share_prefix,
+        "the data collator is not the trainer's own": own_collator,
+        "`use_liger_kernel` changes the model's layers": args.use_liger_kernel,
+        "`torch_compile` is not tested with it": args.torch_compile,
+        "the adapter puts virtual tokens before the prompt": is_peft_model(model)
+        and model.active_peft_config.is_prompt_learning,
+    }
+    return next((reason for reason, applies in refusals.items() if applies), why_pairs_not_shareable(model.config))
+
+
+def set_chat_template(processor: ProcessorMixin, args: RewardConfig) -> None:
+    """Give the processor the template of `args.chat_template_path`, if any; it must have one in the end."""
+    path = args.chat_template_path
+    if path is not None:
+        if not path.endswith((".jinja", ".j2")):
+            raise ValueError(
+                f"`chat_template_path` is {path!r}. For a model with images it must be a Jinja file (.jinja, .j2): "
+                "the template of another tokenizer knows nothing of images."
+            )
+        with open(path, encoding="utf-8") as file:
+            processor.chat_template = file.read()
+    if processor.chat_template is None:
+        raise ValueError(
+            "The processor has no chat template, so conversations cannot be laid out. Set `processor.chat_template`, "
+            "or pass a Jinja file as `chat_template_path`."
+        )

@@ -1,0 +1,290 @@
+"""Reward models of any vision-language model, that see the images and read the facts."""
+
+import logging
+from collections import defaultdict
+from typing import Any
+
+import torch
+import trl
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from trl_vlm.data.facts import JudgeTemplate
+from trl_vlm.data.rows import IMAGE_COLUMNS, ROW_NAME, NamedRows, check_rows, named_rows
+from trl_vlm.maths.losses import mean_reward_penalty
+from trl_vlm.models.prefix_sharing.sharing import share_prefix
+from trl_vlm.models.processors import load_processor
+from trl_vlm.trainers import _trl  # noqa: F401  says at import which name a TRL lacks
+from trl_vlm.trainers.adapters import reward_adapter, sparing_vision_tower
+from trl_vlm.trainers.common import check_depends_on_pixels, other_pixels, prepare_vlm
+from trl_vlm.trainers.reward.config import RewardConfig
+from trl_vlm.trainers.reward.metrics import score_statistics
+from trl_vlm.trainers.reward.setup import (
+    SharingCollator,
+    hub_arguments,
+    load_for_training,
+    make_collator,
+    refuse_image_options,
+    resolve_judge_template,
+    set_chat_template,
+    source_of,
+    wants_images,
+    why_plain,
+)
+
+logger = logging.getLogger(__name__)
+
+TEXT_MAX_LENGTH = trl.RewardConfig.max_length
+COLUMNS = ["prompt", "chosen", "rejected", "facts", "margin", *IMAGE_COLUMNS, ROW_NAME]
+
+
+class RewardTrainer(trl.RewardTrainer):
+    """TRL's `RewardTrainer`, which also trains vision-language models on rows with images and facts.
+
+    A model that reads images, on rows with the column `images` or `image` (or with a processor passed), is trained
+    on sequences of prompt, reply and judge turn; every other run is TRL's, unchanged. The saved folder holds the
+    model with its head, the processor and the judge template.
+
+    Args:
+        model: Folder or hub id of a generative model, of a reward model or of a reward model's adapter; or a reward
+            model from `load_reward_model`.
+        args: Options. Default: `RewardConfig("<model>-Reward")`.
+        train_dataset: Rows with `chosen` and `rejected`; `prompt`, `images`, `facts`, `margin` if there are any.
+        eval_dataset: The same, or a dictionary of such datasets.
+        processing_class: The processor. Default: the model's.
+        quantization_config: How a model given by name is quantised.
+        peft_config: Adapter; it is made a `SEQ_CLS` one that trains the head in full.
+        judge_template: The words of the judge turn, in place of `args.judge_template`.
+        trl_arguments: Further arguments of `trl.RewardTrainer`, unchanged. With images, `compute_metrics` receives
+            predictions of shape (N, 2): the scores of the chosen and of the rejected reply.
+
+    Example:
+        >>> trainer = RewardTrainer(model="llava-hf/llava-1.5-7b-hf", train_dataset=rows)
+        >>> trainer.train()
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        args: RewardConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+        *,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        judge_template: JudgeTemplate | None = None,
+        **trl_arguments: Any,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = RewardConfig(f"{name.split('/')[-1]}-Reward")
+        if not isinstance(args, RewardConfig):
+            raise TypeError(
+                f"`args` is a {type(args).__module__}.{type(args).__name__}. Use `trl_vlm.RewardConfig`; it takes "
+                "every argument of TRL's."
+            )
+        trl_arguments |= {
+            "args": args,
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "quantization_config": quantization_config,
+            "peft_config": peft_config,
+        }
+        self.judge_template: JudgeTemplate | None = None
+        self._scores: dict[str, list[Tensor]] = defaultdict(list)
+        self._pixels_are_checked = not args.check_pixels
+        if not wants_images(model, args, train_dataset, processing_class):
+            refuse_image_options(args, judge_template)
+            args.max_length = TEXT_MAX_LENGTH if args.max_length == "auto" else args.max_length
+            super().__init__(model, data_collator=data_collator, processing_class=processing_class, **trl_arguments)
+            return
+        self.judge_template = resolve_judge_template(model, args, judge_template)
+        processor = processing_class or load_processor(source_of(model), **hub_arguments(args))
+        set_chat_template(processor, args)
+        self._reward_collator = data_collator or make_collator(processor, self.judge_template, args)
+        self._init_with_images(model, processor, trl_arguments)
+        self._share_prefixes(own_collator=data_collator is not None)
+
+    def _init_with_images(self, model: Any, processor: ProcessorMixin, trl_arguments: dict[str, Any]) -> None:
+        """TRL's constructor, with a model that is loaded already and with the processor put in afterwards."""
+        args, peft_config = trl_arguments["args"], trl_arguments["peft_config"]
+        model_init_kwargs = args.model_init_kwargs
+        if isinstance(model, str):
+            model = load_for_training(model, args, trl_arguments["quantization_config"])
+            # The model is loaded; TRL would warn that it cannot use them.
+            args.model_init_kwargs = trl_arguments["quantization_config"] = None
+        _let_parameters_be_unused(args)
+        if peft_config is not None:
+            peft_config = reward_adapter(peft_config)
+            if args.freeze_vision_tower:
+                peft_config = sparing_vision_tower(peft_config, model)
+            trl_arguments["peft_config"] = peft_config
+        super().__init__(
+            model,
+            data_collator=self._reward_collator,
+            # TRL's constructor is about tokenizers (pad token, vocabulary); what is saved is the processor.
+            processing_class=processor.tokenizer,
+            **trl_arguments,
+        )
+        args.model_init_kwargs = model_init_kwargs
+        self.processing_class = self.callback_handler.processing_class = processor
+        prepare_vlm(self.model, freeze_vision=args.freeze_vision_tower)
+
+    def _share_prefixes(self, own_collator: bool) -> None:
+        """Let a pair compute its prompt and images once, or log why it does not."""
+        reason = why_plain(self.model, self.args, own_collator)
+        if reason is None:
+            share_prefix(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+            self.data_collator = SharingCollator(self._reward_collator, self.model.config)
+        elif self.args.share_prefix and self.accelerator.is_main_process:
+            logger.warning("Prompts are computed once per reply, not once per pair: %s.", reason)
+
+    def _prepare_dataset(
+        self, dataset: Dataset | IterableDataset, processing_class: Any, args: RewardConfig, dataset_name: str
+    ) -> Dataset | IterableDataset:
+        """With images: check the rows and name them; the collator does the rest, batch by batch."""
+        if self.judge_template is None:
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if ROW_NAME in (dataset.column_names or ()):
+            return dataset  # `evaluate` prepares again what `__init__` has prepared
+        check_rows(dataset, ("chosen", "rejected"), name=dataset_name)
+        dataset = named_rows(dataset, dataset_name)
+        return self._without_long_rows(dataset) if args.drop_too_long_rows else dataset
+
+    def _without_long_rows(self, dataset: NamedRows | IterableDataset) -> NamedRows:
+        """The rows that fit into `max_length`; how many do not is logged."""
+        collator, limit = self._reward_collator, self._reward_collator.max_length
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(
+                "`drop_too_long_rows` has to read every row before training, and the dataset is streamed. Filter it "
+                "yourself with `RewardCollator.tokens`, or set `max_length=None`."
+            )
+        rows = (dataset[index] for index in range(len(dataset)))
+        kept = [index for index, row in enumerate(rows) if collator.tokens(row) <= limit]
+        if not kept:
+            raise ValueError(
+                f"Every row of the {dataset.name} dataset is longer than `max_length` = {limit}. Set it higher, or to "
+                "None."
+            )
+        if len(kept) < len(dataset):
+            dropped = f"{len(dataset) - len(kept)} of {len(dataset)} rows of the {dataset.name} dataset"
+            logger.warning("Left out %s, longer than `max_length` = %d tokens.", dropped, limit)
+        return NamedRows(dataset.rows, dataset.name, kept)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """With images: keep the columns that the collator reads."""
+        if self.judge_template is None:
+            super()._set_signature_columns_if_needed()
+        elif self._signature_columns is None:
+            self._signature_columns = list(COLUMNS)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """TRL's loss, plus `mean_reward_coefficient` times |mean(chosen + rejected)|."""
+        with_images = self.judge_template is not None
+        if with_images:
+            self._check_images(model, inputs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+        if self.args.mean_reward_coefficient is not None:
+            loss = loss + self.args.mean_reward_coefficient * self._mean_reward_penalty(chosen, rejected)
+        if with_images:
+            self._remember(torch.stack((chosen, rejected), dim=1).detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def _mean_reward_penalty(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        """This process's share of |mean over the pairs of all processes|: the mean over processes is exact.
+
+        Differs from the public code of Fact-RLHF, where each device penalises the mean of its own pairs.
+        """
+        local = (chosen + rejected).detach().mean()
+        everywhere = self.accelerator.gather(local).mean()
+        return mean_reward_penalty(chosen, rejected) * local.sign() * everywhere.sign()
+
+    def _check_images(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Stop where all processes would otherwise wait for each other, and before a blind model is trained."""
+        sharded = self.is_fsdp_enabled or _zero_stage(self) == 3
+        if self._pixels_are_checked and not sharded:
+            return
+        has_images = torch.tensor([float("pixel_values" in inputs)], device=self.accelerator.device)
+        everywhere = self.accelerator.gather(has_images)
+        if sharded and 0 < everywhere.sum() < len(everywhere):
+            raise RuntimeError(
+                "One process has a batch with images and another one without. With sharded parameters (ZeRO-3, FSDP) "
+                "all processes must run the vision tower together. Give every batch an image (a larger "
+                "`per_device_train_batch_size`, or rows with and without images in separate runs), or use ZeRO-2."
+            )
+        if not self._pixels_are_checked and model.training and everywhere.all():
+            self._check_pixels(model, inputs)
+
+    @torch.no_grad()
+    def _check_pixels(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        model.eval()  # dropout would make any two passes differ
+        scores = model(**inputs, use_cache=False).logits
+        changed = {**inputs, "pixel_values": other_pixels(inputs["pixel_values"])}
+        other_scores = model(**changed, use_cache=False).logits
+        model.train()
+        if scores.any() or other_scores.any():  # a head that is still zero tells nothing
+            check_depends_on_pixels(scores, other_scores, "scores")
+            self._pixels_are_checked = True
+
+    def _remember(self, scores: Tensor) -> None:
+        """Keep the scores of the pairs of all processes, (P, 2) each, for the next log."""
+        if self.model.training:
+            self._scores["train"].append(self.accelerator.gather(scores))
+        else:
+            # At the end of an evaluation this leaves out the pairs that fill up the last batch.
+            self._scores["eval"].append(self.accelerator.gather_for_metrics(scores))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With images: TRL's metrics over all pairs since the last log, and the distribution of the scores."""
+        mode = "train" if self.model.training else "eval"
+        if self._scores[mode]:
+            statistics = score_statistics(torch.cat(self._scores.pop(mode)))
+            self._metrics[mode].update({name: [value] for name, value in statistics.items()})
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """TRL's evaluation; the metrics are those of this evaluation alone."""
+        self._scores.pop("eval", None)
+        return super().evaluate(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, Tensor | None, Any]:
+        """With images: predictions (P, 2), one row per pair, so that `Trainer` gathers and cuts them by pairs."""
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        if self.judge_template is not None and logits is not None:
+            logits = torch.cat(logits.chunk(2), dim=1)  # (2P, 1) -> (P, 2)
+        return loss, logits, labels
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves model, head and processor, and with images the judge template beside them."""
+        if self.judge_template is not None and self.args.should_save:
+            # First, since a push to the hub happens inside.
+            self.judge_template.save_pretrained(output_dir or self.args.output_dir)
+        super().save_model(output_dir, _internal_call)
+
+
+def _let_parameters_be_unused(args: RewardConfig) -> None:
+    """Let DDP train when a batch leaves parameters out: those of the vision tower, in a batch without images.
+
+    The towers of the LLaVA family also hold layers that are never read. `Trainer` turns the search for unused
+    parameters off with gradient checkpointing, which TRL turns on; it is only the reentrant kind that it breaks.
+    """
+    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+    if args.ddp_find_unused_parameters is None and not reentrant:
+        args.ddp_find_unused_parameters = True
+
+
+def _zero_stage(trainer: trl.RewardTrainer) -> int:
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    return 0 if plugin is None else plugin.zero_stage

@@ -9,7 +9,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoModelForImageTextToText
 from trl import ModelConfig, get_quantization_config
 
-from trl_vlm.evaluation import chair, generate_replies, pope, split_metrics
+from trl_vlm.evaluation import check_scorable_rows, generate_replies, score_rows
 from trl_vlm.models import last_complete_checkpoint, load_processor
 
 DONE = "done.json"
@@ -72,13 +72,10 @@ def load_rows(path: str | None, option: str) -> Dataset:
 def evaluate_rows(folder: str | Path, rows: Dataset, max_new_tokens: int) -> dict[str, dict[str, float]]:
     """CHAIR of replies to rows with `objects`, POPE of replies to rows with `answer`."""
     model, processor = load_model(folder, dtype="auto")
+    check_scorable_rows(rows)
     replies = generate_replies(model, processor, rows, max_new_tokens=max_new_tokens)
-    captions = questions = None
-    if "objects" in rows.column_names:
-        captions = chair(replies, rows["objects"], ObjectsOf(rows["objects"]))
-    if "answer" in rows.column_names:
-        questions = pope(replies, rows["answer"])
-    return {"evaluation": split_metrics(captions, questions)}
+    truths = rows["objects"] if "objects" in rows.column_names else []
+    return {"evaluation": score_rows(rows, replies, ObjectsOf([truth for truth in truths if truth]))}
 
 
 class ObjectsOf:

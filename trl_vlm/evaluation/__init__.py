@@ -5,6 +5,7 @@ from trl_vlm.evaluation.metrics import METRICS, Arm, Metric, split_metrics
 from trl_vlm.evaluation.pope import PopeScores, answers_from_logits, pope
 from trl_vlm.evaluation.replies import generate_replies
 from trl_vlm.evaluation.report import Report, markdown_report, write_report
+from trl_vlm.evaluation.rows import check_scorable_rows, score_rows
 
 __all__ = [
     "METRICS",
@@ -15,9 +16,11 @@ __all__ = [
     "Report",
     "answers_from_logits",
     "chair",
+    "check_scorable_rows",
     "generate_replies",
     "markdown_report",
     "pope",
+    "score_rows",
     "split_metrics",
     "write_report",
 ]

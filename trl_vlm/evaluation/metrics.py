@@ -1,6 +1,7 @@
-"""What a report shows of each arm: a fixed list of metrics, since each one alone can be gamed."""
+"""What a report shows of each arm: every metric that was measured, the known ones by name and in a fixed order."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, pstdev
@@ -19,24 +20,44 @@ class Metric(NamedTuple):
     label: str
     is_share: bool = True  # a share between 0 and 1, shown as a percentage
     better: str = ""  # "lower", "higher", or "" where neither is better as such
+    is_plotted: bool = True
 
 
 METRICS = (
     Metric("chair_i", "CHAIR_i", better="lower"),
     Metric("chair_i_distinct", "CHAIR_i without repeats", better="lower"),
     Metric("chair_s", "CHAIR_s", better="lower"),
+    Metric("chair_s_refined", "CHAIR_s of replies with objects", better="lower", is_plotted=False),
     Metric("recall", "object recall", better="higher"),
     Metric("repeats", "repeats", better="lower"),
     Metric("length_words", "reply length (words)", is_share=False),
     Metric("empty", "empty replies", better="lower"),
-    Metric("pope_random_accuracy", "POPE random accuracy", better="higher"),
-    Metric("pope_random_yes_rate", "POPE random yes-rate"),
-    Metric("pope_adversarial_accuracy", "POPE adversarial accuracy", better="higher"),
-    Metric("pope_adversarial_yes_rate", "POPE adversarial yes-rate"),
-    Metric("pope_unparsable", "POPE unparsable answers", better="lower"),
     Metric("reward", "reward", is_share=False, better="higher"),
     Metric("kl", "KL to the start (nats per reply)", is_share=False),
 )
+POPE_FIELDS = (
+    Metric("accuracy", "accuracy", better="higher"),
+    Metric("precision", "precision", better="higher", is_plotted=False),
+    Metric("recall", "recall", better="higher", is_plotted=False),
+    Metric("f1", "F1", better="higher", is_plotted=False),
+    Metric("yes_rate", "yes-rate"),
+    Metric("unparsable", "unparsable answers", better="lower"),
+    Metric("questions", "questions", is_share=False, is_plotted=False),
+)
+_POPE_KEY = re.compile(rf"pope_(?:(.+)_)?({'|'.join(field.key for field in POPE_FIELDS)})")
+
+
+def metric_of(key: str) -> Metric:
+    """How a report shows the metric `key`; one that is neither in `METRICS` nor POPE's is a plain number."""
+    known = next((metric for metric in METRICS if metric.key == key), None)
+    if known is not None:
+        return known
+    if match := _POPE_KEY.fullmatch(key):
+        category, name = match.groups()
+        field_ = next(field_ for field_ in POPE_FIELDS if field_.key == name)
+        label = " ".join(filter(None, ("POPE", category and category.replace("_", " "), field_.label)))
+        return field_._replace(key=key, label=label)
+    return Metric(key, key, is_share=False)
 
 
 @dataclass
@@ -46,7 +67,7 @@ class Arm:
     Attributes:
         name: What the report calls it, for example "PPO with facts".
         metrics: For each split, a metric's key and its value; a list holds one value per seed. Shares lie between 0
-            and 1. Keys beyond `METRICS` go into `report.json` only.
+            and 1. Keys that are neither in `METRICS` nor POPE's are shown as they are.
         history: `trainer.state.log_history` of its training; [] for a model that was not trained here.
     """
 
@@ -65,6 +86,14 @@ class Arm:
         points = [(entry["step"], entry[key]) for entry in self.history if key in entry]
         points = [(float(step), float(value)) for step, value in points if math.isfinite(value)]
         return [step for step, _ in points], [value for _, value in points]
+
+
+def metrics_of(arms: "Sequence[Arm]", split: str) -> list[Metric]:
+    """The metrics that any arm has on a split: those of `METRICS` in its order, then others as they appear."""
+    keys = list(dict.fromkeys(key for arm in arms for key in arm.metrics.get(split, {})))
+    order = [metric.key for metric in METRICS]
+    keys.sort(key=lambda key: order.index(key) if key in order else len(order))
+    return [metric_of(key) for key in keys]
 
 
 class Curve(NamedTuple):

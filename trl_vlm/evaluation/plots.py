@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from trl_vlm.evaluation.metrics import METRICS, Arm, Metric, curves_of
+from trl_vlm.evaluation.metrics import Arm, Metric, curves_of, metrics_of
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; grey for the arm that is compared with.
 _COLOURS = ("#8A8A8A", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -18,7 +18,7 @@ _COLUMNS = 4
 
 def metric_bars(arms: Sequence[Arm], split: str) -> bytes:
     """One panel per metric that was measured on a split, one bar per arm; whiskers are standard deviations."""
-    metrics = [metric for metric in METRICS if any(arm.value(split, metric.key) for arm in arms)]
+    metrics = [metric for metric in metrics_of(arms, split) if metric.is_plotted]
     rows = max(1, math.ceil(len(metrics) / _COLUMNS))
     figure = Figure(figsize=(3.0 * _COLUMNS, 2.3 * rows + 0.9), layout="constrained")
     figure.suptitle(split, fontsize=12, fontweight="bold")

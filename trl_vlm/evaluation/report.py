@@ -1,7 +1,7 @@
 """The report of a run: what each arm does on each split, before and after, as JSON, as Markdown and as plots.
 
-CHAIR alone is gameable: a model that says nothing invents nothing. So the table always has every row of
-`metrics.METRICS`, and says where one was not measured.
+The table has a row for every metric that an arm has, and says which arms lack it. CHAIR alone is gameable: a model
+that says nothing invents nothing. `chair` and `pope` therefore always give the numbers that show it.
 """
 
 import json
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trl_vlm.evaluation.metrics import METRICS, Arm, Metric, Spread, curves_of
+from trl_vlm.evaluation.metrics import Arm, Metric, Spread, curves_of, metrics_of
 
 NOT_MEASURED = "–"
 _NO_MATPLOTLIB = "Plots were not drawn: matplotlib is not installed (`pip install 'trl-vlm[eval]'`)."
@@ -83,7 +83,8 @@ def markdown_report(
         parts.append("\n".join(f"- {note}" for note in notes))
     for split in splits_of(arms):
         parts += [f"## {split}", _split_table(arms, split)]
-    parts += ["## Training", _training_table(arms)]
+    if curves_of(arms):
+        parts += ["## Training", _training_table(arms)]
     parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]
     parts.append(_how_to_read(arms))
     return "\n\n".join(parts) + "\n"
@@ -96,7 +97,7 @@ def splits_of(arms: Sequence[Arm]) -> list[str]:
 
 def _split_table(arms: Sequence[Arm], split: str) -> str:
     rows = [["metric", *(arm.name for arm in arms)]]
-    for metric in METRICS:
+    for metric in metrics_of(arms, split):
         before = arms[0].value(split, metric.key)
         cells = [_cell(metric, before, None)]
         cells += [_cell(metric, arm.value(split, metric.key), before) for arm in arms[1:]]
@@ -129,7 +130,9 @@ def _training_table(arms: Sequence[Arm]) -> str:
     rows = [["arm", "logged steps", *ends]]
     for arm in arms:
         measured = [arm.curve(curve)[1] for curve in curves]
-        steps = str(max(map(len, measured), default=0)) if arm.history else NOT_MEASURED
+        if not any(measured):
+            continue
+        steps = str(max(map(len, measured)))
         rows.append([arm.name, steps, *(_tenth(values, first) for values in measured for first in (True, False))])
     return _table(rows)
 

@@ -35,7 +35,7 @@ HEADINGS = (
 # Strings of these shapes in the trainers are names of logged metrics, and belong on this page.
 METRIC_PAGES = {
     r"ppo/\w+": "ppo",
-    r"(dense|drift|watch|pairs)/\w+": "dpo",
+    r"(dense|drift|degeneration|pairs)/\w+": "dpo",
 }
 
 

@@ -72,7 +72,7 @@ def tokens_in_spans(token_ends: Sequence[int], spans: Sequence[tuple[int, int]],
     return is_inside
 
 
-def segment_weights(is_changed: Tensor, is_reply: Tensor, *, gamma: float, score: str) -> Tensor:
+def segment_weights(is_changed: Tensor, is_reply: Tensor, *, gamma: float, reduction: str) -> Tensor:
     """What each token weighs, so that the weighted sum of log-probabilities is the score of Dense DPO.
 
         mean:  w_i = g_i / (sum of g over the reply)        sum:  w_i = g_i        g_i = gamma if changed, else 1
@@ -81,22 +81,22 @@ def segment_weights(is_changed: Tensor, is_reply: Tensor, *, gamma: float, score
         is_changed: (..., T), bool.
         is_reply: (..., T), bool; a position outside the reply weighs 0.
         gamma: weight of a changed token, at least 1.
-        score: "mean" (the paper) or "sum" (the released code).
+        reduction: "mean" (the paper) or "sum" (the released code).
 
     Returns:
         (..., T), float32, not negative.
 
     Source: RLHF-V, arXiv:2312.00849, equation 5: N = |unchanged| + gamma * |changed|.
     """
-    if score not in ("mean", "sum"):
-        raise ValueError(f"score is {score!r}; it must be 'mean' (the paper) or 'sum' (the released code).")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}; it must be 'mean' (the paper) or 'sum' (the released code).")
     weights = is_reply * (1.0 + (gamma - 1.0) * is_changed.float())
-    if score == "sum":
+    if reduction == "sum":
         return weights
     return weights / weights.sum(-1, keepdim=True).clamp(min=1.0)
 
 
-def dense_score(logps: Tensor, is_changed: Tensor, is_reply: Tensor, *, gamma: float, score: str) -> Tensor:
+def dense_score(logps: Tensor, is_changed: Tensor, is_reply: Tensor, *, gamma: float, reduction: str) -> Tensor:
     """The score of a reply in Dense DPO, in nats: its weighted mean or sum of log-probabilities.
 
     Four unchanged tokens at -1 and two changed ones at -2 give -24/14 = -1.7143 as a mean with gamma 5, and -8.4 as a
@@ -107,13 +107,13 @@ def dense_score(logps: Tensor, is_changed: Tensor, is_reply: Tensor, *, gamma: f
         is_changed: (..., T), bool.
         is_reply: (..., T), bool.
         gamma: weight of a changed token, at least 1.
-        score: "mean" or "sum".
+        reduction: "mean" or "sum".
 
     Returns:
         (...).
     """
-    weights = segment_weights(is_changed, is_reply, gamma=gamma, score=score)
-    if score == "mean":
+    weights = segment_weights(is_changed, is_reply, gamma=gamma, reduction=reduction)
+    if reduction == "mean":
         return weighted_mean(logps, weights)
     return torch.where(weights > 0, logps * weights, torch.zeros_like(logps)).sum(-1)
 

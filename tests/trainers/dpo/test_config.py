@@ -24,14 +24,14 @@ def test_nothing_set_is_trls_configuration():
 
 def test_presets_set_all_three_values():
     paper, release = config(dense_preset="paper"), config(dense_preset="release")
-    assert (paper.dense_gamma, paper.beta, paper.dense_score) == (5.0, 0.5, "mean")
-    assert (release.dense_gamma, release.beta, release.dense_score) == (1.1, 0.1, "sum")
+    assert (paper.dense_gamma, paper.beta, paper.dense_reduction) == (5.0, 0.5, "mean")
+    assert (release.dense_gamma, release.beta, release.dense_reduction) == (1.1, 0.1, "sum")
 
 
 def test_saved_arguments_load_again():
     for preset in PRESETS:
         first = config(dense_preset=preset)
-        names = ("dense_preset", "dense_gamma", "dense_score", "beta")
+        names = ("dense_preset", "dense_gamma", "dense_reduction", "beta")
         again = config(**{name: getattr(first, name) for name in names})
         assert again.beta == first.beta
 
@@ -44,13 +44,13 @@ def test_saved_arguments_load_again():
             "`beta` is 0.1, but the preset 'paper' sets it to 0.5. The presets do not mix",
         ),
         ({"dense_preset": "release", "dense_gamma": 5.0}, "`dense_gamma` is 5.0, but the preset 'release'"),
-        ({"dense_preset": "paper", "dense_score": "sum"}, "`dense_score` is 'sum', but the preset 'paper'"),
+        ({"dense_preset": "paper", "dense_reduction": "sum"}, "`dense_reduction` is 'sum', but the preset 'paper'"),
         ({"dense_preset": "best"}, "must be one of paper, release"),
-        ({"dense_gamma": 5.0}, "needs `dense_gamma` .* and `dense_score` .* together"),
-        ({"dense_gamma": 0.5, "dense_score": "sum"}, "corrected tokens would count less"),
-        ({"dense_gamma": 2.0, "dense_score": "median"}, "must be 'mean' or 'sum'"),
+        ({"dense_gamma": 5.0}, "needs `dense_gamma` .* and `dense_reduction` .* together"),
+        ({"dense_gamma": 0.5, "dense_reduction": "sum"}, "corrected tokens would count less"),
+        ({"dense_gamma": 2.0, "dense_reduction": "median"}, "must be 'mean' or 'sum'"),
         ({"dense_preset": "release", "loss_type": ["ipo"]}, "ipo divides by the number of reply tokens"),
-        ({"dense_preset": "release", "loss_type": ["sigmoid_norm"]}, "Use `dense_score='mean'`"),
+        ({"dense_preset": "release", "loss_type": ["sigmoid_norm"]}, "Use `dense_reduction='mean'`"),
         ({"dense_preset": "paper", "loss_type": ["ipo", "sigmoid"]}, "cannot be combined with sigmoid"),
         ({"dense_preset": "paper", "ld_alpha": 0.5}, "`ld_alpha` does not go with Dense DPO: it weighs tokens too"),
         ({"dense_preset": "paper", "f_divergence_type": "forward_kl"}, "which a weighted score is not"),
@@ -58,7 +58,7 @@ def test_saved_arguments_load_again():
         ({"dense_min_match": 0}, "must be at least 1"),
         ({"rejected_weight": 1.5}, "must lie between 0 and 1"),
         ({"reference_cache": "x", "sync_ref_model": True}, "one fixed reference"),
-        ({"watch_steps": 0}, "set it to 1 or more"),
+        ({"degeneration_steps": 0}, "set 1 or more"),
         ({"bad_pairs": "ignore"}, "must be 'error' or 'skip'"),
     ],
 )

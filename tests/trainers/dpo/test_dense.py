@@ -71,13 +71,13 @@ def test_sharing_prefixes_changes_no_dense_loss(preset, tmp_path):
 
 def test_gamma_one_with_the_sum_is_exactly_dpo(tmp_path):
     plain = losses(make(DPOTrainer, DPOConfig, tmp_path, **SHORT))
-    dense = losses(make(DPOTrainer, DPOConfig, tmp_path, dense_gamma=1.0, dense_score="sum", **SHORT))
+    dense = losses(make(DPOTrainer, DPOConfig, tmp_path, dense_gamma=1.0, dense_reduction="sum", **SHORT))
     assert dense == plain
 
 
 def test_gamma_one_with_the_mean_and_ipo_is_exactly_ipo(tmp_path):
     plain = losses(make(DPOTrainer, DPOConfig, tmp_path, loss_type=["ipo"], **SHORT))
-    options = {"dense_gamma": 1.0, "dense_score": "mean", "loss_type": ["ipo"]}
+    options = {"dense_gamma": 1.0, "dense_reduction": "mean", "loss_type": ["ipo"]}
     assert_close(losses(make(DPOTrainer, DPOConfig, tmp_path, **options, **SHORT)), plain, rtol=1e-4, atol=1e-5)
 
 
@@ -85,7 +85,7 @@ def test_the_anchor_on_the_chosen_reply_is_not_weighted(tmp_path):
     # With the preference loss weighted by zero only `sft` is left, and the weights must not touch it.
     options = {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.0, 1.0], **SHORT}
     plain = losses(make(DPOTrainer, DPOConfig, tmp_path, **options))
-    dense = losses(make(DPOTrainer, DPOConfig, tmp_path, dense_gamma=5.0, dense_score="mean", **options))
+    dense = losses(make(DPOTrainer, DPOConfig, tmp_path, dense_gamma=5.0, dense_reduction="mean", **options))
     assert_close(dense, plain, rtol=1e-5, atol=1e-6)
 
 
@@ -125,7 +125,7 @@ def test_lora_trains_with_dense_weights(tmp_path):
 
 
 def test_where_the_margin_comes_from_is_logged_and_adds_up(tmp_path):
-    trainer = make(DPOTrainer, DPOConfig, tmp_path, dense_gamma=1.0, dense_score="sum", **SHORT)
+    trainer = make(DPOTrainer, DPOConfig, tmp_path, dense_gamma=1.0, dense_reduction="sum", **SHORT)
     for entry in logs(trainer):
         margin = entry["dense/margin_changed"] + entry["dense/margin_unchanged"]
         assert_close(margin * trainer.beta, entry["rewards/margins"], rtol=1e-3, atol=1e-4)
@@ -163,17 +163,17 @@ def test_a_score_leaves_reply_tokens_alone_and_needs_a_prompt():
     log_probs = torch.tensor([[0.0, -1.0, -2.0, 0.0]])
     is_reply = torch.tensor([[False, True, True, False]])
     is_changed = torch.tensor([[False, False, True, False]])
-    score = DenseScore(gamma=3.0, score="mean").apply(log_probs, is_changed, is_reply)
+    score = DenseScore(gamma=3.0, reduction="mean").apply(log_probs, is_changed, is_reply)
     assert_close(score[:, 1:], log_probs[:, 1:])
     assert_close(score.sum(1), torch.tensor([-7 / 4]))
-    per_token = DenseScore(gamma=3.0, score="mean", per_token=True).apply(log_probs, is_changed, is_reply)
+    per_token = DenseScore(gamma=3.0, reduction="mean", per_token=True).apply(log_probs, is_changed, is_reply)
     assert_close(per_token.sum(1), torch.tensor([-7 / 2]))
     with pytest.raises(ValueError, match="prompt of one token; Dense DPO needs at least two"):
-        DenseScore(gamma=3.0, score="sum").apply(log_probs[:, 1:], is_changed[:, 1:], is_reply[:, 1:])
+        DenseScore(gamma=3.0, reduction="sum").apply(log_probs[:, 1:], is_changed[:, 1:], is_reply[:, 1:])
 
 
 def test_the_gradient_of_a_changed_token_is_gamma_times_that_of_an_unchanged_one():
     log_probs = torch.tensor([[0.0, -1.0, -2.0]], requires_grad=True)
     is_reply, is_changed = torch.tensor([[False, True, True]]), torch.tensor([[False, False, True]])
-    DenseScore(gamma=5.0, score="sum").apply(log_probs, is_changed, is_reply).sum().backward()
+    DenseScore(gamma=5.0, reduction="sum").apply(log_probs, is_changed, is_reply).sum().backward()
     assert_close(log_probs.grad[0, 1:], torch.tensor([1.0, 5.0]))

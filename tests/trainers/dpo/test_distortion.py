@@ -22,7 +22,7 @@ IMAGES = (1, 2, 1)
 
 
 def povid(tmp_path, **options):
-    options = {"data": rows(IMAGES), "distortion": "published", **SHORT} | options
+    options = {"data": rows(IMAGES), "povid_loss": "published", **SHORT} | options
     return make(DPOTrainer, DPOConfig, tmp_path, **options)
 
 
@@ -74,7 +74,7 @@ def loss_by_definition(policy, reference, batch, kind, beta=0.1):
 def test_the_loss_is_that_of_a_slow_computation_on_whole_logits(family, kind, share, tmp_path):
     # The reference is another model, so that its tokens are others.
     other = AutoModelForImageTextToText.from_pretrained(saved(family, seed=1, sharp=4.0)).eval()
-    options = {"family": family, "distortion": kind}
+    options = {"family": family, "povid_loss": kind}
     trainer = povid(tmp_path, ref_model=copy.deepcopy(other), share_prefix=share, **options)
     trainer.model.eval()
     found = trainer.compute_loss(trainer.model, batch_of(trainer)).item()
@@ -88,7 +88,7 @@ def test_the_loss_is_that_of_a_slow_computation_on_whole_logits(family, kind, sh
 
 
 def test_without_noise_the_rejected_tokens_are_the_likeliest_ones(tmp_path):
-    trainer = povid(tmp_path, distortion_steps=0, share_prefix=False)
+    trainer = povid(tmp_path, noise_steps=0, share_prefix=False)
     trainer.model.eval()
     batch = batch_of(trainer)
     assert torch.equal(batch[DISTORTED]["pixel_values"], batch["pixel_values"][: len(batch["pixel_values"]) // 3])
@@ -110,7 +110,7 @@ def test_noise_is_new_each_time_and_the_same_for_the_same_seed(tmp_path):
 
 @pytest.mark.parametrize("kind", ["published", "shared"])
 def test_lora_trains_and_the_first_loss_is_that_of_equal_models(kind, tmp_path):
-    found = losses(povid(tmp_path, peft_config=lora(), distortion=kind, gradient_checkpointing=True))
+    found = losses(povid(tmp_path, peft_config=lora(), povid_loss=kind, gradient_checkpointing=True))
     assert found[0] == pytest.approx(math.log(2), abs=1e-6) and found[-1] < found[0] - 0.01
 
 
@@ -142,12 +142,12 @@ def test_it_goes_with_a_source_of_pairs_and_with_evaluation(tmp_path):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"distortion": "noisy"}, "`distortion` is 'noisy'; it must be 'published' or 'shared'"),
-        ({"distortion_steps": 1000}, "1000 steps of noise are out of range"),
-        ({"distortion_overflow": "cut"}, "`overflow` is 'cut'"),
-        ({"dense_preset": "paper"}, "Dense DPO does not go with `distortion`: the rejected tokens are not known"),
-        ({"reference_cache": "cache"}, "`reference_cache` does not go with `distortion`: the noise is new"),
-        ({"data": text_rows}, "`distortion` puts noise on images, and the rows have no column `images`"),
+        ({"povid_loss": "noisy"}, "`povid_loss` is 'noisy'; it must be 'published' or 'shared'"),
+        ({"noise_steps": 1000}, "1000 steps of noise are out of range"),
+        ({"noise_overflow": "cut"}, "`overflow` is 'cut'"),
+        ({"dense_preset": "paper"}, "Dense DPO does not go with `povid_loss`: the rejected tokens are not known"),
+        ({"reference_cache": "cache"}, "`reference_cache` does not go with `povid_loss`: the noise is new"),
+        ({"data": text_rows}, "`povid_loss` puts noise on images, and the rows have no column `images`"),
     ],
 )
 def test_what_does_not_go_with_it_says_why(options, reason, tmp_path):

@@ -77,8 +77,8 @@ def test_further_rejected_replies_need_their_column_from_the_beginning(tmp_path)
 
 
 def test_the_watch_for_degeneration_needs_no_pairs(tmp_path):
-    trainer = refreshed(OURS, tmp_path, Greedy(), watch_steps=1, watch_max_new_tokens=4, max_steps=1)
-    assert "watch/repeats" in logs(trainer)[0]
+    trainer = refreshed(OURS, tmp_path, Greedy(), degeneration_steps=1, degeneration_max_new_tokens=4, max_steps=1)
+    assert "degeneration/repeats" in logs(trainer)[0]
 
 
 @pytest.mark.parametrize(

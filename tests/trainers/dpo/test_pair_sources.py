@@ -180,8 +180,8 @@ def test_streamed_rows_train_too(tmp_path):
 
 
 def test_the_watch_for_degeneration_sees_the_prompts(tmp_path):
-    trainer = online(tmp_path, Greedy(), watch_steps=1, watch_max_new_tokens=4, max_steps=1)
-    assert "watch/repeats" in logs(trainer)[0]
+    trainer = online(tmp_path, Greedy(), degeneration_steps=1, degeneration_max_new_tokens=4, max_steps=1)
+    assert "degeneration/repeats" in logs(trainer)[0]
 
 
 def test_a_family_with_a_processor_of_its_own_kind_trains(tmp_path):

@@ -130,7 +130,7 @@ def test_what_needs_the_trainers_collator_refuses_another_one(tmp_path):
 
 
 def test_drift_and_replies_are_logged_when_watched(tmp_path):
-    options = {"watch_steps": 1, "watch_prompts": 3, "watch_max_new_tokens": 6, "max_steps": 3}
+    options = {"degeneration_steps": 1, "degeneration_prompts": 3, "degeneration_max_new_tokens": 6, "max_steps": 3}
     for family in ("llava", "qwen2_5_vl", "gemma3"):
         entries = logs(make(DPOTrainer, DPOConfig, tmp_path, family, **options))
         plain = logs(make(DPOTrainer, DPOConfig, tmp_path, family, max_steps=3))
@@ -138,9 +138,9 @@ def test_drift_and_replies_are_logged_when_watched(tmp_path):
         assert entries[0]["drift/chosen"] == entries[0]["drift/rejected"] == 0.0
         assert entries[-1]["drift/rejected"] < 0
         for entry in entries:
-            assert 0 <= entry["watch/length_tokens"] <= 6
-            assert 0 <= entry["watch/unfinished"] <= 1
-            assert 0 <= entry["watch/repeats"] <= 1
+            assert 0 <= entry["degeneration/length_tokens"] <= 6
+            assert 0 <= entry["degeneration/unfinished"] <= 1
+            assert 0 <= entry["degeneration/repeats"] <= 1
 
 
 def test_the_share_of_repeated_phrases_by_hand():

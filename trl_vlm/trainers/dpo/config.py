@@ -11,26 +11,26 @@ from trl_vlm.pairs.noise import check_noise
 class _Preset:
     gamma: float
     beta: float
-    score: str
+    reduction: str
 
 
 # RLHF-V as printed (section 4.1, appendix C) and as released (Muffin, `run_RLHFV.sh`). The three values belong
 # together: a sum is some hundred times a mean, so beta and gamma of one are meaningless with the other.
 PRESETS = {
-    "paper": _Preset(gamma=5.0, beta=0.5, score="mean"),
-    "release": _Preset(gamma=1.1, beta=0.1, score="sum"),
+    "paper": _Preset(gamma=5.0, beta=0.5, reduction="mean"),
+    "release": _Preset(gamma=1.1, beta=0.1, reduction="sum"),
 }
 TRL_BETA = trl.DPOConfig.__dataclass_fields__["beta"].default
 
 # TRL divides these by the number of reply tokens, and the others by nothing.
-LENGTH_NORMALISED = {"ipo", "sigmoid_norm"}
+LENGTH_NORMALIZED = {"ipo", "sigmoid_norm"}
 
 
 @dataclass
 class DPOConfig(trl.DPOConfig):
     """TRL's `DPOConfig`, and options for images, Dense DPO and several rejected replies.
 
-    Dense DPO is on with `dense_preset`, or with `dense_gamma` and `dense_score`. Its reference is RLHF-V,
+    Dense DPO is on with `dense_preset`, or with `dense_gamma` and `dense_reduction`. Its reference is RLHF-V,
     arXiv:2312.00849; docs/methods/dpo.md says what each option does and where it differs from the paper.
     """
 
@@ -51,9 +51,11 @@ class DPOConfig(trl.DPOConfig):
     )
     dense_gamma: float | None = field(
         default=None,
-        metadata={"help": "Dense DPO: how many unchanged tokens one changed token counts for, at least 1."},
+        metadata={
+            "help": "Dense DPO: weight of tokens in corrected segments (gamma >= 1); other tokens have weight 1."
+        },
     )
-    dense_score: str | None = field(
+    dense_reduction: str | None = field(
         default=None,
         metadata={
             "help": "Dense DPO: a reply's score is the weighted 'mean' or 'sum' of its log-probabilities.",
@@ -73,22 +75,20 @@ class DPOConfig(trl.DPOConfig):
     )
 
     # Distorted images
-    distortion: str | None = field(
+    povid_loss: str | None = field(
         default=None,
         metadata={
-            "help": "POVID: a further rejected reply per row, of the tokens that are likeliest where the image is "
-            "noisy and the chosen reply goes before. 'published': policy and reference each score their own tokens; "
+            "help": "POVID: a further rejected reply per row, the model's greedy tokens given a noised image and the "
+            "chosen reply before each token. 'published': policy and reference each score their own tokens; "
             "'shared': both score the policy's.",
             "choices": ["published", "shared"],
         },
     )
-    distortion_steps: int = field(
-        default=500, metadata={"help": "`distortion`: how many steps of noise, from 0 to 999."}
-    )
-    distortion_overflow: str = field(
+    noise_steps: int = field(default=500, metadata={"help": "`povid_loss`: how many steps of noise, from 0 to 999."})
+    noise_overflow: str = field(
         default="wrap",
         metadata={
-            "help": "`distortion`: colours that leave their range 'wrap' around, as in the published code, or 'clip'.",
+            "help": "`povid_loss`: colors that leave their range 'wrap' around, as in the published code, or 'clip'.",
             "choices": ["wrap", "clip"],
         },
     )
@@ -97,7 +97,7 @@ class DPOConfig(trl.DPOConfig):
     rejected_weight: float = field(
         default=0.5,
         metadata={
-            "help": "With a `rejected_extra` column or `distortion`: weight of the pair with `rejected`; the pairs "
+            "help": "With a `rejected_extra` column or `povid_loss`: weight of the pair with `rejected`; the pairs "
             "with the extra replies share the rest. From 0 to 1."
         },
     )
@@ -137,15 +137,19 @@ class DPOConfig(trl.DPOConfig):
             "choices": ["error", "skip"],
         },
     )
-    watch_steps: int | None = field(
+    degeneration_steps: int | None = field(
         default=None,
         metadata={
             "help": "Every so many steps, generate replies to a few training prompts and log how their length and "
-            "repeats drift from those before training; the drift of log-probabilities is logged with TRL's metrics."
+            "repeats drift from those before training; logs the drift of log-probabilities too."
         },
     )
-    watch_prompts: int = field(default=8, metadata={"help": "How many prompts `watch_steps` generates replies to."})
-    watch_max_new_tokens: int = field(default=128, metadata={"help": "Length limit of the replies of `watch_steps`."})
+    degeneration_prompts: int = field(
+        default=8, metadata={"help": "How many prompts `degeneration_steps` generates replies to."}
+    )
+    degeneration_max_new_tokens: int = field(
+        default=128, metadata={"help": "Length limit of the replies of `degeneration_steps`."}
+    )
 
     def __post_init__(self):
         self._fill_in_preset()
@@ -155,8 +159,8 @@ class DPOConfig(trl.DPOConfig):
             self._check_dense()
         if self.reference_cache is not None:
             self._check_reference_cache()
-        if self.distortion is not None:
-            self._check_distortion()
+        if self.povid_loss is not None:
+            self._check_povid_loss()
 
     def _fill_in_preset(self) -> None:
         if self.dense_preset is None:
@@ -165,29 +169,30 @@ class DPOConfig(trl.DPOConfig):
         if self.dense_preset not in PRESETS:
             raise ValueError(f"`dense_preset` is {self.dense_preset!r}; it must be one of {', '.join(PRESETS)}.")
         preset = PRESETS[self.dense_preset]
-        for name, value in (("dense_gamma", preset.gamma), ("beta", preset.beta), ("dense_score", preset.score)):
+        values = {"dense_gamma": preset.gamma, "beta": preset.beta, "dense_reduction": preset.reduction}
+        for name, value in values.items():
             given = getattr(self, name)
             if given is not None and given != value:
                 raise ValueError(
                     f"`{name}` is {given!r}, but the preset {self.dense_preset!r} sets it to {value!r}. The presets "
-                    "do not mix: leave one of the two out, or set `dense_gamma`, `dense_score` and `beta` without a "
-                    "preset."
+                    "do not mix: leave one of the two out, or set `dense_gamma`, `dense_reduction` and `beta` without "
+                    "a preset."
                 )
             setattr(self, name, value)
 
     def _check_ranges(self) -> None:
-        if (self.dense_gamma is None) != (self.dense_score is None):
+        if (self.dense_gamma is None) != (self.dense_reduction is None):
             raise ValueError(
-                f"Dense DPO needs `dense_gamma` (got {self.dense_gamma}) and `dense_score` (got {self.dense_score!r}) "
-                "together, because gamma and beta mean different things for a sum and a mean. Set both, or use "
-                "`dense_preset='paper'`."
+                f"Dense DPO needs `dense_gamma` (got {self.dense_gamma}) and `dense_reduction` (got "
+                f"{self.dense_reduction!r}) together: gamma and beta mean different things for a sum and a mean. Set "
+                "both, or use `dense_preset='paper'`."
             )
         if self.dense_min_match < 1:
             raise ValueError(f"`dense_min_match` is {self.dense_min_match}; it must be at least 1.")
         if not 0.0 <= self.rejected_weight <= 1.0:
             raise ValueError(f"`rejected_weight` is {self.rejected_weight}; it must lie between 0 and 1.")
-        if self.watch_steps is not None and self.watch_steps < 1:
-            raise ValueError(f"`watch_steps` is {self.watch_steps}; set it to 1 or more, or leave it out.")
+        if self.degeneration_steps is not None and self.degeneration_steps < 1:
+            raise ValueError(f"`degeneration_steps` is {self.degeneration_steps}; set 1 or more, or leave it out.")
         if self.bad_pairs not in ("error", "skip"):
             raise ValueError(f"`bad_pairs` is {self.bad_pairs!r}; it must be 'error' or 'skip'.")
 
@@ -197,8 +202,8 @@ class DPOConfig(trl.DPOConfig):
                 f"`dense_gamma` is {self.dense_gamma}: corrected tokens would count less than unchanged ones. Use 1.0 "
                 "to weigh all tokens alike, or more to stress corrections."
             )
-        if self.dense_score not in ("mean", "sum"):
-            raise ValueError(f"`dense_score` is {self.dense_score!r}; it must be 'mean' or 'sum'.")
+        if self.dense_reduction not in ("mean", "sum"):
+            raise ValueError(f"`dense_reduction` is {self.dense_reduction!r}; it must be 'mean' or 'sum'.")
         self._check_dense_losses(set(self.loss_type) - {"sft"})
         refused = {
             "ld_alpha": (self.ld_alpha is not None, "it weighs tokens too, by their place beyond the shorter reply"),
@@ -216,23 +221,23 @@ class DPOConfig(trl.DPOConfig):
                 raise ValueError(f"`{name}` does not go with Dense DPO: {reason}. Unset one of the two.")
 
     def _check_dense_losses(self, losses: set[str]) -> None:
-        normalised = losses & LENGTH_NORMALISED
-        if normalised and self.dense_score == "sum":
+        normalized = losses & LENGTH_NORMALIZED
+        if normalized and self.dense_reduction == "sum":
             raise ValueError(
-                f"The loss {', '.join(sorted(normalised))} divides by the number of reply tokens, and a sum weighted "
-                "with gamma and divided by an unweighted count is no mean of anything. Use `dense_score='mean'`."
+                f"The loss {', '.join(sorted(normalized))} divides by the number of reply tokens, and a sum weighted "
+                "with gamma and divided by an unweighted count is no mean of anything. Use `dense_reduction='mean'`."
             )
-        if normalised and losses - normalised:
+        if normalized and losses - normalized:
             raise ValueError(
-                f"With Dense DPO the loss {', '.join(sorted(normalised))} cannot be combined with "
-                f"{', '.join(sorted(losses - normalised))}: the first reads a mean per token and the second a score "
+                f"With Dense DPO the loss {', '.join(sorted(normalized))} cannot be combined with "
+                f"{', '.join(sorted(losses - normalized))}: the first reads a mean per token and the second a score "
                 "of the whole reply, from the same log-probabilities. Train with one kind ('sft' goes with both)."
             )
 
-    def _check_distortion(self) -> None:
-        if self.distortion not in ("published", "shared"):
-            raise ValueError(f"`distortion` is {self.distortion!r}; it must be 'published' or 'shared'.")
-        check_noise(self.distortion_steps, "code", self.distortion_overflow)
+    def _check_povid_loss(self) -> None:
+        if self.povid_loss not in ("published", "shared"):
+            raise ValueError(f"`povid_loss` is {self.povid_loss!r}; it must be 'published' or 'shared'.")
+        check_noise(self.noise_steps, "code", self.noise_overflow)
         refused = {
             "Dense DPO": (self.dense_gamma is not None, "the rejected tokens are not known when changes are found"),
             "`reference_cache`": (
@@ -242,7 +247,7 @@ class DPOConfig(trl.DPOConfig):
         }
         for name, (is_set, reason) in refused.items():
             if is_set:
-                raise ValueError(f"{name} does not go with `distortion`: {reason}. Unset one of the two.")
+                raise ValueError(f"{name} does not go with `povid_loss`: {reason}. Unset one of the two.")
 
     def _check_reference_cache(self) -> None:
         for name in ("precompute_ref_log_probs", "sync_ref_model"):

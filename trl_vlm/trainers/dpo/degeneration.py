@@ -21,8 +21,9 @@ def repeat_rate(tokens: Sequence[int], length: int = 4) -> float:
 class DegenerationWatch(TrainerCallback):
     """Generates greedy replies to a few training prompts, and logs how they drift from those before training.
 
-    Logged: `watch/length_tokens`, `watch/length_ratio` (to the replies before training), `watch/repeats` (share of
-    repeated 4-grams), `watch/unfinished` (share of replies that reach the length limit).
+    Logged: `degeneration/length_tokens`, `degeneration/length_ratio` (to the replies before training),
+    `degeneration/repeats` (share of repeated 4-grams), `degeneration/unfinished` (share of replies that reach the
+    length limit).
     """
 
     def __init__(self, trainer: Any):
@@ -34,8 +35,8 @@ class DegenerationWatch(TrainerCallback):
         self._log()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure every `watch_steps` steps."""
-        if state.global_step % args.watch_steps == 0:
+        """Measure every `degeneration_steps` steps."""
+        if state.global_step % args.degeneration_steps == 0:
             self._log()
 
     def _log(self) -> None:
@@ -44,12 +45,12 @@ class DegenerationWatch(TrainerCallback):
         length = sum(lengths) / len(lengths)
         if self.length_before is None:
             self.length_before = length
-        limit = self.trainer.args.watch_max_new_tokens
+        limit = self.trainer.args.degeneration_max_new_tokens
         measured = {
-            "watch/length_tokens": length,
-            "watch/length_ratio": length / max(self.length_before, 1.0),
-            "watch/repeats": sum(map(repeat_rate, replies)) / len(replies),
-            "watch/unfinished": sum(count >= limit for count in lengths) / len(lengths),
+            "degeneration/length_tokens": length,
+            "degeneration/length_ratio": length / max(self.length_before, 1.0),
+            "degeneration/repeats": sum(map(repeat_rate, replies)) / len(replies),
+            "degeneration/unfinished": sum(count >= limit for count in lengths) / len(lengths),
         }
         # TRL's `log` writes these with its own metrics of the step.
         self.trainer._metrics["train"] |= {name: [value] for name, value in measured.items()}
@@ -65,7 +66,7 @@ class DegenerationWatch(TrainerCallback):
             _trl.disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs),
             _trl.unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model,
         ):
-            tokens = model.generate(**prompts, do_sample=False, max_new_tokens=args.watch_max_new_tokens)
+            tokens = model.generate(**prompts, do_sample=False, max_new_tokens=args.degeneration_max_new_tokens)
             ends = model.generation_config.eos_token_id
         trainer.model.train(was_training)
         ends = set(ends if isinstance(ends, list) else [ends]) | {trainer._tokenizer.eos_token_id}
@@ -74,7 +75,7 @@ class DegenerationWatch(TrainerCallback):
     def _prompts(self) -> dict[str, Tensor]:
         """The first rows of the training data, prompts only, left padded."""
         trainer = self.trainer
-        count = trainer.args.watch_prompts
+        count = trainer.args.degeneration_prompts
         rows = [row for row, _ in zip(trainer.train_dataset, range(count), strict=False)]
         batch = dict(trainer.prompt_batch(rows))
         copies = len(batch["input_ids"]) // len(rows)

@@ -67,8 +67,8 @@ class DistortingCollator:
     def _noisy(self, row: Row) -> list[Any]:
         if not row["images"]:
             raise ValueError(
-                f"{row_name(row)}: it has no image, and `distortion` puts noise on images. Drop rows without images, "
-                "or unset `distortion`."
+                f"{row_name(row)}: it has no image, and `povid_loss` puts noise on images. Drop rows without images, "
+                "or unset `povid_loss`."
             )
         draws = Draws(int(torch.randint(2**62, ())), 0, row_name(row))
         generator = draws.generator("noise")

@@ -31,7 +31,7 @@ class DenseScore:
     """
 
     gamma: float
-    score: str
+    reduction: str
     per_token: bool = False
 
     def apply(self, log_probs: Tensor, is_changed: Tensor, is_reply: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class DenseScore:
                 f"Sequence {row} of the batch has a prompt of one token; Dense DPO needs at least two. Add a system "
                 "prompt or a question."
             )
-        score = dense_score(log_probs, is_changed, is_reply, gamma=self.gamma, score=self.score)
+        score = dense_score(log_probs, is_changed, is_reply, gamma=self.gamma, reduction=self.reduction)
         if self.per_token:
             score = score * is_reply.sum(1)
         first = log_probs[:, :1] + (score - log_probs.sum(1))[:, None]

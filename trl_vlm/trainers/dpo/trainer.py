@@ -20,7 +20,7 @@ from trl_vlm.trainers.common import give_own_learning_rate, prepare_vlm
 from trl_vlm.trainers.dpo import fresh_pairs, setup
 from trl_vlm.trainers.dpo import metrics as dpo_metrics
 from trl_vlm.trainers.dpo.collator import PreferenceCollator, SegmentOptions
-from trl_vlm.trainers.dpo.config import LENGTH_NORMALISED, DPOConfig
+from trl_vlm.trainers.dpo.config import LENGTH_NORMALIZED, DPOConfig
 from trl_vlm.trainers.dpo.degeneration import DegenerationWatch
 from trl_vlm.trainers.dpo.distortion import DistortedReplies, DistortingCollator
 from trl_vlm.trainers.dpo.fresh_pairs import WEIGHTLESS, FreshPairs, has_pair, without_replies
@@ -87,7 +87,7 @@ class DPOTrainer(trl.DPOTrainer):
             train_dataset = fresh_pairs.checked_rows(train_dataset, "train")
             eval_dataset = fresh_pairs.checked_rows(eval_dataset, "eval")
             args.remove_unused_columns = False  # a source may read any column
-        self._distorted = int(args.distortion is not None)  # one more rejected reply per row
+        self._distorted = int(args.povid_loss is not None)  # one more rejected reply per row
         self._extra = setup.extra_replies(train_dataset) + self._distorted
         self._pairs_without_change = 0
         super().__init__(
@@ -105,7 +105,7 @@ class DPOTrainer(trl.DPOTrainer):
             peft_config=setup.complete_peft_config(peft_config, model, args),
             **kwargs,
         )
-        distortion = DistortedReplies(shared=args.distortion == "shared") if self._distorted else None
+        distortion = DistortedReplies(shared=args.povid_loss == "shared") if self._distorted else None
         self._replies = ReplyLogProbs(self._dense_score(args), distortion)
         self._refuse_what_does_not_combine(args, own_collator=data_collator is not None)
         if self._is_vlm or args.freeze_vision_tower:
@@ -121,7 +121,7 @@ class DPOTrainer(trl.DPOTrainer):
             self.data_collator = make_collator(self._extra - self._distorted)
         if args.reference_cache is not None:
             self._fill_reference_cache()
-        if args.watch_steps is not None:
+        if args.degeneration_steps is not None:
             self.add_callback(DegenerationWatch(self))
 
     @property
@@ -132,7 +132,9 @@ class DPOTrainer(trl.DPOTrainer):
     def _dense_score(self, args: DPOConfig) -> DenseScore | None:
         if args.dense_gamma is None:
             return None
-        return DenseScore(args.dense_gamma, args.dense_score, per_token=bool(LENGTH_NORMALISED & set(args.loss_type)))
+        return DenseScore(
+            args.dense_gamma, args.dense_reduction, per_token=bool(LENGTH_NORMALIZED & set(args.loss_type))
+        )
 
     def _segment_options(self, args: DPOConfig) -> SegmentOptions | None:
         return None if args.dense_gamma is None else SegmentOptions(args.dense_min_match, args.dense_two_sided)
@@ -150,14 +152,14 @@ class DPOTrainer(trl.DPOTrainer):
         )
         if not self._distorted:
             return made
-        return DistortingCollator(made, self.processing_class, args.distortion_steps, args.distortion_overflow)
+        return DistortingCollator(made, self.processing_class, args.noise_steps, args.noise_overflow)
 
     def _refuse_what_does_not_combine(self, args: DPOConfig, own_collator: bool) -> None:
         needs_collator = {
             "Dense DPO": args.dense_gamma is not None,
             "`rejected_extra`": self._extra > self._distorted,
             "`reference_cache`": args.reference_cache is not None,
-            "`distortion`": args.distortion is not None,
+            "`povid_loss`": args.povid_loss is not None,
         }
         for name, is_needed in needs_collator.items():
             if is_needed and own_collator:
@@ -166,7 +168,7 @@ class DPOTrainer(trl.DPOTrainer):
             args.precompute_ref_log_probs or self.aux_loss_enabled or self.compute_metrics is not None
         ):
             raise ValueError(
-                "`rejected_extra` (and `distortion`, which adds one) does not go with `precompute_ref_log_probs` (use "
+                "`rejected_extra` (and `povid_loss`, which adds one) does not go with `precompute_ref_log_probs` (use "
                 "`reference_cache`), with the auxiliary loss of mixtures of experts, or with `compute_metrics`. Unset "
                 "it, or drop the column."
             )
@@ -206,7 +208,7 @@ class DPOTrainer(trl.DPOTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         if self._distorted:  # rows with images are not prepared here
-            raise ValueError("`distortion` puts noise on images, and the rows have no column `images`. Unset it.")
+            raise ValueError("`povid_loss` puts noise on images, and the rows have no column `images`. Unset it.")
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if not self._extra:
             return prepared
@@ -342,7 +344,7 @@ class DPOTrainer(trl.DPOTrainer):
     def _log_tokens(self, is_reply: Tensor, is_changed: Tensor | None) -> None:
         """Log what TRL's metrics of whole replies do not show."""
         policy, *references = self._replies.calls
-        wants_drift = self.args.watch_steps is not None
+        wants_drift = self.args.degeneration_steps is not None
         if (is_changed is None and not wants_drift) or not references:
             return
         width = is_reply.size(1)

@@ -27,7 +27,6 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from common import DONE, history, is_done, load_options, train, write_json
 from fact_rlhf_rows import Rows, TestbedRows, UserRows
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
@@ -37,6 +36,7 @@ from trl_vlm import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 from trl_vlm.evaluation import Arm, write_report
 from trl_vlm.models import freeze_vision_tower, keep_parameter_names, load_processor
 from trl_vlm.rewards import FactRLHFReward, RewardModelReward
+from trl_vlm.scripts.common import DONE, history, is_done, load_options, train, write_json
 
 logger = logging.getLogger("fact_rlhf")
 

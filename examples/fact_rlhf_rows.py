@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from common import DONE, by_split, evaluate_rows, load_model, load_rows, write_json
 from datasets import Dataset
 from trl import ModelConfig
 
 from trl_vlm.data import JudgeTemplate
+from trl_vlm.scripts.common import DONE, by_split, evaluate_rows, load_model, load_rows, write_json
 from trl_vlm.testbed import JUDGE_TEMPLATE, SupervisedSettings, World, train_supervised
 from trl_vlm.testbed import datasets as testbed
 from trl_vlm.testbed.evaluate import caption_sampler, evaluate

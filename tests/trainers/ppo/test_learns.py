@@ -1,8 +1,8 @@
-"""PPO learns from pictures, in the small; `benchmarks/ppo_colours.py` has three seeds, a control and RLOO."""
+"""PPO learns from pictures, in the small; `benchmarks/studies/ppo_colours.py` has three seeds, a control and RLOO."""
 
 import pytest
 
-from benchmarks.ppo_colours import CHANCE, train
+from benchmarks.studies.ppo_colours import CHANCE, train
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Do facts help a reward model? Held-out accuracy with and without them, when it sees well and when it sees badly.
 
-    python benchmarks/testbed_gates.py --worlds 0 --models 0 1 2     # the supervised models
-    python benchmarks/reward_facts.py --models runs/testbed/w0m0 runs/testbed/w0m1 runs/testbed/w0m2
+    python -m benchmarks.studies.testbed_gates --worlds 0 --models 0 1 2     # the supervised models
+    python -m benchmarks.studies.reward_facts --models runs/testbed/w0m0 runs/testbed/w0m1 runs/testbed/w0m2
 
 For each supervised model, four reward models are trained on the same pairs of its own replies: with and without
 facts, on the pictures as they are and on pictures with extra pixel noise. Finished runs are skipped. Writes
@@ -134,7 +134,7 @@ def report(runs: list[dict], options: argparse.Namespace) -> str:
         "",
         f"Held-out accuracy in percent, mean ± standard deviation over {seeds} supervised models from scratch; "
         f"{options.pairs} training pairs, {options.steps} steps of 32 pairs, {options.held_out} held-out pairs. "
-        "Written by `benchmarks/reward_facts.py` on one CPU thread.",
+        "Written by `benchmarks/studies/reward_facts.py` on one CPU thread.",
         "",
         "| extra pixel noise (sd) | held-out pairs | with facts | without facts | difference | better in |",
         "|---|---|---|---|---|---|",

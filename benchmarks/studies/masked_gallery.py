@@ -1,6 +1,6 @@
 """The same image answered with more and more of it hidden: what BDHS makes the model say.
 
-    python benchmarks/masked_gallery.py --model outputs/fact_rlhf/sft
+    python -m benchmarks.studies.masked_gallery --model outputs/fact_rlhf/sft
 
 Trains the testbed's supervised model if none is given (minutes), and writes `masked_gallery.png` and `.md` into
 `--results_dir`: pictures with what each share of hidden image tokens leaves of them, and the greedy captions.
@@ -93,7 +93,7 @@ def page(pictures: list[Picture], answers: list[list[tuple[list[bool], str]]]) -
         "",
         "Greedy captions of the testbed's supervised model while a share of the image tokens is hidden from its "
         "attention (of nine, so that the shares 0.9 and up often hide all). Objects that are not there are **bold**. "
-        "`python benchmarks/masked_gallery.py`",
+        "`python -m benchmarks.studies.masked_gallery`",
         "",
         "![Pictures with hidden parts, and what the model names](masked_gallery.png)",
         "",

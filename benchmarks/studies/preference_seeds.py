@@ -1,11 +1,11 @@
-"""What each arm of a preference example changes on the testbed, over several seeds from scratch.
+"""What each arm of a preference study changes on the testbed, over several seeds from scratch.
 
-    python benchmarks/preference_seeds.py dense_dpo
-    python benchmarks/preference_seeds.py bdhs
-    python benchmarks/preference_seeds.py online_dpo
+    python -m benchmarks.studies.preference_seeds dense_dpo
+    python -m benchmarks.studies.preference_seeds bdhs
+    python -m benchmarks.studies.preference_seeds online_dpo
 
-Runs `examples/<name>.py` once per seed (finished trainings are not repeated) and writes `<name>.md` and the report
-`<name>/` into `--results_dir`. Options that are not known here go to the example. In every seed, each arm keeps the
+Runs the study once per seed (finished trainings are not repeated) and writes `<name>.md` and the report `<name>/`
+into `--results_dir`. Options that are not known here go to the study. In every seed, each arm keeps the
 learning rate that is best on a development split and is evaluated once on other scenes.
 """
 
@@ -13,11 +13,9 @@ import argparse
 from pathlib import Path
 from statistics import mean, pstdev
 
-from fact_rlhf_seeds import combined, run
-
+from benchmarks.studies.fact_rlhf_seeds import combined, run
 from trl_vlm.evaluation import write_report
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 TITLES = {"dense_dpo": "Dense DPO", "bdhs": "BDHS", "online_dpo": "Online DPO"}
 SHOWN = {"chair_i": "CHAIR_i", "recall": "recall", "repeats": "repeats"}
 SPLITS = ("adv, greedy", "adv, sampled", "iid, sampled")
@@ -25,14 +23,17 @@ SPLITS = ("adv, greedy", "adv, sampled", "iid, sampled")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("example", choices=TITLES)
+    parser.add_argument("study", choices=TITLES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output_dir", type=Path, help="Models of the single runs (default: runs/<example>).")
+    parser.add_argument("--output_dir", type=Path, help="Models of the single runs (default: runs/<study>).")
     parser.add_argument("--results_dir", type=Path, default=Path("docs/results"), help="Where the tables go.")
-    options, example_options = parser.parse_known_args()
-    name, folder = options.example, options.output_dir or Path("runs", options.example)
-    reports = [run(EXAMPLES / f"{name}.py", seed, folder / f"seed{seed}", example_options) for seed in options.seeds]
-    command = f"`python benchmarks/preference_seeds.py {name}`"
+    options, study_options = parser.parse_known_args()
+    name, folder = options.study, options.output_dir or Path("runs", options.study)
+    reports = [
+        run(["-m", f"benchmarks.studies.{name}"], seed, folder / f"seed{seed}", study_options)
+        for seed in options.seeds
+    ]
+    command = f"`python -m benchmarks.studies.preference_seeds {name}`"
     for report in reports:
         for arm in report["arms"]:
             arm["title"], _, arm["rate"] = arm["name"].partition(", lr ")

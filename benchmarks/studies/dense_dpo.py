@@ -5,13 +5,13 @@
 
 On a small world that it makes itself, on a CPU, in minutes:
 
-    accelerate launch examples/dense_dpo.py
+    accelerate launch -m benchmarks.studies.dense_dpo
 
 There a supervised model that hallucinates describes pictures, and an oracle corrects the wrong segments, as RLHF-V's
 annotators did. On a model and corrected replies of your own (columns: docs/data.md; `trl-vlm convert --from rlhf_v`
 makes them from the published ones), with any file of accelerate_configs/:
 
-    accelerate launch --config_file accelerate_configs/zero2.yaml examples/dense_dpo.py \
+    accelerate launch --config_file accelerate_configs/zero2.yaml -m benchmarks.studies.dense_dpo \
         --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset_name rlhf_v.parquet --evaluation_dataset test.jsonl \
         --use_peft --lora_target_modules all-linear --output_dir outputs/llava
 
@@ -21,10 +21,10 @@ An arm that was interrupted goes on from its last checkpoint; one that is done i
 from pathlib import Path
 from typing import Any
 
-from common import load_model, load_rows
 from datasets import Dataset
-from preference_study import Options, Study, parsed
 
+from benchmarks.studies.preference_study import Options, Study, parsed
+from trl_vlm.scripts.common import load_model, load_rows
 from trl_vlm.testbed.datasets import correction_rows
 from trl_vlm.testbed.evaluate import caption_sampler
 

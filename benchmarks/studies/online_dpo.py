@@ -5,13 +5,13 @@
 
 On a small world that it makes itself, on a CPU, in minutes:
 
-    accelerate launch examples/online_dpo.py
+    accelerate launch -m benchmarks.studies.online_dpo
 
 There the judge knows what the pictures show. Beside it stand pairs that the same judge made once, before training
 (offline), half of each (mixed), and supervised training on the replies that it chose offline. On a model and rows of
 your own (`prompt`, `images`), with a judge of your own:
 
-    accelerate launch --config_file accelerate_configs/zero2.yaml examples/online_dpo.py \
+    accelerate launch --config_file accelerate_configs/zero2.yaml -m benchmarks.studies.online_dpo \
         --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset_name prompts.parquet --evaluation_dataset test.jsonl \
         --judge https://judge.example/v1 --judge_model my-judge --arms online --use_peft
 
@@ -24,13 +24,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import load_rows
 from datasets import Dataset
-from preference_study import ALIGNMENT_STUDY, Options, Study, parsed
 
+from benchmarks.studies.preference_study import ALIGNMENT_STUDY, Options, Study, parsed
 from trl_vlm.judges import EndpointJudge, Judge, RewardJudge
 from trl_vlm.pairs import Judged, Mixed, Offline
 from trl_vlm.rewards import RewardModelReward
+from trl_vlm.scripts.common import load_rows
 from trl_vlm.testbed.datasets import prompt_rows
 from trl_vlm.testbed.oracle import truth_reward
 

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from common import (
+from datasets import Dataset, load_dataset
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from trl_vlm import DPOConfig, DPOTrainer
+from trl_vlm.data.converters import Source
+from trl_vlm.evaluation import Arm, write_report
+from trl_vlm.pairs.source import Policy, generating
+from trl_vlm.pairs.writer import PairWriter
+from trl_vlm.scripts.common import (
     DONE,
     by_split,
     evaluate_rows,
@@ -27,14 +35,6 @@ from common import (
     train,
     write_json,
 )
-from datasets import Dataset, load_dataset
-from trl import ModelConfig, TrlParser, get_peft_config
-
-from trl_vlm import DPOConfig, DPOTrainer
-from trl_vlm.data.converters import Source
-from trl_vlm.evaluation import Arm, write_report
-from trl_vlm.pairs.source import Policy, generating
-from trl_vlm.pairs.writer import PairWriter
 from trl_vlm.testbed import SupervisedSettings, World, train_supervised
 from trl_vlm.testbed.evaluate import evaluate
 

@@ -1,6 +1,6 @@
 """How many BDHS pairs a second: the library beside the loop around `generate` that one would write by hand.
 
-    python benchmarks/bdhs_speed.py --runs 5 --results_dir docs/results
+    python -m benchmarks.speed.bdhs_speed --runs 5 --results_dir docs/results
 
 Both sides make the same pairs, token by token, of the same rows, in turns in one process: the same masks, cuts and
 noise of sampling, and a trivial gate, which accepts every row after the same number of iterations, or none, so that
@@ -298,7 +298,7 @@ def report(results: list[dict[str, Any]]) -> str:
         "references 20 a sentence, and 20 new ones are made for each. Batches of "
         f"{results[0]['rows']} rows; CPU seconds of one thread; the ratio is the median of "
         f"{len(results[0]['runs']['plain'])} runs of each side in turns, with the least and the most. torch "
-        f"{torch.__version__}, transformers {transformers.__version__}. Written by `benchmarks/bdhs_speed.py`.",
+        f"{torch.__version__}, transformers {transformers.__version__}. Written by `benchmarks/speed/bdhs_speed.py`.",
         "",
         "| hidden | sentences | iterations | plain, pairs/s | library, pairs/s | times faster | images seen per row "
         "| same pairs |",

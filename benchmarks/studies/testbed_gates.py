@@ -1,6 +1,6 @@
 """Trains the testbed's model from scratch for several seeds and holds each against the gates.
 
-    python benchmarks/testbed_gates.py --worlds 0 1 --models 0 1 2 3 --output_dir runs/testbed
+    python -m benchmarks.studies.testbed_gates --worlds 0 1 --models 0 1 2 3 --output_dir runs/testbed
 
 Each run takes about 150 seconds of one CPU core. Finished runs are skipped and an interrupted one is resumed, so the
 command may be stopped and given again. Writes `testbed_gates.json` and `testbed_gates.md` into `--results_dir`.
@@ -140,7 +140,7 @@ def report(runs: list[dict]) -> str:
     lines = [
         "# The testbed's supervised stage against its gates",
         "",
-        f"{passed} of {len(runs)} from-scratch trainings pass. `python benchmarks/testbed_gates.py`, "
+        f"{passed} of {len(runs)} from-scratch trainings pass. `python -m benchmarks.studies.testbed_gates`, "
         f"{runs[0]['scenes']} scenes per split, evaluation seed {runs[0]['seed']}; captions are greedy where not said "
         "otherwise; shares are in percent, CPU seconds those of one thread, more where other programs share the "
         f"cores. Trained at commit {commits}, on a CPU ({platform.machine()}), with torch {torch.__version__}.",

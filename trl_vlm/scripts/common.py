@@ -1,4 +1,4 @@
-"""What the examples share: finished folders, loading, evaluation of captions and answers."""
+"""What examples and studies share: finished folders, loading, evaluation of captions and answers."""
 
 import json
 from pathlib import Path
@@ -16,6 +16,7 @@ DONE = "done.json"
 
 
 def is_done(folder: Path) -> bool:
+    """Whether a run in this folder has ended."""
     return (folder / DONE).exists()
 
 
@@ -85,6 +86,7 @@ class ObjectsOf:
         self.names = {name.lower() for truth in truths for name in truth}
 
     def __call__(self, reply: str) -> list[str]:
+        """The names that a reply mentions, repeats included."""
         words = [word.strip(".,;:!?\"'()").lower() for word in reply.split()]
         return [word for word in words if word in self.names]
 

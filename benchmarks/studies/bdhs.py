@@ -5,14 +5,14 @@
 
 On a small world that it makes itself, on a CPU, in minutes:
 
-    accelerate launch examples/bdhs.py            # pairs made once, before training
-    accelerate launch examples/bdhs.py --online   # and with the current policy at every step
+    accelerate launch -m benchmarks.studies.bdhs            # pairs made once, before training
+    accelerate launch -m benchmarks.studies.bdhs --online   # and with the current policy at every step
 
 Beside it stand its controls, trained and tuned alike: supervised training on the same chosen replies, plain samples of
 the model as rejected replies, noise on the image instead of the mask, and the mask without guidance. On a model and
 instruction rows of your own (`prompt`, `completion`, `images`):
 
-    accelerate launch --config_file accelerate_configs/zero2.yaml examples/bdhs.py \
+    accelerate launch --config_file accelerate_configs/zero2.yaml -m benchmarks.studies.bdhs \
         --model_name_or_path llava-hf/llava-v1.6-vicuna-7b-hf --dataset_name rows.parquet \
         --evaluation_dataset test.jsonl --arms mask --use_peft --lora_target_modules all-linear
 
@@ -24,11 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import load_rows
-from preference_study import ALIGNMENT_STUDY, Options, Study, parsed
-
+from benchmarks.studies.preference_study import ALIGNMENT_STUDY, Options, Study, parsed
 from trl_vlm.pairs import BDHS, SelfSamples
 from trl_vlm.pairs.bdhs.similarity import DEFAULT_ENCODER
+from trl_vlm.scripts.common import load_rows
 from trl_vlm.testbed.datasets import caption_rows
 from trl_vlm.testbed.oracle import object_overlap
 

@@ -1,6 +1,6 @@
 """How much faster a step of reward training is when prompt and image of a pair are computed once, and its memory.
 
-    python benchmarks/reward_speed.py --pairs 5 --output docs/results/reward_speed.json
+    python -m benchmarks.speed.reward_speed --pairs 5 --output docs/results/reward_speed.json
 
 Each figure is a whole optimiser step of `trl_vlm.RewardTrainer` with `share_prefix` beside one without, on the same
 pair of a LLaVA-1.5-shaped model (576 image tokens), taken in turns in one process; plain TRL cannot train on images.
@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 import transformers
 import trl
-from dpo_speed import processor, resident, rows, save_model, spread
 
+from benchmarks.speed.dpo_speed import processor, resident, rows, save_model, spread
 from trl_vlm import RewardConfig, RewardTrainer
 from trl_vlm.data.facts import JudgeTemplate
 from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX
@@ -87,7 +87,7 @@ def measure(reply_tokens: int, pairs: int, with_memory: bool) -> dict:
 
 def peak_memory(side: str, reply_tokens: int) -> float:
     """MiB that a step needs above model, optimiser state and batch."""
-    command = [sys.executable, __file__, "--memory_of", side, str(reply_tokens)]
+    command = [sys.executable, "-m", "benchmarks.speed.reward_speed", "--memory_of", side, str(reply_tokens)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -139,7 +139,7 @@ def table(results: list[dict], facts: dict) -> str:
         f"{len(results[0]['seconds_plain'])} paired steps (least to most). The limit counts the tokens that need not "
         "be computed in the language model; images that the vision tower sees once come on top, which is how a ratio "
         f"can exceed it. {facts['threads']} thread, torch {facts['torch']}, a model of width 384 and six layers with "
-        "random weights. `python benchmarks/reward_speed.py --pairs 5 --output docs/results/reward_speed.json`",
+        "random weights. `python -m benchmarks.speed.reward_speed --pairs 5 --output docs/results/reward_speed.json`",
         "",
         "| prompt + reply tokens | faster | limit | share of the limit | MiB plain, shared |",
         "|---|---|---|---|---|",

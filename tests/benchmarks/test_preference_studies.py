@@ -1,4 +1,4 @@
-"""The preference examples, as a user runs them."""
+"""The preference studies, as one runs them."""
 
 import json
 import subprocess
@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from benchmarks.studies import preference_study
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(name: str, folder: Path, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--quick", "--output_dir", str(folder), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+    command = [sys.executable, "-m", f"benchmarks.studies.{name}", "--quick", "--output_dir", str(folder), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
 
 
 def report(folder: Path) -> dict:
@@ -71,10 +73,6 @@ def test_online_dpo_trains_beside_offline_and_mixed(dense, tmp_path):
 
 
 def study(folder, **options):
-    sys.path.insert(0, str(EXAMPLES))
-    import preference_study
-
-    sys.path.pop(0)
     filled = preference_study.Options(output_dir=str(folder), **options)
     return preference_study.Study("test", filled, preference_study.ModelConfig(), {"sft": "SFT", "dpo": "DPO"})
 

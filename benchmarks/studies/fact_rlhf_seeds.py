@@ -1,6 +1,6 @@
 """The Fact-RLHF example over several seeds, each from scratch: what PPO with and without facts changes, with spread.
 
-    python benchmarks/fact_rlhf_seeds.py --seeds 0 1 2
+    python -m benchmarks.studies.fact_rlhf_seeds --seeds 0 1 2
 
 Runs `examples/fact_rlhf.py` once per seed (about ten minutes each on two cores; finished stages are skipped) and
 writes `fact_rlhf.md` and the report `fact_rlhf/` into `--results_dir`. The evaluation scenes of each
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from trl_vlm.evaluation import Arm, write_report
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "fact_rlhf.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "fact_rlhf.py"
 SPLITS = ("adv, greedy", "adv, sampled")
 
 
@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/fact_rlhf"), help="Models of the single runs.")
     parser.add_argument("--results_dir", type=Path, default=Path("docs/results"), help="Where the tables go.")
     options, example_options = parser.parse_known_args()
-    reports = [run(EXAMPLE, seed, options.output_dir / f"seed{seed}", example_options) for seed in options.seeds]
+    reports = [
+        run([str(EXAMPLE)], seed, options.output_dir / f"seed{seed}", example_options) for seed in options.seeds
+    ]
     write_report(
         options.results_dir / "fact_rlhf",
         [combined(runs) for runs in zip(*(report["arms"] for report in reports), strict=True)],
@@ -34,17 +36,17 @@ def main() -> None:
         notes=[
             f"{len(reports)} runs from scratch, seeds {', '.join(map(str, options.seeds))}; mean ± standard deviation",
             *reports[0]["notes"][1:],
-            "`python benchmarks/fact_rlhf_seeds.py`; training curves are those of the first seed",
+            "`python -m benchmarks.studies.fact_rlhf_seeds`; training curves are those of the first seed",
         ],
     )
     (options.results_dir / "fact_rlhf.md").write_text(by_seed(reports, options.seeds))
 
 
-def run(example: Path, seed: int, folder: Path, example_options: list[str]) -> dict:
-    """The report of an example for one seed, from an earlier call if it is there."""
+def run(program: list[str], seed: int, folder: Path, example_options: list[str]) -> dict:
+    """The report of an example or a study for one seed, from an earlier call if it is there."""
     path = folder / "report" / "report.json"
     if not path.exists():
-        command = [sys.executable, str(example), "--seed", str(seed), "--output_dir", str(folder), *example_options]
+        command = [sys.executable, *program, "--seed", str(seed), "--output_dir", str(folder), *example_options]
         subprocess.run(command, check=True)
     return json.loads(path.read_text())
 
@@ -65,7 +67,7 @@ def by_seed(reports: list[dict], seeds: list[int]) -> str:
         "# PPO against the supervised model, seed by seed",
         "",
         "Testbed, scenes in which partners are mostly absent (`adv`). Everything in percent, changes in percentage "
-        "points. `python benchmarks/fact_rlhf_seeds.py`; all metrics: [fact_rlhf](fact_rlhf/report.md).",
+        "points. `python -m benchmarks.studies.fact_rlhf_seeds`; all metrics: [fact_rlhf](fact_rlhf/report.md).",
         "",
         "| captions | arm | seed | CHAIR_i before | CHAIR_i after | change | recall | change | repeats |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -1,6 +1,6 @@
 """How much faster a DPO step is when each prompt and image is computed once, and what it costs in memory.
 
-    python benchmarks/dpo_speed.py --pairs 5 --output docs/results/dpo_speed.json
+    python -m benchmarks.speed.dpo_speed --pairs 5 --output docs/results/dpo_speed.json
 
 Each figure is a whole optimiser step (policy with gradient, reference without, AdamW) of `trl_vlm.DPOTrainer` beside
 one of plain `trl.DPOTrainer`, TRL's fused head on in both, on the same rows, taken in turns in one process, in CPU
@@ -187,7 +187,15 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def peak_memory(name: str, kind: str, checkpointing: bool) -> float:
     """MiB that a step needs above model, optimiser state and batch."""
-    command = [sys.executable, __file__, "--memory_of", name, kind, *(["--checkpointing"] if checkpointing else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.speed.dpo_speed",
+        "--memory_of",
+        name,
+        kind,
+        *(["--checkpointing"] if checkpointing else []),
+    ]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -251,7 +259,7 @@ def table(results: list[dict], facts: dict) -> str:
         "language model; images that are preprocessed and seen once come on top, which is how a ratio can exceed it. "
         f"{facts['threads']} thread, torch {facts['torch']}, gradient checkpointing "
         f"{'on' if facts['checkpointing'] else 'off'}, models of width 384 and six layers with random weights. "
-        "`python benchmarks/dpo_speed.py --pairs 5 --output docs/results/dpo_speed.json`",
+        "`python -m benchmarks.speed.dpo_speed --pairs 5 --output docs/results/dpo_speed.json`",
         "",
         "| row | prompt + reply tokens | replies | faster | limit | cached reference | MiB TRL, ours, cached |",
         "|---|---|---|---|---|---|---|",

@@ -1,6 +1,6 @@
 """PPO learns to name the colour of a picture, from a model that knows nothing.
 
-    python benchmarks/ppo_colours.py --seeds 0 1 2 --results_dir docs/results
+    python -m benchmarks.studies.ppo_colours --seeds 0 1 2 --results_dir docs/results
 
 A tiny LLaVA with random weights and a vocabulary of sixteen words sees noisy pictures of one of four colours, and is
 rewarded with 1 if its reply is the name of the colour. A policy that ignores the picture is right in one case of four.
@@ -185,7 +185,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         "rate and the absence of a KL penalty are the same. The learning rate of 1e-3 was chosen on seed 0 of PPO, "
         "which at 3e-3 reached 1.0 and then forgot one colour; RLOO was not tuned. "
         f"One thread of a CPU, torch {torch.__version__}, transformers {transformers.__version__}, TRL "
-        f"{trl.__version__}. Written by `benchmarks/ppo_colours.py`.",
+        f"{trl.__version__}. Written by `benchmarks/studies/ppo_colours.py`.",
         "",
         "| run | seed | first reward | last reward | new pictures | replies until 0.9 | CPU seconds |",
         "|---|---|---|---|---|---|---|",

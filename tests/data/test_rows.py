@@ -3,7 +3,9 @@ from datasets import Dataset, IterableDataset
 
 from tests.families import image
 from tests.preference_rows import preference_row, preference_rows
-from trl_vlm.data.rows import check_rows, message_text, named_rows, row_images
+from trl_vlm.data.messages import message_text
+from trl_vlm.data.named_rows import check_rows, named_rows
+from trl_vlm.data.rows import row_images
 
 REQUIRED = ("chosen", "rejected")
 

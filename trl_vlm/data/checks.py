@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trl_vlm.data.images import load_image
-from trl_vlm.data.rows import MESSAGE_COLUMNS, REPLY_COLUMNS, Row, check_row, message_text, row_images
+from trl_vlm.data.messages import message_text
+from trl_vlm.data.rows import MESSAGE_COLUMNS, REPLY_COLUMNS, Row, check_row, row_images
 
 # The columns that each use of a data set needs.
 PURPOSES = {

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from trl_vlm.data.facts import JudgeTemplate, facts_block
-from trl_vlm.data.rows import ROW_NAME, Row, message_text, row_images
+from trl_vlm.data.messages import message_text
+from trl_vlm.data.rows import ROW_NAME, Row, row_images
 from trl_vlm.judges.chat import Answer, Chat, LocalChat, Request
 from trl_vlm.judges.endpoint import EndpointChat
 from trl_vlm.judges.judge import Comparison, Verdict

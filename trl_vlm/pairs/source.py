@@ -9,7 +9,8 @@ from PIL.Image import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from trl_vlm.data.images import load_image
-from trl_vlm.data.rows import ROW_NAME, Row, check_row, message_text, row_images
+from trl_vlm.data.messages import message_text
+from trl_vlm.data.rows import ROW_NAME, Row, check_row, row_images
 from trl_vlm.pairs.draws import Draws
 
 

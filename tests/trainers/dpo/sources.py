@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from trl_vlm.data.encoding import encode
-from trl_vlm.data.rows import ROW_NAME, message_text
+from trl_vlm.data.messages import message_text
+from trl_vlm.data.rows import ROW_NAME
 from trl_vlm.judges.judge import ScriptedJudge
 from trl_vlm.pairs.bdhs.bdhs import BDHS
 from trl_vlm.pairs.judged import Judged

@@ -10,7 +10,7 @@ from typing import Any
 
 from trl_vlm.data.io.output import Progress
 from trl_vlm.data.io.shards import read_columns
-from trl_vlm.data.rows import message_text
+from trl_vlm.data.messages import message_text
 
 PREFIX = "pair_"
 REPLIES = ("chosen", "rejected")

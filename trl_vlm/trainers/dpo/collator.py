@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_vlm.data.images import load_image
-from trl_vlm.data.rows import message_text, row_images
+from trl_vlm.data.messages import message_text
+from trl_vlm.data.rows import row_images
 from trl_vlm.maths.segments import changed_tokens, tokens_in_spans
 from trl_vlm.models.image_tokens import check_image_tokens
 from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX

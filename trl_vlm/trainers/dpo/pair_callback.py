@@ -10,7 +10,8 @@ from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from transformers import TrainerCallback
 
-from trl_vlm.data.rows import NamedRows, Row, check_rows
+from trl_vlm.data.named_rows import NamedRows, check_rows
+from trl_vlm.data.rows import Row
 from trl_vlm.pairs.source import PairSource
 from trl_vlm.trainers.dpo.fresh_pairs import (
     ABOUT_REPLIES,

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
-from trl_vlm.data.rows import message_text
+from trl_vlm.data.messages import message_text
 from trl_vlm.models.parts import part_of
 from trl_vlm.models.prefix_sharing.sharing import why_not_shareable
 from trl_vlm.models.processors import load_processor, trainable_processor

@@ -10,7 +10,9 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, P
 from transformers.utils import find_adapter_config_file
 
 from trl_vlm.data.images import load_image
-from trl_vlm.data.rows import ROW_NAME, check_rows, message_text, named_rows, row_images
+from trl_vlm.data.messages import message_text
+from trl_vlm.data.named_rows import check_rows, named_rows
+from trl_vlm.data.rows import ROW_NAME, row_images
 from trl_vlm.models.image_tokens import image_token_id
 from trl_vlm.models.processors import load_processor
 from trl_vlm.rewards import RewardModelReward, checked

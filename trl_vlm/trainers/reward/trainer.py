@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_vlm.data.facts import JudgeTemplate
-from trl_vlm.data.rows import IMAGE_COLUMNS, ROW_NAME, NamedRows, check_rows, named_rows
+from trl_vlm.data.named_rows import NamedRows, check_rows, named_rows
+from trl_vlm.data.rows import IMAGE_COLUMNS, ROW_NAME
 from trl_vlm.maths.losses import mean_reward_penalty
 from trl_vlm.models.prefix_sharing.sharing import share_prefix
 from trl_vlm.models.processors import load_processor

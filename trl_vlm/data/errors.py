@@ -1,0 +1,20 @@
+"""What is raised for a row that cannot be used, and for nothing else."""
+
+
+class RowError(ValueError):
+    """A row breaks the row contract, or one of its images is bad; the message names the row and the remedy.
+
+    Only such errors may be skipped, row by row; any other `ValueError` (an endpoint, a cache, an option) ends a run.
+
+    Args:
+        message: What came, what was needed, what to do.
+        kind: The same few words for every row with this fault, to count by.
+    """
+
+    def __init__(self, message: str, kind: str = "other"):
+        super().__init__(message)
+        self.kind = kind
+
+
+class RowTypeError(RowError, TypeError):
+    """A row holds a value of the wrong type."""

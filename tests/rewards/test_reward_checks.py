@@ -8,7 +8,7 @@ import pytest
 import torch
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from trl_vlm.rewards import LengthTerm, RewardStatistics, checked, normalised
+from trl_vlm.rewards import LengthTerm, RewardStatistics, checked, normalized
 
 REPLIES = [[{"role": "assistant", "content": text}] for text in ("a cup", "a dog")]
 
@@ -65,7 +65,7 @@ def test_long_replies_are_shortened():
         checked(returning([math.nan]))(prompts=[""], completions=["x" * 500])
 
 
-@pytest.mark.parametrize("wrap", [checked, lambda f: normalised(f, RewardStatistics(0.0, 1.0, 2))])
+@pytest.mark.parametrize("wrap", [checked, lambda f: normalized(f, RewardStatistics(0.0, 1.0, 2))])
 def test_name_signature_and_documentation_stay(wrap):
     reward = returning([1.0, 2.0])
     assert get_callable_name(wrap(reward)) == "gives"

@@ -13,7 +13,7 @@ from trl_vlm.rewards import (
     RewardStatistics,
     cut_after_first,
     has_end,
-    normalised,
+    normalized,
     question_mark_ids,
 )
 
@@ -173,7 +173,7 @@ def test_statistics_are_those_of_the_set_and_survive_a_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["statistics.json"]
 
 
-def test_normalised_rewards_have_mean_zero_and_deviation_one_on_the_set_they_were_measured_on():
+def test_normalized_rewards_have_mean_zero_and_deviation_one_on_the_set_they_were_measured_on():
     rows = [
         {"prompt": [], "completion": reply, "value": v}
         for reply, v in zip(replies(*"abcde"), (1, 2, 4, 8, None), strict=True)
@@ -183,13 +183,13 @@ def test_normalised_rewards_have_mean_zero_and_deviation_one_on_the_set_they_wer
         return value
 
     statistics = RewardStatistics.measure(reward, rows, batch_size=2)
-    scores = normalised(reward, statistics)(
+    scores = normalized(reward, statistics)(
         prompts=[], completions=[row["completion"] for row in rows], value=[1, 2, 4, 8, None]
     )
     assert scores[-1] is None
     assert sum(scores[:-1]) == pytest.approx(0.0, abs=1e-12)
     assert sum(score**2 for score in scores[:-1]) / 4 == pytest.approx(1.0)
-    alone = normalised(reward, statistics)(prompts=[], completions=replies("d"), value=[8])
+    alone = normalized(reward, statistics)(prompts=[], completions=replies("d"), value=[8])
     assert alone == [scores[3]], "the statistics are fixed: a reply's score does not depend on its batch"
 
 

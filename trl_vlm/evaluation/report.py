@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trl_vlm.data.io.atomic import write_whole
 from trl_vlm.evaluation.metrics import Arm, Metric, Spread, curves_of, metrics_of
 
 NOT_MEASURED = "–"
@@ -65,13 +66,6 @@ def write_report(
     write_whole(report.json, encoded.encode() + b"\n")
     write_whole(report.markdown, text.encode())
     return report
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a run that is killed, sees it whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def markdown_report(

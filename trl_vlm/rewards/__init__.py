@@ -5,7 +5,7 @@ from trl_vlm.rewards.checks import checked
 from trl_vlm.rewards.ends import MissingEndPenalty, cut_after_first, has_end, question_mark_ids
 from trl_vlm.rewards.fact_rlhf import FactRLHFReward
 from trl_vlm.rewards.length import LengthTerm
-from trl_vlm.rewards.normalise import RewardStatistics, normalised
+from trl_vlm.rewards.normalize import RewardStatistics, normalised, normalized
 from trl_vlm.rewards.replies import RewardFunction, reply_text
 from trl_vlm.rewards.reward_model import RewardModelReward
 from trl_vlm.rewards.symbolic import SymbolicCorrectness
@@ -22,6 +22,7 @@ __all__ = [
     "cut_after_first",
     "has_end",
     "normalised",
+    "normalized",
     "option_letter",
     "question_mark_ids",
     "reply_text",

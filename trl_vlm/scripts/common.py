@@ -9,6 +9,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoModelForImageTextToText
 from trl import ModelConfig, get_quantization_config
 
+from trl_vlm.data.io.atomic import write_whole
 from trl_vlm.evaluation import check_scorable_rows, generate_replies, score_rows
 from trl_vlm.models import last_complete_checkpoint, load_processor
 
@@ -22,9 +23,7 @@ def is_done(folder: Path) -> bool:
 
 def write_json(path: Path, value: Any) -> None:
     """Written whole or not at all: a killed run leaves no half file."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2))
-    partial.replace(path)
+    write_whole(path, json.dumps(value, indent=2))
 
 
 def history(folder: str | Path) -> list[dict[str, Any]]:

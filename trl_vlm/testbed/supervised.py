@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer, TrainingArguments
 
+from trl_vlm.data.io.atomic import write_whole
 from trl_vlm.models._transformers import keep_parameter_names
 from trl_vlm.models.checkpoints import last_complete_checkpoint
 from trl_vlm.testbed.datasets import SupervisedExample, supervised_example
@@ -107,7 +108,8 @@ def train_supervised(
         processor.save_pretrained(output_dir)
         world.save(output_dir)
         # Written last and whole: its presence says that everything else is there.
-        _write_json(output_dir / SUMMARY, recipe | {"tower_log": tower, "log": captions})
+        summary = recipe | {"tower_log": tower, "log": captions}
+        write_whole(output_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
     PartialState().wait_for_everyone()
     return output_dir
 
@@ -357,9 +359,3 @@ def _holds(folder: Path, recipe: dict[str, Any]) -> bool:
             "delete this one to train anew."
         )
     return True
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)

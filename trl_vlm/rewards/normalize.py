@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from trl_vlm.data.io.atomic import write_whole
 from trl_vlm.rewards.checks import finite_rewards, is_asynchronous, reward_name, wrapped
 from trl_vlm.rewards.replies import RewardFunction
 
@@ -19,12 +20,12 @@ class RewardStatistics:
     """Mean, standard deviation (population) and number of the rewards of a set of replies.
 
     Source: Understanding Alignment in Multimodal LLMs (arXiv:2407.02477), appendix A: rewards are z-scored with
-    statistics of the alignment set. Unlike a running normalisation, the reward of a reply never changes.
+    statistics of the alignment set. Unlike a running normalization, the reward of a reply never changes.
 
     Example:
         >>> statistics = RewardStatistics.measure(reward, rows)
         >>> statistics.save("reward_statistics.json")
-        >>> reward = normalised(reward, RewardStatistics.load("reward_statistics.json"))
+        >>> reward = normalized(reward, RewardStatistics.load("reward_statistics.json"))
     """
 
     mean: float
@@ -79,10 +80,7 @@ class RewardStatistics:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the statistics as JSON; the file is either whole or not there."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "RewardStatistics":
@@ -97,9 +95,12 @@ class RewardStatistics:
         return None if reward is None else (reward - self.mean) / self.std
 
 
-def normalised(reward_func: RewardFunction, statistics: RewardStatistics) -> RewardFunction:
+def normalized(reward_func: RewardFunction, statistics: RewardStatistics) -> RewardFunction:
     """A reward function whose values are z-scores by fixed statistics; name, signature and `async` stay."""
     return wrapped(reward_func, partial(_z_scores, name=reward_name(reward_func), statistics=statistics))
+
+
+normalised = normalized  # the former name
 
 
 def _z_scores(values: Any, completions: Sequence, name: str, statistics: RewardStatistics) -> list[float | None]:

@@ -59,3 +59,17 @@ def test_rows_that_cannot_be_scored_are_named_before_anything_is_generated(rows,
 def test_every_row_needs_a_reply():
     with pytest.raises(ValueError, match="1 replies to 4 rows"):
         score_rows(ROWS, ["a"], find)
+
+
+@pytest.mark.parametrize(
+    ("reply", "truth", "chair_i", "recall"),
+    [
+        ("Two dogs wait at a traffic light near a dining table.", ["dog", "traffic light"], 1 / 3, 1.0),
+        ("A dog sits here.", ["Dog"], 0.0, 1.0),
+        ("A man rides.", ["person"], 0.0, 1.0),
+        ("Two lighthouses and a man", ["Lighthouse"], 1 / 2, 1.0),
+    ],
+)
+def test_objects_are_found_by_class_synonym_plural_and_two_word_name(reply, truth, chair_i, recall):
+    scores = score_rows([{"objects": truth}], [reply])
+    assert (scores["chair_i"], scores["recall"]) == (pytest.approx(chair_i), recall)

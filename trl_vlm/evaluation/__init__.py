@@ -2,6 +2,7 @@
 
 from trl_vlm.evaluation.chair import ChairScores, chair
 from trl_vlm.evaluation.metrics import METRICS, Arm, Metric, split_metrics
+from trl_vlm.evaluation.objects.finder import Mention, ObjectFinder
 from trl_vlm.evaluation.pope import PopeScores, answers_from_logits, pope
 from trl_vlm.evaluation.replies import generate_replies
 from trl_vlm.evaluation.report import Report, markdown_report, write_report
@@ -11,7 +12,9 @@ __all__ = [
     "METRICS",
     "Arm",
     "ChairScores",
+    "Mention",
     "Metric",
+    "ObjectFinder",
     "PopeScores",
     "Report",
     "answers_from_logits",

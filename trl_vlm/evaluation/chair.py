@@ -37,7 +37,8 @@ def chair(
 
     Source: CHAIR (arXiv:1809.02156) as RLHF-V's Object HalBench (arXiv:2312.00849) computes it: mentions, replies, the
     refined denominator, and recall over all objects.
-    Differs: Object HalBench counts each object once per reply, which is `chair_i_distinct` here.
+    Differs: Object HalBench counts each word for an object once per reply, so "a man and a woman" are two there, which
+    neither `chair_i` nor `chair_i_distinct` is; the benchmark `object-halbench` counts so.
 
     Args:
         replies: Captions.

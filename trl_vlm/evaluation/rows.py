@@ -8,6 +8,7 @@ from datasets import Dataset
 from trl_vlm.data.rows import Row
 from trl_vlm.evaluation.chair import chair
 from trl_vlm.evaluation.metrics import split_metrics
+from trl_vlm.evaluation.objects.finder import ObjectFinder
 from trl_vlm.evaluation.pope import pope
 
 
@@ -37,7 +38,7 @@ def check_scorable_rows(rows: Dataset | Sequence[Row]) -> None:
 
 
 def score_rows(
-    rows: Dataset | Sequence[Row], replies: Sequence[str], find_objects: Callable[[str], list[str]]
+    rows: Dataset | Sequence[Row], replies: Sequence[str], find_objects: Callable[[str], list[str]] | None = None
 ) -> dict[str, float]:
     """CHAIR of the replies to rows with `objects` and POPE of those with `answer`, under the keys of a report.
 
@@ -47,7 +48,8 @@ def score_rows(
     Args:
         rows: See `check_scorable_rows`, which is called first.
         replies: One per row.
-        find_objects: Names the objects that a reply mentions, by the names that `objects` uses.
+        find_objects: Names the objects that a reply mentions, by the names that `objects` uses. By default an
+            `ObjectFinder` that knows the classes of COCO with their synonyms, and every other name in `objects`.
 
     Raises:
         ValueError: See `check_scorable_rows`; or there is not one reply per row.
@@ -60,7 +62,11 @@ def score_rows(
     asked = [place for place, answer in enumerate(answers) if answer is not None]
     captions = questions = None
     if captioned:
-        captions = chair([replies[place] for place in captioned], [truths[place] for place in captioned], find_objects)
+        shown = [truths[place] for place in captioned]
+        if find_objects is None:
+            finder = ObjectFinder().with_names(name for truth in shown for name in truth)
+            find_objects, shown = finder.names, [finder.classes_of(truth) for truth in shown]
+        captions = chair([replies[place] for place in captioned], shown, find_objects)
     if asked:
         questions = pope(
             [replies[place] for place in asked],

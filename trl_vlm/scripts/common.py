@@ -74,20 +74,7 @@ def evaluate_rows(folder: str | Path, rows: Dataset, max_new_tokens: int) -> dic
     model, processor = load_model(folder, dtype="auto")
     check_scorable_rows(rows)
     replies = generate_replies(model, processor, rows, max_new_tokens=max_new_tokens)
-    truths = rows["objects"] if "objects" in rows.column_names else []
-    return {"evaluation": score_rows(rows, replies, ObjectsOf([truth for truth in truths if truth]))}
-
-
-class ObjectsOf:
-    """Finds the objects that any row of the dataset names, as whole words."""
-
-    def __init__(self, truths: list[list[str]]):
-        self.names = {name.lower() for truth in truths for name in truth}
-
-    def __call__(self, reply: str) -> list[str]:
-        """The names that a reply mentions, repeats included."""
-        words = [word.strip(".,;:!?\"'()").lower() for word in reply.split()]
-        return [word for word in words if word in self.names]
+    return {"evaluation": score_rows(rows, replies)}
 
 
 def by_split(results: dict[str, float]) -> dict[str, dict[str, float]]:

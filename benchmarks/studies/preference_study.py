@@ -21,7 +21,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 from trl_vlm import DPOConfig, DPOTrainer
 from trl_vlm.data.converters import Source
 from trl_vlm.evaluation import Arm, write_report
-from trl_vlm.pairs.source import Policy, generating
+from trl_vlm.pairs import Policy, generating
 from trl_vlm.pairs.writer import PairWriter
 from trl_vlm.scripts.common import (
     DONE,

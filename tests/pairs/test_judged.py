@@ -8,10 +8,10 @@ from PIL import Image
 
 from tests.families import build, image
 from trl_vlm.judges import Answer, Request, ScriptedJudge, Verdict
+from trl_vlm.models.generation import Policy, generating
 from trl_vlm.pairs.corruption import NOT_REWRITTEN, REFUSED, UNCHANGED, Corrupted, rewritten_reply
 from trl_vlm.pairs.judged import Judged, best_and_worst
 from trl_vlm.pairs.samples import SAME_AS_REFERENCE, SelfSamples, sampled_replies
-from trl_vlm.pairs.source import Policy, generating
 
 LONGER = ScriptedJudge(
     lambda pair: None if len(pair.first) == len(pair.second) else int(len(pair.second) > len(pair.first))

@@ -22,8 +22,8 @@ from trl_vlm.cli import main as cli
 from trl_vlm.data.converters import Source
 from trl_vlm.data.io.card import histogram, statistics
 from trl_vlm.data.io.shards import give_one_schema
+from trl_vlm.models.generation import Policy, generating
 from trl_vlm.pairs.samples import SelfSamples
-from trl_vlm.pairs.source import Policy, generating
 from trl_vlm.pairs.writer import BAD_ROW, NO_PAIR, PairWriter, features_of
 
 ROWS = 23

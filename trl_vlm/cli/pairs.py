@@ -12,6 +12,7 @@ from accelerate import PartialState
 
 from trl_vlm.cli.options import add_source, positive, source_of, write
 from trl_vlm.judges import Chat, EndpointChat, Judge, LocalChat, PairwiseJudge, RewardJudge
+from trl_vlm.models.generation import Policy, generating
 from trl_vlm.models.loading import load_generative_model, load_generative_processor
 from trl_vlm.models.unsharded import unsharded_loading
 from trl_vlm.pairs.bdhs.bdhs import BDHS
@@ -20,7 +21,7 @@ from trl_vlm.pairs.corruption import Corrupted
 from trl_vlm.pairs.judged import Judged
 from trl_vlm.pairs.povid import POVID
 from trl_vlm.pairs.samples import SelfSamples
-from trl_vlm.pairs.source import PairSource, Policy, generating
+from trl_vlm.pairs.source import PairSource
 from trl_vlm.pairs.writer import PairReport, PairWriter
 from trl_vlm.rewards import RewardModelReward
 

@@ -1,6 +1,6 @@
 """From rows to batches. Nothing here cuts a sequence: a row that is too long is an error that names it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,6 +79,36 @@ def encode(
     _check_lengths(batch["attention_mask"], max_length, names)
     check_image_tokens(batch, [len(row) for row in images], processor, names)
     return batch
+
+
+def prompt_batches(
+    processor: ProcessorMixin, rows: Sequence[Row], *, batch_size: int, names: Sequence[str] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """The prompts of rows as `models.generation.generated` takes them, `batch_size` at a time.
+
+    Rows are read when their batch is made, so a dataset may decode its images then.
+
+    Args:
+        processor: The model's processor.
+        rows: Rows with `prompt` and, if they have any, `images` (or `image`).
+        batch_size: Rows per batch.
+        names: What errors call the rows; by default they are numbered.
+
+    Raises:
+        ValueError: A row's image is broken or does not match its placeholders; the error names the row.
+    """
+    for start in range(0, len(rows), batch_size):
+        places = range(start, min(start + batch_size, len(rows)))
+        chunk = [rows[place] for place in places]
+        called = [names[place] if names is not None else f"row {place}" for place in places]
+        yield encode(
+            processor,
+            [row["prompt"] for row in chunk],
+            [row_images(row, name) for row, name in zip(chunk, called, strict=True)],
+            add_generation_prompt=True,
+            padding_side="left",
+            names=called,
+        )
 
 
 @dataclass

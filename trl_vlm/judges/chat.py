@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import ProcessorMixin
 
-from trl_vlm.data.encoding import encode
+from trl_vlm.data.encoding import prompt_batches
+from trl_vlm.models.generation import Policy, generated
 from trl_vlm.models.loading import load_generative_model, load_generative_processor
 from trl_vlm.models.processors import control_tokens
 from trl_vlm.models.unsharded import is_sharded, unsharded_loading
@@ -86,51 +86,24 @@ class LocalChat:
         self.batch_size = batch_size
         self._control_tokens = control_tokens(self.processor)
 
-    @torch.no_grad()
     def __call__(self, requests: Sequence[Request]) -> list[Answer]:
         """Returns one answer per request."""
         # transformers sets `hf_device_map` on models that it placed itself, quantised ones among them.
         if getattr(self.model, "hf_device_map", None) is None:
             self.model.to(PartialState().device)
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        answers: list[Answer] = []
-        for start in range(0, len(requests), self.batch_size):
-            answers += self._answers(requests[start : start + self.batch_size])
-        for module in training:
-            module.training = True
-        return answers
-
-    def _answers(self, requests: Sequence[Request]) -> list[Answer]:
-        batch = encode(
-            self.processor,
-            [[{"role": "user", "content": self._harmless(request.text)}] for request in requests],
-            [request.images for request in requests],
-            add_generation_prompt=True,
-            padding_side="left",
-            names=[request.name for request in requests],
-        )
-        device = next(self.model.parameters()).device
-        output = self.model.generate(
-            **{key: value.to(device) for key, value in batch.items()},
+        rows = [
+            {"prompt": [{"role": "user", "content": self._harmless(request.text)}], "images": list(request.images)}
+            for request in requests
+        ]
+        names = [request.name for request in requests]
+        replies = generated(
+            Policy(self.model, self.processor),
+            prompt_batches(self.processor, rows, batch_size=self.batch_size, names=names),
             max_new_tokens=self.max_new_tokens,
             # Under ZeRO-3 `generate` would wait for the other processes, which may have nothing to ask.
             synced_gpus=False,
-            do_sample=False,
-            num_beams=1,
-            # What a checkpoint sets for sampling; `generate` would warn that it is not used.
-            temperature=None,
-            top_p=None,
-            top_k=None,
         )
-        ends = self.model.generation_config.eos_token_id
-        ends = torch.tensor([] if ends is None else ends, device=device).flatten()
-        new = output[:, batch["input_ids"].shape[1] :]  # (B, tokens)
-        texts = self.processor.batch_decode(new, skip_special_tokens=True)
-        ended = torch.isin(new, ends).any(1).tolist()
-        return [
-            answer(text) if is_whole else Answer(None, CUT_OFF) for text, is_whole in zip(texts, ended, strict=True)
-        ]
+        return [answer(reply.text) if reply.is_finished else Answer(None, CUT_OFF) for reply in replies]
 
     def _harmless(self, text: str) -> str:
         """The text without tokens that mean something to the processor: replies may spell them out."""

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from trl_vlm.data.rows import Row
 from trl_vlm.judges.judge import Comparison, Judge, Verdict
-from trl_vlm.pairs.samples import Sample, preference_row, sampled_replies
+from trl_vlm.models.generation import Reply
+from trl_vlm.pairs.samples import preference_row, sampled_replies
 from trl_vlm.pairs.source import Policy
 
 
@@ -81,7 +82,7 @@ class Judged:
         each = [verdicts[start : start + len(places)] for start in range(0, len(verdicts), len(places))]
         return [self._pair(*row) for row in zip(rows, samples, each, strict=True)]
 
-    def _pair(self, row: Row, samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> Row | None:
+    def _pair(self, row: Row, samples: Sequence[Reply], verdicts: Sequence[Verdict]) -> Row | None:
         decision = best_and_worst(verdicts, self.replies)
         if decision is None:
             self.dropped[

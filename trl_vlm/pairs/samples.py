@@ -2,14 +2,11 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import LogitsProcessorList
-
-from trl_vlm.data.encoding import encode
-from trl_vlm.data.rows import Row, row_images
+from trl_vlm.data.encoding import prompt_batches
+from trl_vlm.data.rows import Row
+from trl_vlm.models.generation import Reply, generated
 from trl_vlm.pairs.draws import GumbelSampler
 from trl_vlm.pairs.source import Policy, reference_reply, row_draws, row_key
 
@@ -18,13 +15,6 @@ ABOUT_OLD_REPLIES = ("rejected_extra", "chosen_spans", "rejected_spans", "margin
 
 EMPTY_SAMPLE = "the sample is empty"
 SAME_AS_REFERENCE = "the sample is the reference reply"
-
-
-class Sample(NamedTuple):
-    """One reply of the policy, and whether it came to its end within the tokens that it was given."""
-
-    text: str
-    is_finished: bool
 
 
 def sampled_replies(
@@ -36,11 +26,10 @@ def sampled_replies(
     max_new_tokens: int,
     seed: int,
     turn: int,
-) -> list[list[Sample]]:
+) -> list[list[Reply]]:
     """Several replies of the policy to each row, B lists; each reply has random draws of its own.
 
-    Differs from plain `generate`: of what a checkpoint sets for generation, the ends of sequence alone count, so these
-    are samples of softmax(logits / temperature).
+    These are samples of softmax(logits / temperature), whatever a checkpoint sets for generation.
 
     Raises:
         ValueError: A row's image is broken, or does not match its placeholders; the error names the row.
@@ -48,40 +37,14 @@ def sampled_replies(
     # Each row stands as often as it has replies: with `num_return_sequences`, LLaVA mixes up the images of a row that
     # has several.
     every = [(row, row_key(row, place)) for place, row in enumerate(rows) for _ in range(replies)]
-    batch = encode(
-        policy.processor,
-        [row["prompt"] for row, _ in every],
-        [row_images(row, name) for row, name in every],
-        add_generation_prompt=True,
-        padding_side="left",
-        names=[name for _, name in every],
-    )
-    device = policy.model.device
     draws = [row_draws(row, place, seed, turn) for place, row in enumerate(rows)]
     seeds = [draw.seed_of("reply", reply) for draw in draws for reply in range(replies)]
-    sampler = GumbelSampler(seeds, temperature)
-
-    def noise(input_ids: Tensor, scores: Tensor) -> Tensor:  # generate refuses processors with a third argument
-        return sampler(input_ids, scores)
-
-    output = policy.model.generate(
-        **{key: value.to(device) for key, value in batch.items()},
-        max_new_tokens=max_new_tokens,
-        logits_processor=LogitsProcessorList([noise]),
-        do_sample=False,
-        **PLAIN_GENERATION,
+    batches = prompt_batches(
+        policy.processor, [row for row, _ in every], batch_size=len(every), names=[name for _, name in every]
     )
-    new = output[:, batch["input_ids"].shape[1] :]  # (B * replies, tokens)
-    ends = policy.model.generation_config.eos_token_id
-    ends = torch.tensor([] if ends is None else ends, device=device).flatten()
-    texts = policy.processor.batch_decode(new, skip_special_tokens=True)
-    finished = torch.isin(new, ends).any(1).tolist()
-    samples = [Sample(text.strip(), end) for text, end in zip(texts, finished, strict=True)]
+    drawn = generated(policy, batches, max_new_tokens=max_new_tokens, sampler=GumbelSampler(seeds, temperature))
+    samples = [reply._replace(text=reply.text.strip()) for reply in drawn]
     return [samples[start : start + replies] for start in range(0, len(samples), replies)]
-
-
-# Settings of a checkpoint that change probabilities, or that `generate` would warn about without sampling.
-PLAIN_GENERATION = {"temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0, "num_beams": 1}
 
 
 def preference_row(row: Row, chosen: str, rejected: str, **said: Any) -> dict[str, Any]:
@@ -135,7 +98,7 @@ class SelfSamples:
             for row, reference, (sample,) in zip(rows, references, samples, strict=True)
         ]
 
-    def _pair(self, row: Row, reference: str, sample: Sample) -> Row | None:
+    def _pair(self, row: Row, reference: str, sample: Reply) -> Row | None:
         if not sample.text or sample.text == reference.strip():
             self.dropped[SAME_AS_REFERENCE if sample.text else EMPTY_SAMPLE] += 1
             return None

@@ -1,24 +1,15 @@
 """What a source of pairs is, and what it gets: rows, and a model that is ready to generate."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
-import torch
 from PIL.Image import Image
-from transformers import PreTrainedModel, ProcessorMixin
 
 from trl_vlm.data.images import load_image
 from trl_vlm.data.messages import message_text
 from trl_vlm.data.rows import ROW_NAME, Row, check_row, row_images
+from trl_vlm.models.generation import Policy
 from trl_vlm.pairs.draws import Draws
-
-
-class Policy(NamedTuple):
-    """The model that makes replies, ready for it: evaluation mode, adapters on, gathered if it is sharded."""
-
-    model: PreTrainedModel
-    processor: ProcessorMixin
 
 
 class PairSource(Protocol):
@@ -34,7 +25,8 @@ class PairSource(Protocol):
         Args:
             rows: B rows with `prompt`, `images` and, where a source needs a reference reply, `completion` (or else
                 `chosen`). `row_name` is what errors call a row and what its random draws hang on.
-            policy: The model that makes the replies.
+            policy: The model that makes the replies, ready for it: evaluation mode, adapters on, gathered if it is
+                sharded.
             turn: How many times this data set has been gone through; another turn, other draws.
 
         Returns:
@@ -90,27 +82,3 @@ def images_of(row: Row, name: str, max_pixels: int | None) -> list[Image]:
         load_image(image, name=f"{name}, image {place}", max_pixels=max_pixels)
         for place, image in enumerate(row_images(row, name))
     ]
-
-
-@contextmanager
-def generating(model: PreTrainedModel) -> Iterator[None]:
-    """Within this context an unsharded model generates: evaluation mode, key-value cache, no gradient.
-
-    Evaluation mode also switches gradient checkpointing off, since transformers checkpoints in training mode alone.
-    Afterwards every module is in the mode it was in, and the configuration says what it said.
-    """
-    training = [module for module in model.modules() if module.training]
-    configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
-    # hasattr: few families still keep `use_cache` in the outer configuration; `Trainer` writes it there.
-    before = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
-    model.eval()
-    for config, _ in before:
-        config.use_cache = True
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for config, use_cache in before:
-            config.use_cache = use_cache
-        for module in training:
-            module.training = True

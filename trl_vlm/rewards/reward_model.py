@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 
 from trl_vlm.data.encoding import encode
 from trl_vlm.data.facts import JUDGE_TEMPLATE_FILE, JudgeTemplate, judge_messages
+from trl_vlm.models.generation import evaluating
 from trl_vlm.models.processors import control_tokens, load_processor
 from trl_vlm.models.reward_model import load_reward_model
 from trl_vlm.models.unsharded import is_sharded, unsharded_loading
@@ -190,14 +191,8 @@ class RewardModelReward:
         # transformers sets `hf_device_map` on models that it placed itself, quantised ones among them.
         if getattr(self.model, "hf_device_map", None) is None:
             self.model.to(self.device if self.device is not None else PartialState().device)
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module in training:
-                module.training = True
+        with evaluating(self.model):
+            yield
 
 
 def _load_template(source: str, hub: dict[str, Any]) -> JudgeTemplate:

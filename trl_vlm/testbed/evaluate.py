@@ -1,7 +1,6 @@
 """The evaluation loop of the testbed: captions, greedy and sampled, and yes / no questions, scored by the oracle."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from trl_vlm.evaluation.chair import chair
 from trl_vlm.evaluation.pope import answers_from_logits, pope
+from trl_vlm.models.generation import Policy, evaluating, generated
 from trl_vlm.testbed.datasets import user
 from trl_vlm.testbed.oracle import find_objects
 from trl_vlm.testbed.processor import encode_texts
@@ -84,23 +84,24 @@ def generate_captions(
     Torch's global generator is left as it was.
     """
     request = encode_texts(processor, [[user(REQUEST)]]).input_ids  # (1, T): the same for all
-    choice = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
-    )
-    replies: list[str] = []
-    with _inference(model), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+
+    def batches() -> Iterator[dict[str, Tensor]]:
         for pixels in _pixels(processor, images).split(batch):
-            ids = request.expand(len(pixels), -1).to(model.device)
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                pixel_values=pixels.to(model.device, model.dtype),
-                max_new_tokens=max_new_tokens,
-                **choice,
-            )
-            replies += processor.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-    return replies
+            ids = request.expand(len(pixels), -1)
+            yield {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "pixel_values": pixels.to(model.dtype),
+            }
+
+    replies = generated(
+        Policy(model, processor),
+        batches(),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature if sample else 0.0,
+        seed=seed if sample else None,
+    )
+    return [reply.text for reply in replies]
 
 
 def caption_sampler(
@@ -152,7 +153,7 @@ def answer_questions(
     position = {id(image): index for index, image in enumerate(distinct)}
     pixels = _pixels(processor, distinct)[[position[id(image)] for image in images]]
     answers: list[str] = []
-    with _inference(model):
+    with evaluating(model):
         for ids, values in zip(texts.input_ids.split(batch), pixels.split(batch), strict=True):
             values = values.to(model.device, model.dtype)
             logits = model(input_ids=ids.to(model.device), pixel_values=values, logits_to_keep=1).logits[:, -1]
@@ -166,14 +167,3 @@ def _pixels(processor: LlavaProcessor, images: Sequence[Image]) -> Tensor:
 
 def _named(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
-
-
-@contextmanager
-def _inference(model: LlavaForConditionalGeneration) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

@@ -21,7 +21,7 @@ prompt and kept tokens written out; `tests/models/continuation/test_continuation
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from trl_vlm.models import _transformers
 from trl_vlm.models.continuation.caches import share_out
+from trl_vlm.models.generation import Sampler, ends_of_reply
 from trl_vlm.models.image_features import ImageFeatures
 from trl_vlm.models.image_tokens import image_token_id
 from trl_vlm.models.masked_images import check_hidden
@@ -51,14 +52,6 @@ class Job(NamedTuple):
 
 # Called with a job's number and its new tokens so far, after each of them; True ends the job.
 Stop = Callable[[int, list[int]], bool]
-
-
-class Sampler(Protocol):
-    """Scores whose argmax is the next token: `trl_vlm.pairs.draws.GumbelSampler`."""
-
-    def __call__(self, input_ids: None, scores: Tensor, sequences: Sequence[int]) -> Tensor:
-        """Returns (N, V) for the logits (N, V), in float32, of the jobs numbered `sequences`."""
-        ...
 
 
 def why_not_continuable(model: PreTrainedModel) -> str | None:
@@ -132,7 +125,7 @@ class Continuations:
         last = torch.tensor([self._rows.prompts[job.row] + job.cut - 1 for job in jobs], device=hidden.device)
         room = 1 + max_new_tokens + max(len(job.forced) for job in jobs)
         cache, seen = self._prefill(hidden, row, last, room)
-        decoding = _Decoding(jobs, max_new_tokens, stop, sampler, _ends_of_sequence(self._model))
+        decoding = _Decoding(jobs, max_new_tokens, stop, sampler, set(ends_of_reply(self._model)))
         tokens, positions = self._rows.ids[row, last], self._rows.positions[..., row, last]
         while True:
             seen = pad(seen, (0, 1), value=True)
@@ -272,11 +265,6 @@ def _all_see_all(config: PreTrainedConfig, length: int) -> bool:
     window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
     slides = "sliding_attention" in (text.get("layer_types") or ["sliding_attention"])
     return window is None or not slides or length <= window
-
-
-def _ends_of_sequence(model: PreTrainedModel) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list) else {ends}
 
 
 class _Decoding:

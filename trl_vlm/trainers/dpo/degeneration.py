@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from trl_vlm.models.generation import Policy, Reply, generated
 from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX
 from trl_vlm.trainers import _trl
 
@@ -41,36 +42,26 @@ class DegenerationWatch(TrainerCallback):
 
     def _log(self) -> None:
         replies = self._replies()
-        lengths = [len(reply) for reply in replies]
+        lengths = [len(reply.tokens) for reply in replies]
         length = sum(lengths) / len(lengths)
         if self.length_before is None:
             self.length_before = length
-        limit = self.trainer.args.degeneration_max_new_tokens
         measured = {
             "degeneration/length_tokens": length,
             "degeneration/length_ratio": length / max(self.length_before, 1.0),
-            "degeneration/repeats": sum(map(repeat_rate, replies)) / len(replies),
-            "degeneration/unfinished": sum(count >= limit for count in lengths) / len(lengths),
+            "degeneration/repeats": sum(repeat_rate(reply.tokens) for reply in replies) / len(replies),
+            "degeneration/unfinished": sum(not reply.is_finished for reply in replies) / len(replies),
         }
         # TRL's `log` writes these with its own metrics of the step.
         self.trainer._metrics["train"] |= {name: [value] for name, value in measured.items()}
 
-    def _replies(self) -> list[list[int]]:
-        """Token ids of greedy replies, without the token that ends them. Every process generates the same."""
+    def _replies(self) -> list[Reply]:
+        """Greedy replies; every process generates the same."""
         trainer, args = self.trainer, self.trainer.args
         prompts = trainer._prepare_inputs(self._prompts())
-        was_training = trainer.model.training
-        trainer.model.eval()
-        with (
-            torch.no_grad(),
-            _trl.disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs),
-            _trl.unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model,
-        ):
-            tokens = model.generate(**prompts, do_sample=False, max_new_tokens=args.degeneration_max_new_tokens)
-            ends = model.generation_config.eos_token_id
-        trainer.model.train(was_training)
-        ends = set(ends if isinstance(ends, list) else [ends]) | {trainer._tokenizer.eos_token_id}
-        return [_up_to(reply, ends) for reply in tokens[:, prompts["input_ids"].size(1) :].tolist()]
+        with _trl.unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+            policy = Policy(model, trainer.processing_class)
+            return generated(policy, [prompts], max_new_tokens=args.degeneration_max_new_tokens)
 
     def _prompts(self) -> dict[str, Tensor]:
         """The first rows of the training data, prompts only, left padded."""
@@ -94,7 +85,3 @@ class DegenerationWatch(TrainerCallback):
 def _left_padded(rows: list[Tensor], padding: int) -> Tensor:
     width = max(map(len, rows))
     return torch.stack([torch.cat([row.new_full((width - len(row),), padding), row]) for row in rows])
-
-
-def _up_to(tokens: list[int], ends: set[int | None]) -> list[int]:
-    return next((tokens[:place] for place, token in enumerate(tokens) if token in ends), tokens)

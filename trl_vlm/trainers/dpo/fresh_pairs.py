@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin, Trainer
 
 from trl_vlm.data.rows import IMAGE_COLUMNS, ROW_NAME, Row
-from trl_vlm.pairs.source import PairSource, Policy, generating
+from trl_vlm.models.generation import Policy, generating
+from trl_vlm.pairs.source import PairSource
 from trl_vlm.trainers import _trl
 from trl_vlm.trainers.dpo.collator import PreferenceCollator
 from trl_vlm.trainers.ppo.rollout_rows import check_rollout_rows

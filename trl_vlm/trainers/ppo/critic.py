@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig
 
+from trl_vlm.models.generation import forked_generators
 from trl_vlm.models.reward_model import load_reward_model, reward_model_class
 from trl_vlm.trainers.ppo.joint_forward import CRITIC, zero_head_
 
@@ -44,7 +45,7 @@ def make_critic(
     """
     if peft_config is None and isinstance(policy, PeftModel):
         peft_config = policy.active_peft_config
-    with torch.random.fork_rng():
+    with forked_generators(policy.device):
         torch.manual_seed(seed)
         if isinstance(value_model, nn.Module):
             critic = value_model

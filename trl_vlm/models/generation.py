@@ -1,0 +1,224 @@
+"""The one loop that samples replies, and what "plain sampling" means in this package.
+
+Plain sampling is sampling from the model itself, softmax(logits / temperature), or greedy decoding. Of the
+`generation_config` that a checkpoint brings along, the special tokens alone count: where a reply ends, and what it is
+padded with. All else (`repetition_penalty`, `top_k`, `top_p`, `min_p`, `temperature`, `num_beams`, `min_new_tokens`,
+forced and suppressed tokens, ...) is reset, since it would make the replies of two checkpoints incomparable, and the
+samples those of another distribution than the one whose log-probabilities are trained.
+
+Judges, evaluation, pair sources, the watch of the DPO trainer and the testbed all reply through `generated`.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+
+class Policy(NamedTuple):
+    """A model that makes replies, and its processor (a tokenizer, if it reads no images)."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+
+
+class Reply(NamedTuple):
+    """What a model replied.
+
+    tokens: Token ids, without the one that ends the reply.
+    text: The tokens as text, without special tokens.
+    is_finished: Whether the reply came to its end within the tokens that it was given.
+    """
+
+    tokens: list[int]
+    text: str
+    is_finished: bool
+
+
+class Sampler(Protocol):
+    """Scores whose argmax is the next token: `trl_vlm.pairs.draws.GumbelSampler`."""
+
+    def __call__(self, input_ids: None, scores: Tensor, sequences: Sequence[int]) -> Tensor:
+        """Returns (N, V) for the logits (N, V) of the sequences numbered `sequences`."""
+        ...
+
+
+def generated(
+    policy: Policy,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    sampler: Sampler | None = None,
+    synced_gpus: bool | None = None,
+) -> list[Reply]:
+    """One reply to each prompt: greedy, or plain samples; see the module's docstring.
+
+    Args:
+        policy: The model, in whatever mode; it is put into evaluation mode for the time.
+        batches: What the processor made of the prompts, padded on the left, ending with the opening of the
+            assistant's turn: `trl_vlm.data.encoding.prompt_batches`.
+        max_new_tokens: Longest reply, in tokens.
+        temperature: 0 is greedy decoding.
+        seed: Of the samples, needed at temperatures above 0; torch's global generators are left as they were.
+        sampler: Chooses the tokens instead; replies are numbered from 0 over all batches.
+        synced_gpus: As for `generate`; False where processes generate apart from each other.
+
+    Returns:
+        The replies in the order of the prompts.
+
+    Raises:
+        ValueError: A batch is padded on the right, or the arguments contradict each other.
+    """
+    if temperature < 0 or (temperature > 0) != (seed is not None) or (sampler is not None and seed is not None):
+        raise ValueError(
+            f"`temperature` is {temperature}, `seed` is {seed}, and there is {'a' if sampler else 'no'} `sampler`. "
+            "Greedy decoding has neither temperature nor seed, samples have both, and a sampler has its own."
+        )
+    model = policy.model
+    config = _plain_config(policy, max_new_tokens, temperature)
+    replies: list[Reply] = []
+    with generating(model), _plain(model, config), _draws(model, seed):
+        for batch in batches:
+            if not batch["attention_mask"][:, -1].all():
+                raise ValueError(
+                    "Prompts to be continued must be padded on the left; encode with padding_side='left'."
+                )
+            inputs = {name: value.to(model.device) for name, value in batch.items()}
+            sequences = range(len(replies), len(replies) + len(batch["input_ids"]))
+            output = model.generate(
+                **inputs,
+                generation_config=config,
+                # Left out where nothing is said: a model may come with a `generate` that knows better.
+                **({} if synced_gpus is None else {"synced_gpus": synced_gpus}),
+                **({} if sampler is None else {"logits_processor": _chosen_by(sampler, sequences)}),
+            )
+            new = output[:, batch["input_ids"].size(1) :].tolist()  # (B, tokens)
+            replies += [_reply(tokens, config, policy.processor) for tokens in new]
+    return replies
+
+
+def ends_of_reply(model: nn.Module, processor: ProcessorMixin | PreTrainedTokenizerBase | None = None) -> list[int]:
+    """Ids of the tokens that end a reply: those of the model's `generation_config`, or else its tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    if ends is None and processor is not None:
+        ends = _tokenizer(processor).eos_token_id
+    if ends is None:
+        return []
+    return list(ends) if isinstance(ends, list | tuple) else [ends]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this context a model is in evaluation mode and makes no gradient; then each module is as it was.
+
+    Evaluation mode also switches gradient checkpointing off, since transformers checkpoints in training mode alone.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def generating(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context an unsharded model generates: evaluation mode, key-value cache, no gradient.
+
+    Afterwards every module is in the mode it was in, and the configuration says what it said.
+    """
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
+    # hasattr: few families still keep `use_cache` in the outer configuration; `Trainer` writes it there.
+    before = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
+    for config, _ in before:
+        config.use_cache = True
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        for config, use_cache in before:
+            config.use_cache = use_cache
+
+
+def _tokenizer(processor: ProcessorMixin | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    return processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+
+
+def _plain_config(policy: Policy, max_new_tokens: int, temperature: float) -> GenerationConfig:
+    given = policy.model.generation_config
+    # What is None would be filled with transformers' defaults, and among those is top_k=50.
+    sampling = {"temperature": float(temperature), "top_k": 0, "top_p": 1.0} if temperature else {}
+    pad = given.pad_token_id
+    return GenerationConfig(
+        bos_token_id=given.bos_token_id,
+        eos_token_id=ends_of_reply(policy.model, policy.processor) or None,
+        pad_token_id=pad if pad is not None else _tokenizer(policy.processor).pad_token_id,
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        num_beams=1,
+        **sampling,
+    )
+
+
+@contextmanager
+def _plain(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """The model with `config` as its own: `generate` fills what a passed configuration leaves open from there."""
+    # hasattr: importing peft for an isinstance takes seconds, which a model without adapters can spare.
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    given = inner.generation_config
+    inner.generation_config = config
+    try:
+        yield
+    finally:
+        inner.generation_config = given
+
+
+@contextmanager
+def _draws(model: PreTrainedModel, seed: int | None) -> Iterator[None]:
+    """Torch's generators of the CPU and of the model's device, seeded, and then as they were."""
+    device = torch.device(model.device)
+    with nullcontext() if seed is None else forked_generators(device):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def forked_generators(device: torch.device) -> Iterator[None]:
+    """Torch's generators of the CPU and of one device are afterwards as they were.
+
+    `torch.random.fork_rng` without `devices` saves those of all devices, in every process, and warns.
+    """
+    if device.type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            yield
+    else:
+        with torch.random.fork_rng(devices=[device], device_type=device.type):
+            yield
+
+
+def _chosen_by(sampler: Sampler, sequences: Sequence[int]) -> LogitsProcessorList:
+    def chosen(input_ids: Tensor, scores: Tensor) -> Tensor:  # generate refuses processors with a third argument
+        return sampler(None, scores, sequences)
+
+    return LogitsProcessorList([chosen])
+
+
+def _reply(tokens: list[int], config: GenerationConfig, processor: ProcessorMixin) -> Reply:
+    ends = config.eos_token_id or []
+    length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    text = processor.decode(tokens[:length], skip_special_tokens=True)
+    return Reply(tokens[:length], text, is_finished=length < len(tokens))

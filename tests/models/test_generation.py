@@ -1,10 +1,12 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import GenerationConfig
 
 from tests.families import build, image
 from trl_vlm.data.encoding import prompt_batches
-from trl_vlm.models.generation import Policy, ends_of_reply, evaluating, generated, generating
+from trl_vlm.models.generation import Policy, ends_of_reply, evaluating, forked_generators, generated, generating
 
 ROWS = [
     {"prompt": [{"role": "user", "content": "What is it? " * (1 + 3 * place)}], "images": images}
@@ -104,3 +106,12 @@ def test_afterwards_a_model_is_as_it_was(llava, context):
     finally:
         model.config.get_text_config().use_cache = True
         model.eval()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_the_generators_of_other_devices_are_not_touched(monkeypatch, device):
+    asked = []
+    monkeypatch.setattr(torch.random, "fork_rng", lambda **options: asked.append(options) or nullcontext())
+    with forked_generators(torch.device(device)):
+        pass
+    assert asked == [{"devices": []} if device == "cpu" else {"devices": [torch.device(device)], "device_type": "cuda"}]

@@ -114,4 +114,5 @@ def test_the_generators_of_other_devices_are_not_touched(monkeypatch, device):
     monkeypatch.setattr(torch.random, "fork_rng", lambda **options: asked.append(options) or nullcontext())
     with forked_generators(torch.device(device)):
         pass
-    assert asked == [{"devices": []} if device == "cpu" else {"devices": [torch.device(device)], "device_type": "cuda"}]
+    chosen = {"devices": []} if device == "cpu" else {"devices": [torch.device(device)], "device_type": "cuda"}
+    assert asked == [chosen]

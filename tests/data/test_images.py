@@ -1,11 +1,16 @@
 import io
+import socket
+import struct
+import subprocess
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from tests.families import image
-from trl_vlm.data.images import load_image
+from trl_vlm.data.errors import RowError
+from trl_vlm.data.images import FORMATS, load_image
 
 
 def encoded(picture=None, kind="PNG", **options):
@@ -105,3 +110,133 @@ def test_what_is_no_image_is_an_error_that_names_the_row():
         load_image({"bytes": None, "path": None}, name="row 6")
     with pytest.raises(TypeError, match="row 6: an image came as ndarray"):
         load_image(np.zeros((4, 4, 3)), name="row 6")
+
+
+RAMP = np.linspace(0, 1, 256).reshape(8, 32)
+
+
+def levels(value):
+    return np.asarray(load_image(value, name="row 0"))[..., 0].astype(int)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_a_grey_image_of_16_bits_keeps_its_shades(kind):
+    deep = Image.fromarray((RAMP * 65535).round().astype(np.uint16))
+    assert np.abs(levels(encoded(deep, kind)) - RAMP * 255).max() <= 1
+    assert np.abs(levels(deep) - RAMP * 255).max() <= 1
+    big_endian = Image.frombytes("I;16B", (32, 8), (RAMP * 65535).round().astype(">u2").tobytes())
+    assert np.abs(levels(big_endian) - RAMP * 255).max() <= 1
+
+
+@pytest.mark.parametrize("scale", [1, 255])
+def test_a_floating_point_image_keeps_its_shades(scale):
+    floats = Image.fromarray((RAMP * scale).astype(np.float32))
+    assert np.abs(levels(encoded(floats, "TIFF")) - RAMP * 255).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.float32([[0.0, 3000.0]]),
+        np.float32([[-1.0, 1.0]]),
+        np.float32([[0.0, np.nan]]),
+        np.float32([[0.0, np.inf]]),
+        np.int32([[0, 70_000]]),
+        np.int32([[-5, 5]]),
+    ],
+)
+def test_values_without_a_known_range_are_refused_and_never_clipped(values):
+    with pytest.raises(RowError, match="row 0: the values of the image run from .* Save it with 8 bits"):
+        load_image(encoded(Image.fromarray(values), "TIFF"), name="row 0")
+
+
+def test_a_16_bit_image_taken_sideways_is_turned_too():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.fromarray((RAMP * 65535).astype(np.uint16))
+    assert load_image(encoded(deep, "PNG", exif=exif), name="row 0").size == (8, 32)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n0 0 10 10 rectfill\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "SGI", "DDS", "ICNS"])
+def test_formats_that_are_not_listed_are_not_opened(kind, monkeypatch, tmp_path):
+    def start(*_, **__):
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    path = tmp_path / "photo.png"
+    path.write_bytes(EPS if kind == "EPS" else encoded(image(0, 32, 32), kind))
+    for value in (path, path.read_bytes(), {"bytes": path.read_bytes(), "path": "photo.png"}):
+        with pytest.raises(RowError, match="row 1: .* is not an image that Pillow can read"):
+            load_image(value, name="row 1")
+    if kind == "EPS":
+        with pytest.raises(RowError, match="row 1: the image is a file of the format EPS"):
+            load_image(Image.open(path), name="row 1")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO"])
+def test_formats_that_are_listed_are_opened(kind):
+    assert kind in FORMATS
+    assert load_image(encoded(image(0, 32, 32), kind), name="row 1").size == (32, 32)
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def test_a_png_with_a_mebibyte_of_text_is_an_error_that_names_the_row():
+    text = zlib.compress(bytes(PngImagePlugin.MAX_TEXT_CHUNK + 1))
+    whole = encoded()
+    end = len(whole) - 12
+    bomb = whole[:33] + chunk(b"zTXt", b"comment\x00\x00" + text) + whole[33:end] + whole[end:]
+    with pytest.raises(RowError, match="row 8: its bytes cannot be decoded .*too large"):
+        load_image(bomb, name="row 8")
+
+
+def test_a_colour_space_that_pillow_cannot_convert_is_an_error_that_names_the_row():
+    with pytest.raises(RowError, match="row 8: the image cannot be decoded"):
+        load_image(Image.new("La", (4, 4)), name="row 8")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO"])
+def test_whatever_damage_gives_an_image_or_an_error_that_names_the_row(kind):
+    whole, draw = encoded(image(0, 48, 48), kind), np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for place in draw.integers(0, min(len(whole), 200), size=4):
+            damaged[place] = draw.integers(256)
+        try:
+            assert load_image(bytes(damaged), name="row 9", max_pixels=10**6).mode == "RGB"
+        except RowError as error:
+            assert str(error).startswith("row 9: ")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://127.0.0.1:9/a.png",
+        "HTTPS://host/a.png",
+        "ftp://host/a.png",
+        "hf://datasets/owner/name/a.png",
+        "s3://bucket/a.png",
+        "file:///etc/a.png",
+        "zip://a.png::http://host/b.zip",
+        "data:image/png;base64,iVBORw0KGgo=",
+    ],
+)
+def test_no_address_is_opened(address, monkeypatch):
+    def connect(*_, **__):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    for value in (address, {"bytes": None, "path": address}):
+        with pytest.raises(RowError, match="row 6: .* is an address, and training opens no network connection"):
+            load_image(value, name="row 6")
+
+
+@pytest.mark.parametrize("path", ["a" * 300 + ".png", "a\x00b.png", "/dev/zero", "."])
+def test_names_that_are_no_file_are_errors_that_name_the_row(path):
+    with pytest.raises(RowError, match="row 6: there is no image file"):
+        load_image(path, name="row 6")

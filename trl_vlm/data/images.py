@@ -1,23 +1,51 @@
 """Images of a row: from whatever a dataset holds to a verified RGB image, or an error that names the row."""
 
 import io
+import re
+import struct
 import warnings
+import zlib
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from trl_vlm.data.errors import RowError, RowTypeError
 
 # Pillow's own threshold for a decompression bomb: about 89 million pixels, three bytes each once decoded.
 MAX_IMAGE_PIXELS = 1024 * 1024 * 1024 // 4 // 3
+# Formats that hold pixels and nothing else. Pillow knows more: for EPS it starts Ghostscript, and some others are read
+# by code that hardly anybody uses.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
+IS_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
+# What Pillow's decoders raise on damaged files: a PNG is a SyntaxError, its overlong text a ValueError, and so on.
+DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # one channel of more than 8 bits
 
 
 def load_image(value: Any, *, name: str, max_pixels: int | None = MAX_IMAGE_PIXELS) -> Image.Image:
     """Returns the image as a decoded RGB `PIL.Image`, turned upright as its EXIF data say.
 
-    The size is read from the header and checked before anything is decoded.
+    The size is read from the header and checked before anything is decoded. Grey images of 16 bits, and floating-point
+    ones with values up to 1 or up to 255, are scaled to 8 bits; other ranges are refused, since Pillow would clip them
+    to white or black.
 
     Args:
         value: A `PIL.Image`, a path, the bytes of an image file, or a dictionary {"bytes": ..., "path": ...} as
@@ -26,8 +54,8 @@ def load_image(value: Any, *, name: str, max_pixels: int | None = MAX_IMAGE_PIXE
         max_pixels: Width times height at most; None lifts our limit (Pillow's own, twice `MAX_IMAGE_PIXELS`, stays).
 
     Raises:
-        RowError: The file is missing, empty, truncated, no image, or too large; a `ValueError`.
-        RowTypeError: `value` is none of the above; a `TypeError` as well.
+        RowError: The file is missing, empty, truncated, no image of a known format, or too large. A `ValueError`.
+        RowTypeError: `value` is none of the above. A `TypeError` too.
     """
     try:
         with warnings.catch_warnings():
@@ -35,24 +63,59 @@ def load_image(value: Any, *, name: str, max_pixels: int | None = MAX_IMAGE_PIXE
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = _opened(value, name)
         _check_size(image, name, max_pixels)
-        upright = ImageOps.exif_transpose(image)
-        return upright.convert("RGB")
+        return as_rgb(ImageOps.exif_transpose(image), name)
+    except RowError:
+        raise
     except Image.DecompressionBombError as error:
-        raise RowError(f"{name}: {error}. Scale the image down before training.") from error
+        raise RowError(f"{name}: {error}. Scale the image down before training.", "too large") from error
     except UnidentifiedImageError as error:
         raise RowError(
-            f"{name}: {_origin(value)} is not an image that Pillow can read. Remove or replace the file."
+            f"{name}: {_origin(value)} is not an image that Pillow can read. Remove or replace the file. "
+            f"Formats: {', '.join(FORMATS)}."
         ) from error
-    except (OSError, SyntaxError, EOFError) as error:  # Pillow reports a damaged PNG as a SyntaxError
+    except DECODER_ERRORS as error:
         raise RowError(
             f"{name}: {_origin(value)} cannot be decoded ({error}); the file is damaged or cut short. "
             "Download it again, or remove the row."
         ) from error
 
 
+def open_image(file: str | PathLike | io.BytesIO) -> Image.Image:
+    """Opens a file or bytes in one of `FORMATS`; pixels stay undecoded."""
+    return Image.open(file, formats=_formats())
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(format_ for format_ in FORMATS if format_ in Image.OPEN)
+
+
+def as_rgb(image: Image.Image, name: str) -> Image.Image:
+    """The image in RGB, 8 bits per channel; more bits are scaled by the range that the format defines."""
+    if image.mode not in DEEP_MODES:
+        return image.convert("RGB")
+    values = np.asarray(image).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    # Pillow opens a PNG of 16 bits as "I;16", and did as "I" before version 11.
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    if is_16_bit:
+        values *= 255 / 65535
+    elif image.mode == "F" and low >= 0 and high <= 1:
+        values *= 255
+    elif not (low >= 0 and high <= 255):  # also with a NaN
+        raise RowError(
+            f"{name}: the values of the image run from {low:g} to {high:g} (mode {image.mode!r}), a range that does "
+            "not say what is black and what is white. Save it with 8 bits per channel, as PNG or JPEG."
+        )
+    return Image.fromarray((values + 0.5).astype(np.uint8)).convert("RGB")
+
+
 def _opened(value: Any, name: str) -> Image.Image:
     """The image with its header read; pixels may still be undecoded."""
     if isinstance(value, Image.Image):
+        _check_format(value, name)
         return value
     if isinstance(value, dict):
         if value.get("bytes") is not None:
@@ -61,13 +124,13 @@ def _opened(value: Any, name: str) -> Image.Image:
             value = value["path"]
         else:
             raise RowError(
-                f"{name}: the image dictionary has neither 'bytes' nor 'path' (keys: {sorted(value)}). "
+                f"{name}: the image dictionary has neither 'bytes' nor 'path' (keys: {sorted(map(str, value))}). "
                 "Fill one of the two, or leave the image out of the row's list."
             )
     if isinstance(value, bytes | bytearray):
         if not value:
             raise RowError(f"{name}: the image has zero bytes. Remove the row, or store the image again.")
-        return Image.open(io.BytesIO(value))
+        return open_image(io.BytesIO(value))
     if isinstance(value, str | PathLike):
         return _opened_file(value, name)
     raise RowTypeError(
@@ -77,20 +140,37 @@ def _opened(value: Any, name: str) -> Image.Image:
 
 
 def _opened_file(path: str | PathLike, name: str) -> Image.Image:
-    if str(path).startswith(("http://", "https://")):
+    if IS_ADDRESS.match(str(path)):
         raise RowError(
-            f"{name}: {str(path)!r} is an address, and training opens no network connection. "
+            f"{name}: {str(path)[:200]!r} is an address, and training opens no network connection. "
             "Download the images first and put their paths into the row."
         )
     file = Path(path)
-    if not file.is_file():
+    if not is_file(file):
         raise RowError(
-            f"{name}: there is no image file {str(path)!r}. "
+            f"{name}: there is no image file {str(path)[:400]!r}. "
             "Relative paths start at the working directory; check the path, or remove the row."
         )
     if file.stat().st_size == 0:
         raise RowError(f"{name}: the image file {str(path)!r} has zero bytes. Download it again, or remove the row.")
-    return Image.open(file)
+    return open_image(file)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; of a name that no file can have, False."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, forbidden to look at, or with a zero byte
+        return False
+
+
+def _check_format(image: Image.Image, name: str) -> None:
+    """A `PIL.Image` that somebody else opened may still have to be decoded."""
+    if image.format is not None and image.format not in FORMATS and isinstance(image, ImageFile.ImageFile):
+        raise RowError(
+            f"{name}: the image is a file of the format {image.format}, which is not decoded here. "
+            f"Save it as one of {', '.join(FORMATS)}."
+        )
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int | None) -> None:
@@ -108,5 +188,5 @@ def _origin(value: Any) -> str:
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, str | PathLike):
-        return f"the file {str(value)!r}"
+        return f"the file {str(value)[:400]!r}"
     return "the image" if isinstance(value, Image.Image) else "its bytes"

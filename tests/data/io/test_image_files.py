@@ -1,4 +1,5 @@
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,75 @@ def test_what_is_no_image_is_refused(tmp_path, value, fault):
 def test_without_a_folder_the_error_says_how_to_name_one():
     with pytest.raises(BadRecord, match="Name the folder of images .*--images"):
         stored_image("gone.png")
+
+
+def saved(folder, name, kind="PNG"):
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (12, 8), "blue").save(folder / name, format=kind)
+    return folder / name
+
+
+@pytest.mark.parametrize("embed", [True, False])
+@pytest.mark.parametrize(
+    "form", ["../secret.png", "{outside}/secret.png", "a/../../secret.png", "link.png", "far/secret.png"]
+)
+def test_no_name_leads_out_of_the_folder_of_images(tmp_path, form, embed):
+    secret = saved(tmp_path, "secret.png")
+    folder = image_folder(tmp_path / "images" / "a", "b.png").parent
+    (folder / "link.png").symlink_to(secret)
+    (folder / "far").symlink_to(tmp_path)
+    name = form.format(outside=tmp_path)
+    for value in (name, {"bytes": None, "path": name}):
+        with pytest.raises(BadRecord, match="image is outside the folder of images: .*secret.png"):
+            stored_image(value, folder=folder, embed=embed)
+
+
+def test_links_within_the_folder_a_linked_folder_and_a_download_of_the_hub_are_read(tmp_path):
+    folder = image_folder(tmp_path / "images", "a.png")
+    (folder / "b.png").symlink_to(folder / "a.png")
+    (tmp_path / "elsewhere").symlink_to(folder)
+    assert stored_image("b.png", folder=tmp_path / "elsewhere")["path"] == str(folder / "a.png")
+    assert stored_image(str(folder / "a.png"), folder=folder)["path"] == str(folder / "a.png")
+    blob = saved(tmp_path / "hub" / "blobs", "0123")
+    snapshot = tmp_path / "hub" / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    (snapshot / "c.png").symlink_to(blob)
+    assert stored_image("c.png", folder=snapshot, embed=True)["path"] == "c.png"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "wanted"),
+    [
+        ("run.py", "PNG", "run.png"),
+        ("photo.jpg", "PNG", "photo.png"),
+        ("photo.JPEG", "JPEG", "photo.JPEG"),
+        ("photo.tiff", "TIFF", "photo.tiff"),
+        ("photo", "WEBP", "photo.webp"),
+        ("a.b.png", "PNG", "a.b.png"),
+        ("Straße 5.png", "PNG", "Straße 5.png"),
+        ("c:\\photos\\a.exe", "PNG", "a.png"),
+        (".bashrc", "PNG", None),
+        ("..", "PNG", None),
+        ("a\nb.png", "PNG", None),
+        ("a;rm -rf $HOME.png", "PNG", None),
+        ("x" * 300 + ".png", "PNG", None),
+        ("x." + "y" * 300, "PNG", "x.png"),
+        (3, "PNG", "3.png"),
+    ],
+)
+def test_an_embedded_image_has_a_plain_name_with_the_suffix_of_its_format(name, kind, wanted):
+    buffer = io.BytesIO()
+    Image.new("RGB", (12, 8), "blue").save(buffer, format=kind)
+    path = stored_image({"bytes": buffer.getvalue(), "path": name})["path"]
+    assert path == wanted or (wanted is None and re.fullmatch(r"[0-9a-f]{24}\.png", path))
+
+
+def test_a_file_with_the_wrong_suffix_is_embedded_with_the_right_one(tmp_path):
+    saved(tmp_path, "photo.py")
+    assert stored_image("photo.py", folder=tmp_path, embed=True)["path"] == "photo.png"
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "a\0b.png", "a/" * 3000])
+def test_a_name_that_no_file_can_have_is_a_file_that_is_not_there(tmp_path, name):
+    with pytest.raises(BadRecord, match="image file not found"):
+        stored_image(name, folder=tmp_path)

@@ -8,6 +8,8 @@ from typing import Any
 
 from datasets import Image, List, Value
 
+from trl_vlm.data.errors import RowError
+
 IMAGE_MENTION = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -20,7 +22,7 @@ PROMPT_COLUMNS = {"images": List(Image()), "prompt": MESSAGES}
 PREFERENCE_COLUMNS = {**PROMPT_COLUMNS, "chosen": MESSAGES, "rejected": MESSAGES}
 
 
-class BadRecord(ValueError):
+class BadRecord(RowError):
     """A record that cannot become a row.
 
     Args:
@@ -29,7 +31,7 @@ class BadRecord(ValueError):
     """
 
     def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
+        super().__init__(f"{reason}: {detail}" if detail else reason, reason)
         self.reason = reason
         self.detail = detail
 

@@ -1,6 +1,8 @@
 """Images of a record as a data set stores them: `{"bytes", "path"}`, found and seen to be images."""
 
+import hashlib
 import io
+import re
 import warnings
 from collections.abc import Mapping
 from os import PathLike
@@ -10,6 +12,12 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from trl_vlm.data.converters.records import BadRecord, present_image
+from trl_vlm.data.images import DECODER_ERRORS, IS_ADDRESS, is_file, open_image
+
+SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}  # of other formats, their name
+SAME_SUFFIX = {".jpeg": ".jpg", ".jpe": ".jpg", ".tiff": ".tif", ".j2k": ".jp2"}
+LONGEST_STEM = 100  # characters
+PLAIN_STEM = re.compile(r"[\w][\w. -]*")
 
 
 def stored_image(value: Any, *, folder: Path | None = None, embed: bool = False) -> dict[str, Any]:
@@ -19,12 +27,12 @@ def stored_image(value: Any, *, folder: Path | None = None, embed: bool = False)
 
     Args:
         value: `PIL.Image`, bytes, a path or a file name, or `{"bytes", "path"}`.
-        folder: Where named files are: under the name as it stands, else under its last part. Without it, names are
-            relative to the working directory.
+        folder: Where named files are: under the name as it stands, else under its last part; no name leads out of it,
+            by `..`, as an absolute path or through a link. Without it, names are relative to the working directory.
         embed: Read files into bytes, so that the data set needs no folder of images beside it.
 
     Raises:
-        BadRecord: No image, a file that is not there, or something that is no image.
+        BadRecord: No image, a file that is not there or not in the folder, or something that is no image.
     """
     value = present_image(value)
     if isinstance(value, Image.Image):
@@ -35,41 +43,75 @@ def stored_image(value: Any, *, folder: Path | None = None, embed: bool = False)
     if isinstance(value, Mapping):
         name, value = value.get("path"), value.get("bytes") or value["path"]
     if isinstance(value, bytes | bytearray):
-        refuse_what_is_no_image(io.BytesIO(value), "its bytes")
-        return {"bytes": bytes(value), "path": PurePosixPath(name).name if name else None}
+        suffix = image_suffix(io.BytesIO(value), "its bytes")
+        return {"bytes": bytes(value), "path": plain_name(name, suffix) if name else None}
     if not isinstance(value, str | PathLike):
         raise BadRecord("image of an unknown kind", f"{type(value).__name__}; a path, bytes or PIL image is needed")
     path = found_image(str(value), folder)
-    refuse_what_is_no_image(path, str(path))
+    suffix = image_suffix(path, str(path))
     if embed:
-        return {"bytes": path.read_bytes(), "path": path.name}
+        return {"bytes": path.read_bytes(), "path": plain_name(path.name, suffix)}
     return {"bytes": None, "path": str(path.resolve())}
 
 
 def found_image(name: str, folder: Path | None) -> Path:
     """The file called `name`, in `folder` if there is one."""
-    if "://" in name:
-        raise BadRecord("image is an address", f"{name!r}; download the images and name their folder")
+    if IS_ADDRESS.match(name):
+        raise BadRecord("image is an address", f"{name[:200]!r}; download the images and name their folder")
     places = [Path(name)] if folder is None else [folder / name, folder / PurePosixPath(name).name]
-    for place in places:
-        if place.is_file():
-            return place
-    looked = " and ".join(repr(str(place)) for place in dict.fromkeys(places))
+    files = [place for place in dict.fromkeys(places) if is_file(place)]
+    for file in files:
+        if folder is None or is_inside(file, folder):
+            return file
+    if files:
+        raise BadRecord(
+            "image is outside the folder of images",
+            f"{str(files[0])!r} leads to {str(files[0].resolve())!r}, which is not in {str(folder.resolve())!r}. "
+            "Name the folder that holds all images.",
+        )
+    looked = " and ".join(repr(str(place)[:400]) for place in dict.fromkeys(places))
     remedy = "Name the folder of images (`images`, on the command line --images)."
     if folder is not None:
         remedy = "Is it the right folder of images?"
     raise BadRecord("image file not found", f"looked for {looked}. {remedy}")
 
 
-def refuse_what_is_no_image(file: Path | io.BytesIO, what: str) -> None:
-    """Raises `BadRecord` where Pillow does not know the header, or it announces an enormous image."""
+def is_inside(file: Path, folder: Path) -> bool:
+    """Whether a file is in a folder once all links are followed."""
+    file, folder = file.resolve(), folder.resolve()
+    if file.is_relative_to(folder):
+        return True
+    # A download of the hub's is a folder `snapshots/<revision>` of links to the files beside it in `blobs`.
+    snapshots = next((parent for parent in (folder, *folder.parents) if parent.parent.name == "snapshots"), None)
+    return snapshots is not None and file.is_relative_to(snapshots.parent.parent / "blobs")
+
+
+def image_suffix(file: Path | io.BytesIO, what: str) -> str:
+    """The suffix of the format that a file really has.
+
+    Raises:
+        BadRecord: Pillow does not know the header, or it announces an enormous image.
+    """
     try:
         with warnings.catch_warnings():
             # Pillow warns from half of the size at which it refuses; training has its own limit.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file):
-                pass
+            with open_image(file) as image:
+                return SUFFIXES.get(image.format, f".{image.format.lower()}")
     except UnidentifiedImageError as error:
         raise BadRecord("not an image", f"{what} is no image that Pillow can read") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (*DECODER_ERRORS, Image.DecompressionBombError) as error:
         raise BadRecord("not an image", f"{what}: {error}") from error
+
+
+def plain_name(name: Any, suffix: str) -> str:
+    """A file name for an embedded image: the last part of `name` if it is a plain one, with the suffix of its format.
+
+    A name that is long, hidden or holds odd characters becomes a hash of itself.
+    """
+    last = PurePosixPath(str(name).replace("\\", "/")).name
+    stem, dot, end = last.rpartition(".")
+    stem, kept = (stem, dot + end) if stem else (last, "")
+    if len(stem) > LONGEST_STEM or not PLAIN_STEM.fullmatch(stem):
+        stem = hashlib.sha256(str(name).encode(errors="surrogatepass")).hexdigest()[:24]
+    return stem + (kept if SAME_SUFFIX.get(kept.lower(), kept.lower()) == suffix else suffix)

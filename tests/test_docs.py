@@ -126,7 +126,8 @@ def test_the_parts_of_the_fact_rlhf_reward_have_a_line():
 def own_options(name: str) -> list[dataclasses.Field]:
     """The fields that a configuration of ours adds to TRL's, or changes."""
     config = getattr(import_module("trl_vlm"), name)
-    own = inspect.get_annotations(config)
+    ours = [parent for parent in config.__mro__ if parent.__module__.startswith("trl_vlm.")]
+    own = {name for parent in ours for name in inspect.get_annotations(parent)}
     options = [field for field in dataclasses.fields(config) if field.name in own]
     assert len(options) > 5
     return options

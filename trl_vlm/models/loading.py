@@ -21,7 +21,7 @@ def load_generative_model(path: str | PathLike, **kwargs: Any) -> nn.Module:
     Raises:
         ValueError: The base model of an adapter cannot be loaded.
     """
-    base = _base_of(path, **_transformers.hub_arguments(kwargs))
+    base = base_of(path, **_transformers.hub_arguments(kwargs))
     if base is None:
         return AutoModelForImageTextToText.from_pretrained(path, **kwargs)
     from peft import PeftModel
@@ -41,13 +41,13 @@ def load_generative_processor(path: str | PathLike) -> ProcessorMixin:
     try:
         return load_processor(path)
     except (OSError, ValueError):  # no file of a processor, and no model that tells its kind
-        base = _base_of(path)
+        base = base_of(path)
         if base is None:
             raise
         return load_processor(base)
 
 
-def _base_of(path: str | PathLike, **hub: Any) -> str | None:
+def base_of(path: str | PathLike, **hub: Any) -> str | None:
     """Where the base model of an adapter lies; None if `path` is no adapter."""
     if find_adapter_config_file(path, **hub) is None:
         return None

@@ -26,7 +26,8 @@ def load_processor(path: str | PathLike, **kwargs: Any) -> ProcessorMixin:
         path: Folder or hub id. A folder that holds a PEFT adapter needs only the processor's own files.
         kwargs: Passed to `from_pretrained`.
     """
-    processor_class = _processor_class(path, **_transformers.hub_arguments(kwargs))
+    trust = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
+    processor_class = _processor_class(path, **_transformers.hub_arguments(kwargs), **trust)
     if processor_class is None:
         return AutoProcessor.from_pretrained(path, **kwargs)
     return trainable_processor(processor_class).from_pretrained(path, **kwargs)
@@ -42,6 +43,19 @@ def trainable_processor(processor_class: type[ProcessorMixin]) -> type[Processor
             processor_class.__name__, (processor_class, _ImageOnly), {"__module__": processor_class.__module__}
         )
     return processor_class
+
+
+def as_trainable(processor: Any) -> Any:
+    """Returns a processor in the variant that training needs: itself, or a copy of the same parts that behaves so."""
+    if not isinstance(processor, ProcessorMixin):
+        return processor  # a tokenizer
+    wanted = trainable_processor(type(processor))
+    if isinstance(processor, wanted) or set(wanted.get_attributes()) != set(processor.get_attributes()):
+        return processor
+    # Not made anew by its constructor: that would add tokens again, and lose what was set on the processor since.
+    copied = wanted.__new__(wanted)
+    vars(copied).update(vars(processor))
+    return copied
 
 
 def control_tokens(processor: ProcessorMixin) -> list[str]:

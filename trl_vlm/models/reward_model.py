@@ -33,12 +33,15 @@ class RewardOutput(SequenceClassifierOutputWithPast):
 
 
 class ScoreHead(nn.Linear):
-    """The linear head, computed in its own precision: under bf16 autocast scores would be multiples of 1/128."""
+    """The linear head, computed in float32 whatever it is stored in: in bfloat16 scores are multiples of 1/128.
+
+    Autocast, and backends that store all of a model in bfloat16 (DeepSpeed, FSDP2), would make small differences ties.
+    """
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Read hidden states (..., H) as scores (..., num_labels)."""
+        """Read hidden states (..., H) as scores (..., num_labels), in float32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return super().forward(hidden.to(self.weight.dtype))
+            return nn.functional.linear(hidden.float(), self.weight.float())
 
 
 class RewardModel(PreTrainedModel):

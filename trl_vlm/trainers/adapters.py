@@ -1,33 +1,104 @@
-"""What a PEFT configuration needs before it may wrap a vision-language model."""
+"""What a PEFT configuration needs before it may wrap a vision-language model: presets, spared parts, a head."""
 
 import copy
 import logging
 import re
 from collections.abc import Iterator
 
-from peft import LoraConfig, PeftConfig, TaskType
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from trl_vlm.models.parts import part_of
+from trl_vlm.models.parts import Part, part_of
+from trl_vlm.trainers.preparation import Arguments, config_of, loading_arguments
 
 logger = logging.getLogger(__name__)
 
-VISION_TOWER = "vision tower"
+VISION_TOWER: Part = "vision tower"
+
+# Presets for `LoraConfig.target_modules` that never reach the vision tower, by the parts that they do reach.
+LORA_PRESETS: dict[str, set[Part]] = {
+    "language-model": {"language model"},
+    "language-model-and-projector": {"language model", "projector"},
+}
 
 
-def reward_adapter(peft_config: PeftConfig) -> PeftConfig:
-    """Returns the configuration for a model with a reward head: a sequence classifier whose head is trained in full.
+def complete_peft_config(peft_config: PeftConfig | None, model: str | nn.Module, args: Arguments) -> PeftConfig | None:
+    """The adapter's configuration with presets spelt out, and off the vision tower if that is to be frozen.
+
+    Args:
+        peft_config: The user's, which stays as it is.
+        model: The model that it is for, or its folder or hub id.
+        args: The configuration.
+    """
+    if peft_config is None:
+        return None
+    preset = _preset(peft_config)
+    if preset is not None:
+        peft_config = copy.deepcopy(peft_config)
+        peft_config.target_modules = set(lora_targets(_shell(model, args), preset))
+    elif args.freeze_vision_tower:
+        peft_config = sparing_vision_tower(peft_config, _shell(model, args))
+    return peft_config
+
+
+def _preset(peft_config: PeftConfig) -> str | None:
+    """The preset that `target_modules` names, if it names one."""
+    targets = peft_config.target_modules if isinstance(peft_config, LoraConfig) else None
+    if isinstance(targets, list | set) and len(targets) == 1:
+        (targets,) = targets  # as a command line passes it
+    return targets if isinstance(targets, str) and targets in LORA_PRESETS else None
+
+
+def lora_targets(model: nn.Module, preset: str = "language-model") -> list[str]:
+    """Names of the linear layers that a preset of `LORA_PRESETS` reaches: none of the vision tower, nor the head."""
+    if preset not in LORA_PRESETS:
+        raise ValueError(f"preset is {preset!r}; it must be one of {', '.join(LORA_PRESETS)}.")
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    parts = {
+        name: part_of(f"{name}.weight")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    targets = [name for name, part in parts.items() if part in LORA_PRESETS[preset]]
+    if not targets:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer of the {preset}. Name `target_modules` yourself."
+        )
+    if "projector" in LORA_PRESETS[preset] - set(parts.values()):
+        logger.warning(
+            "`target_modules=%r` adds no adapter to the projector of %s, where no linear layer is known as part of "
+            "it. To train the projector in full, name its module in `modules_to_save` of the LoraConfig.",
+            preset,
+            type(model).__name__,
+        )
+    return targets
+
+
+def classifier_adapter(peft_config: PeftConfig) -> PeftConfig:
+    """The configuration for a model with a reward or value head: a sequence classifier whose head trains in full.
 
     The head is new and cannot be adapted; without `modules_to_save` it would stay random and not be saved.
     """
     peft_config = copy.deepcopy(peft_config)
-    if peft_config.task_type != TaskType.SEQ_CLS:
-        if peft_config.task_type is not None:
-            logger.warning("`peft_config.task_type` is %s; a reward model needs SEQ_CLS.", peft_config.task_type)
-        peft_config.task_type = TaskType.SEQ_CLS
-    if isinstance(peft_config, LoraConfig):
-        peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), "score"})
+    if peft_config.task_type not in (None, TaskType.SEQ_CLS, TaskType.CAUSAL_LM):
+        logger.warning("`peft_config.task_type` is %s; a reward model needs SEQ_CLS.", peft_config.task_type)
+    peft_config.task_type = TaskType.SEQ_CLS
+    peft_config.inference_mode = False
+    kept = set(getattr(peft_config, "modules_to_save", None) or ()) - {"lm_head"}
+    if hasattr(peft_config, "modules_to_save"):
+        peft_config.modules_to_save = sorted({*kept, "score"})
     return peft_config
+
+
+def with_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:
+    """The model with a new adapter, in float32 where the backend allows two precisions in one model.
+
+    ZeRO-3 gathers parameters into a buffer of one dtype; TRL makes the policy's adapter for it in the same way.
+    """
+    return get_peft_model(model, peft_config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
 
 
 def sparing_vision_tower(peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
@@ -49,7 +120,7 @@ def sparing_vision_tower(peft_config: PeftConfig, model: nn.Module) -> PeftConfi
     return peft_config
 
 
-def _roots(module: nn.Module, part: str, prefix: str = "") -> Iterator[str]:
+def _roots(module: nn.Module, part: Part, prefix: str = "") -> Iterator[str]:
     """Names of the largest modules all of whose parameters belong to `part`."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
@@ -58,3 +129,14 @@ def _roots(module: nn.Module, part: str, prefix: str = "") -> Iterator[str]:
             yield path
         elif part in parts:
             yield from _roots(child, part, f"{path}.")
+
+
+def _shell(model: str | nn.Module, args: Arguments) -> nn.Module:
+    """The model, or for a name one of the same layers without weights."""
+    if not isinstance(model, str):
+        return model
+    config = config_of(model, **loading_arguments(model, args))
+    sees = hasattr(config, "vision_config")
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(config, trust_remote_code=args.trust_remote_code)

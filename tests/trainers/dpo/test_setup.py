@@ -9,8 +9,9 @@ from tests.families import FAMILIES, build, load_processor, saved
 from tests.trainers.dpo.helpers import logs, lora, losses, make, rows
 from trl_vlm import DPOConfig, DPOTrainer
 from trl_vlm.models.parts import part_of
+from trl_vlm.trainers.adapters import lora_targets
 from trl_vlm.trainers.dpo.degeneration import repeat_rate
-from trl_vlm.trainers.dpo.setup import complete_processor, lora_targets
+from trl_vlm.trainers.preparation import complete_processor
 
 SHORT = {"max_steps": 2}
 

@@ -232,8 +232,7 @@ def test_a_reward_model_in_memory_is_copied_and_its_base_stays_frozen(adapter_fo
         value_model=None,
         reward_model=model,
         peft_config=None,
-        head_init="zero",
-        seed=0,
+        args=trainer.args,
         load_options={},
     )
     trained = {name for name, parameter in critic.named_parameters() if parameter.requires_grad}

@@ -294,7 +294,7 @@ class TestWays:
 
     def test_the_wrong_kind_of_argument_is_refused_with_the_right_one(self, tmp_path):
         with pytest.raises(TypeError, match="Use `trl_vlm.RewardConfig`"):
-            RewardTrainer(str(saved("llava")), trl.RewardConfig(str(tmp_path), use_cpu=True, bf16=False))
+            RewardTrainer(str(saved("llava")), trl.DPOConfig(str(tmp_path), use_cpu=True, bf16=False))
         with pytest.raises(TypeError, match="Pass the model's processor"):
             llava(tmp_path, trainer={"processing_class": LLAVA.tokenizer})
         with pytest.raises(ValueError, match="`mean_reward_coefficient` is -1"):

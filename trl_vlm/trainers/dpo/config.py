@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import trl
 
 from trl_vlm.pairs.noise import check_noise
+from trl_vlm.trainers.options import PartOptions
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ LENGTH_NORMALIZED = {"ipo", "sigmoid_norm"}
 
 
 @dataclass
-class DPOConfig(trl.DPOConfig):
+class DPOConfig(PartOptions, trl.DPOConfig):
     """TRL's `DPOConfig`, and options for images, Dense DPO and several rejected replies.
 
     Dense DPO is on with `dense_preset`, or with `dense_gamma` and `dense_reduction`. Its reference is RLHF-V,
@@ -116,16 +117,6 @@ class DPOConfig(trl.DPOConfig):
             "help": "Folder for the reference log-probabilities, computed once before training, also for image data; "
             "no reference model stays in memory. A folder made for other data or another model is refused."
         },
-    )
-
-    # What is trained
-    freeze_vision_tower: bool = field(
-        default=False,
-        metadata={"help": "Do not train the vision tower, nor adapters inside it. The projector stays trainable."},
-    )
-    projector_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of the projector between vision tower and language model, if it differs."},
     )
 
     # Data and degeneration

@@ -1,127 +1,62 @@
-"""What `DPOTrainer` prepares before TRL's constructor runs: arguments, processor, adapters, datasets."""
+"""What `DPOTrainer` prepares that other trainers do not: its datasets, its reference, its shared prefixes."""
 
-import copy
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-import trl
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from trl_vlm.data.messages import message_text
-from trl_vlm.models.parts import part_of
 from trl_vlm.models.prefix_sharing.sharing import why_not_shareable
-from trl_vlm.models.processors import load_processor, trainable_processor
-from trl_vlm.trainers.adapters import sparing_vision_tower
+from trl_vlm.trainers import preparation
 from trl_vlm.trainers.dpo.collator import row_name
 from trl_vlm.trainers.dpo.config import DPOConfig
 
 logger = logging.getLogger(__name__)
 
-# Presets for `LoraConfig.target_modules` that never reach the vision tower, by the parts that they do reach.
-LORA_PRESETS = {"language-model": {"language model"}, "language-model-and-projector": {"language model", "projector"}}
+
+class DPOSetup(Protocol):
+    """What decides on shared prefixes, of a trainer that TRL's constructor has made."""
+
+    args: DPOConfig
+    model: nn.Module
+    compute_metrics: Callable[..., dict] | None
+    aux_loss_enabled: bool
 
 
-def complete_arguments(args: trl.DPOConfig | None, model: str | nn.Module) -> DPOConfig:
-    """The given arguments as ours; TRL's `DPOConfig` gets our defaults, and None the name that TRL would choose."""
-    if args is None:
-        name = model if isinstance(model, str) else model.config._name_or_path
-        return DPOConfig(f"{name.split('/')[-1]}-DPO")
-    if isinstance(args, DPOConfig):
-        return args
-    args = copy.copy(args)
-    args.__class__ = DPOConfig  # the defaults of our fields are attributes of the class
-    return args
-
-
-def complete_processor(processor: Any, model: str | nn.Module, args: DPOConfig) -> Any:
-    """A processor that can train: the given one, or the model's; None where TRL finds the right one by itself.
-
-    TRL tokenises replies without images, which PaliGemma's own processor refuses, and AutoProcessor cannot load Qwen,
-    InternVL and SmolVLM without torchvision.
-    """
-    if processor is None:
-        source = model if isinstance(model, str) else model.config._name_or_path
-        if not source:
-            return None
-        kwargs: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
-        if (args.model_init_kwargs or {}).get("revision") is not None:
-            kwargs["revision"] = args.model_init_kwargs["revision"]
-        config = AutoConfig.from_pretrained(source, **kwargs) if isinstance(model, str) else model.config
-        return load_processor(source, **kwargs) if "vision_config" in config.sub_configs else None
-    if isinstance(processor, ProcessorMixin) and not isinstance(processor, trainable_processor(type(processor))):
-        stock, wanted = processor, trainable_processor(type(processor))
-        if set(wanted.get_attributes()) == set(stock.get_attributes()):
-            processor = copy.copy(stock)
-            processor.__class__ = wanted  # the same parts; only how a call treats rows without images differs
-    return processor
-
-
-def complete_peft_config(peft_config: PeftConfig | None, model: str | nn.Module, args: DPOConfig) -> PeftConfig | None:
-    """The adapter's configuration with presets spelt out, and off the vision tower if that is to be frozen."""
-    if peft_config is None:
-        return None
-    preset = peft_config.target_modules if isinstance(peft_config, LoraConfig) else None
-    if isinstance(preset, list | set) and len(preset) == 1:
-        (preset,) = preset  # as a command line passes it
-    if isinstance(preset, str) and preset in LORA_PRESETS:
-        peft_config = copy.deepcopy(peft_config)
-        peft_config.target_modules = set(lora_targets(_shell(model, args), preset))
-    elif args.freeze_vision_tower:
-        peft_config = sparing_vision_tower(peft_config, _shell(model, args))
-    return peft_config
-
-
-def lora_targets(model: nn.Module, preset: str = "language-model") -> list[str]:
-    """Names of the linear layers that a preset of `LORA_PRESETS` reaches: none of the vision tower, nor the head."""
-    if preset not in LORA_PRESETS:
-        raise ValueError(f"preset is {preset!r}; it must be one of {', '.join(LORA_PRESETS)}.")
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    targets = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and part_of(f"{name}.weight") in LORA_PRESETS[preset]
-    ]
-    if not targets:
-        raise ValueError(
-            f"{type(model).__name__} has no linear layer of the {preset}. Name `target_modules` yourself."
-        )
-    return targets
-
-
-def _shell(model: str | nn.Module, args: DPOConfig) -> nn.Module:
-    """The model, or for a name one of the same layers without weights."""
-    if not isinstance(model, str):
-        return model
-    config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, trust_remote_code=args.trust_remote_code)
-
-
-def why_plain(trainer: Any, models: list[nn.Module], own_collator: bool) -> str | None:
+def why_no_shared_prefix(trainer: DPOSetup, models: list[nn.Module], own_collator: bool) -> str | None:
     """Why a `DPOTrainer` computes prompts once per reply, as one sentence; None if its models can share them."""
     args = trainer.args
-    refusals = {
-        "`share_prefix` is off": not args.share_prefix,
-        "the data collator is not the trainer's own": own_collator,
+    further = {
         "`compute_metrics` reads logits of whole sequences": trainer.compute_metrics is not None,
         "the auxiliary loss of mixtures of experts counts every token": trainer.aux_loss_enabled,
-        "`use_liger_kernel` changes the model's layers": args.use_liger_kernel,
-        "`torch_compile` is not tested with it": args.torch_compile,
         "`keep_end` truncation gives the replies of a row different prompts": (
             args.truncation_mode == "keep_end" and args.max_length is not None
         ),
-        "the adapter puts virtual tokens before the prompt": is_peft_model(trainer.model)
-        and trainer.model.active_peft_config.is_prompt_learning,
     }
-    reasons = [reason for reason, applies in refusals.items() if applies]
-    reasons += filter(None, (why_not_shareable(model.config) for model in models))
-    return reasons[0] if reasons else None
+    reason = preparation.why_no_shared_prefix(trainer.model, args, own_collator, further)
+    return reason or next(filter(None, (why_not_shareable(model.config) for model in models)), None)
+
+
+def refuse_unknown_reference(
+    model: str | nn.Module, ref_model: nn.Module | None, peft_config: PeftConfig | None, args: DPOConfig
+) -> None:
+    """Stop where TRL would load the reference from the path of a model that was made in memory and has none.
+
+    Raises:
+        ValueError: The model has no path, and its reference is neither passed, nor its own base, nor computed before.
+    """
+    needs_path = ref_model is None and peft_config is None and not args.precompute_ref_log_probs
+    if isinstance(model, str) or is_peft_model(model) or model.config._name_or_path or not needs_path:
+        return
+    raise ValueError(
+        f"The model is a {type(model).__name__} that was made in memory, so its reference cannot be loaded. Pass "
+        "`ref_model=copy.deepcopy(model)`, or save the model with its processor and pass the folder, or train an "
+        "adapter (`peft_config`), whose base is the reference."
+    )
 
 
 def extra_replies(dataset: Any) -> int:

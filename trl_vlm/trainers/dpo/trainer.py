@@ -10,13 +10,13 @@ import torch
 import trl
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
+from peft import PeftConfig
 from torch import Tensor, nn
 
-from trl_vlm.models.parts import part_of
 from trl_vlm.models.prefix_sharing.sharing import share_prefix
 from trl_vlm.pairs.source import PairSource
 from trl_vlm.trainers import _trl
-from trl_vlm.trainers.common import give_own_learning_rate, prepare_vlm
+from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.dpo import fresh_pairs, setup
 from trl_vlm.trainers.dpo import metrics as dpo_metrics
 from trl_vlm.trainers.dpo.collator import PreferenceCollator, SegmentOptions
@@ -27,6 +27,7 @@ from trl_vlm.trainers.dpo.fresh_pairs import WEIGHTLESS, FreshPairs, has_pair, w
 from trl_vlm.trainers.dpo.log_probs import CHANGED, PER_TOKEN, DenseScore, ReplyLogProbs
 from trl_vlm.trainers.dpo.reference_cache import filled_for
 from trl_vlm.trainers.ppo.rollout_rows import rollout_rows
+from trl_vlm.trainers.preparation import PreparedTrainer, complete_arguments, complete_processor, prepare_model
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ REFERENCE = "reference_log_probs"
 PAIR_KEYS = ("input_ids", "attention_mask", "completion_mask")
 
 
-class DPOTrainer(trl.DPOTrainer):
+class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
     """A drop-in for `trl.DPOTrainer`; `DPOConfig` lists what it adds.
 
     With nothing of ours set it gives TRL's losses and metrics, in less time on a vision-language model, because a
@@ -72,12 +73,14 @@ class DPOTrainer(trl.DPOTrainer):
         callbacks: Any = None,
         optimizers: tuple = (None, None),
         quantization_config: Any = None,
-        peft_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        *,
         pair_source: PairSource | None = None,
         **kwargs: Any,
     ):
-        args = setup.complete_arguments(args, model)
-        processing_class = setup.complete_processor(processing_class, model, args)
+        args = complete_arguments(args, model, DPOConfig)
+        setup.refuse_unknown_reference(model, ref_model, peft_config, args)
+        processing_class = complete_processor(processing_class, model, args)
         if pair_source is None:
             train_dataset = setup.checked_pairs(train_dataset, "the training data", args.bad_pairs)
             if eval_dataset is not None:
@@ -102,14 +105,14 @@ class DPOTrainer(trl.DPOTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
             quantization_config=quantization_config,
-            peft_config=setup.complete_peft_config(peft_config, model, args),
+            peft_config=complete_peft_config(peft_config, model, args),
             **kwargs,
         )
         distortion = DistortedReplies(shared=args.povid_loss == "shared") if self._distorted else None
         self._replies = ReplyLogProbs(self._dense_score(args), distortion)
         self._refuse_what_does_not_combine(args, own_collator=data_collator is not None)
         if self._is_vlm or args.freeze_vision_tower:
-            prepare_vlm(self._base_model, freeze_vision=args.freeze_vision_tower)
+            prepare_model(self._base_model, args)
         self._shares = self._set_up_forwards(own_collator=data_collator is not None)
         make_collator = functools.partial(self._preference_collator, self.data_collator)
         self._fresh: FreshPairs | None = None
@@ -182,7 +185,7 @@ class DPOTrainer(trl.DPOTrainer):
         models = [self._base_model]
         if self.ref_model is not None:
             models.append(self.accelerator.unwrap_model(self.ref_model))
-        reason = setup.why_plain(self, models, own_collator)
+        reason = setup.why_no_shared_prefix(self, models, own_collator)
         if self.args.share_prefix and reason is not None and self._is_vlm and self.accelerator.is_main_process:
             logger.warning("Prompts are computed once per reply, not once per row: %s.", reason)
         for model in models:
@@ -373,16 +376,3 @@ class DPOTrainer(trl.DPOTrainer):
         batch.pop(CHANGED, None)  # the cache holds what no weighting has touched
         self.compute_ref_log_probs(reference, batch)
         return self._replies.calls.pop()[:, -(batch["input_ids"].size(1) - 1) :]
-
-    # Optimiser
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As in TRL, with the projector's parameters in groups of their own if they have a learning rate."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        rate = self.args.projector_learning_rate
-        if rate is not None:
-            projector = [
-                parameter for name, parameter in self.model.named_parameters() if part_of(name) == "projector"
-            ]
-            give_own_learning_rate(optimizer, projector, rate)
-        return optimizer

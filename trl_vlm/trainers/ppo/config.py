@@ -1,8 +1,11 @@
 from dataclasses import dataclass, field
+from typing import Any
 
 import trl
 
 from trl_vlm.maths.advantages import KL_ESTIMATORS
+from trl_vlm.trainers.checks import refuse, refuse_negative
+from trl_vlm.trainers.options import PartOptions
 
 PAPER = {
     "title": "Proximal Policy Optimization Algorithms",
@@ -17,6 +20,17 @@ PAPER = {
 }
 
 
+# Of TRL's last PPOConfig, what `PPOConfig` has no field for.
+FORMER_NAMES = {
+    *("dataset_num_proc", "exp_name", "reward_model_path", "model_adapter_name", "ref_adapter_name"),
+    *("local_rollout_forward_batch_size", "num_sample_generations", "stop_token", "stop_token_id"),
+    *("sft_model_path", "world_size", "num_total_batches", "micro_batch_size", "local_batch_size"),
+    *("batch_size", "local_mini_batch_size", "mini_batch_size"),
+}
+# GRPO's losses that read one advantage per reply, or another ratio than that of PPO's clipped objective.
+OTHER_LOSSES = {"cispo", "luspo", "sapo", "vespo"}
+
+
 class _AtLeastTwo(int):
     """A number of generations that passes GRPO's check for at least two: PPO's baseline is its critic."""
 
@@ -25,7 +39,7 @@ class _AtLeastTwo(int):
 
 
 @dataclass
-class PPOConfig(trl.GRPOConfig):
+class PPOConfig(PartOptions, trl.GRPOConfig):
     """Configuration of `PPOTrainer`: everything of `trl.GRPOConfig`, plus what PPO with a critic needs.
 
     Names and defaults are those of TRL's last PPOConfig where it had them. Where a GRPO name says the same
@@ -104,13 +118,20 @@ class PPOConfig(trl.GRPOConfig):
     )
 
     # Vision
-    freeze_vision_tower: bool = field(
-        default=False, metadata={"help": "Keep the vision tower of policy and critic as it is; projectors train."}
-    )
     check_pixels: bool = field(
         default=True,
         metadata={"help": "Before the first step, stop if log-probabilities do not depend on the pixels."},
     )
+
+    def __new__(cls, *args: Any, **options: Any) -> "PPOConfig":
+        """Names the migration table for the options that TRL's last PPOConfig had and this one has not."""
+        former = sorted(FORMER_NAMES & set(options))
+        if former:
+            raise TypeError(
+                f"{former} are options of TRL's last PPOConfig that this one does not have. \"Moving over from "
+                "TRL's last PPOTrainer\" in docs/methods/ppo.md says what takes their place."
+            )
+        return super().__new__(cls)
 
     def __post_init__(self):
         self._use_old_name("cliprange", "epsilon")
@@ -139,6 +160,12 @@ class PPOConfig(trl.GRPOConfig):
             raise ValueError(f"`{old}={value}` and `{new}={getattr(self, new)}` name the same thing: set one of them.")
         setattr(self, new, value)
 
+    def complete_from_trl(self) -> None:
+        """A `trl.GRPOConfig` keeps its values, and gets what the constructor would have made of PPO's defaults."""
+        self._check_values()
+        self.log_multimodal = self.log_multimodal and self.log_completions
+        self.beta = self.kl_coef
+
     def _check_values(self) -> None:
         if self.beta not in (0.0, self.kl_coef):
             raise ValueError(
@@ -150,22 +177,53 @@ class PPOConfig(trl.GRPOConfig):
                 "`sync_ref_model` moves the reference after the policy, whose parameters include PPO's critic: TRL "
                 "would pair the wrong ones. Keep the reference, and steer its weight with `kl_target`."
             )
+        self._refuse_options_of_grpo()
+        self._check_choices()
+        self._check_ranges()
+
+    def _refuse_options_of_grpo(self) -> None:
+        """What GRPO does to the rewards of a group, PPO does not do: its advantages come from rewards and values."""
+        default = {name: field.default for name, field in trl.GRPOConfig.__dataclass_fields__.items()}
+        aggregation = self.multi_objective_aggregation
+        refuse(
+            "PPO",
+            {
+                f"`scale_rewards={self.scale_rewards!r}`": (
+                    # TRL writes True as "group" and False as "none".
+                    self.scale_rewards not in (default["scale_rewards"], True),
+                    "it scales the rewards of a group of replies, and PPO has no groups (see `whiten_rewards`)",
+                ),
+                f"`multi_objective_aggregation={aggregation!r}`": (
+                    aggregation != default["multi_objective_aggregation"],
+                    "it normalises each reward within a group of replies, and PPO has no groups",
+                ),
+                f"`loss_type={self.loss_type!r}`": (
+                    self.loss_type in OTHER_LOSSES,
+                    "it replaces the clipped objective per token, which PPO is",
+                ),
+            },
+        )
+
+    def _check_choices(self) -> None:
         if self.kl_estimator not in KL_ESTIMATORS:
             raise ValueError(f"`kl_estimator` is {self.kl_estimator!r}; it must be one of {', '.join(KL_ESTIMATORS)}.")
         if self.value_head_init not in ("zero", "trained"):
             raise ValueError(f"`value_head_init` is {self.value_head_init!r}; it must be 'zero' or 'trained'.")
+
+    def _check_ranges(self) -> None:
         for name, low, high in (("gamma", 0, 1), ("lam", 0, 1), ("kl_coef", 0, float("inf"))):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must lie between {low} and {high}.")
         for name in ("num_generations", "num_mini_batches", "num_iterations", "cliprange_value", "kl_horizon"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be positive.")
+        refuse_negative({"vf_coef": self.vf_coef}, "the critic would learn to be wrong")
+        refuse_negative({"value_learning_rate": self.value_learning_rate}, "the optimizer would climb the loss")
+        clip = {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high}
+        refuse_negative(clip, "it is the distance from 1 at which the ratio is clipped")
+        refuse_negative({"missing_eos_penalty": self.missing_eos_penalty}, "it is subtracted")
         if self.kl_target is not None and (self.kl_target <= 0 or self.kl_coef == 0):
             raise ValueError("`kl_target` steers `kl_coef`: both must be positive.")
-        if self.missing_eos_penalty is not None and self.missing_eos_penalty < 0:
-            raise ValueError(
-                f"`missing_eos_penalty` is {self.missing_eos_penalty}; it is subtracted, so it must be positive."
-            )
 
     def _set_rollout_size(self) -> None:
         """A rollout holds `num_mini_batches` optimiser batches."""

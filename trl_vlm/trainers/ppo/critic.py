@@ -5,15 +5,17 @@ import os
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import GRPOConfig
 
+from trl_vlm.models._transformers import hub_arguments
 from trl_vlm.models.generation import forked_generators
 from trl_vlm.models.reward_model import load_reward_model, reward_model_class
+from trl_vlm.trainers.adapters import classifier_adapter, complete_peft_config, with_adapter
+from trl_vlm.trainers.ppo.config import PPOConfig
 from trl_vlm.trainers.ppo.joint_forward import CRITIC, zero_head_
 
 CRITIC_FILE = f"{CRITIC}.safetensors"
@@ -25,8 +27,7 @@ def make_critic(
     value_model: str | PreTrainedModel | PeftModel | None,
     reward_model: str | PreTrainedModel | PeftModel | None,
     peft_config: PeftConfig | None,
-    head_init: str,
-    seed: int,
+    args: PPOConfig,
     load_options: dict[str, Any],
 ) -> nn.Module:
     """The critic that PPO trains: a sequence classifier with one label, read at every token.
@@ -34,34 +35,39 @@ def make_critic(
     It is `value_model` if given, else a copy of `reward_model`, else a copy of the policy's backbone under a new head.
 
     Args:
-        policy: the policy, possibly with PEFT adapters; it is left as it is.
-        value_model: folder, hub id or model.
-        reward_model: folder, hub id or model; a model is copied, since the reward must not train.
-        peft_config: adapters to train, by default like those of the policy; without any the critic trains in full.
+        policy: The policy, possibly with PEFT adapters; it is left as it is.
+        value_model: Folder, hub id or model.
+        reward_model: Folder, hub id or model; a model is copied, since the reward must not train.
+        peft_config: Adapters to train, by default like those of the policy; without any the critic trains in full.
             Ignored if it has adapters already.
-        head_init: `zero` or `trained`. A value model that is passed as a model keeps its head.
-        seed: for the adapters' initial weights, so that every process draws the same ones.
-        load_options: passed to `from_pretrained`.
+        args: The configuration. A value model that is passed as a model keeps its head, whatever `value_head_init`.
+        load_options: Passed to `from_pretrained`.
     """
     if peft_config is None and isinstance(policy, PeftModel):
         peft_config = policy.active_peft_config
     with forked_generators(policy.device):
-        torch.manual_seed(seed)
+        torch.manual_seed(args.seed)  # every process draws the same adapters
         if isinstance(value_model, nn.Module):
             critic = value_model
         else:
-            critic = _new_critic(policy, value_model, reward_model, head_init, load_options)
-            if head_init == "zero":
+            critic = _new_critic(policy, value_model, reward_model, args, load_options)
+            if args.value_head_init == "zero":
                 zero_head_(critic)
         if not isinstance(critic, PeftModel):
-            # An adapter freezes what it adapts; the copy of a frozen reward model must train without one.
-            critic = get_peft_model(critic, for_values(peft_config)) if peft_config else critic.requires_grad_(True)
+            critic = _trainable(critic, peft_config, args)
     if isinstance(critic, PeftModel):
         critic.set_adapter(critic.active_adapter)
     return critic
 
 
-def prepare_critic(critic: nn.Module, args: GRPOConfig) -> None:
+def _trainable(critic: nn.Module, peft_config: PeftConfig | None, args: PPOConfig) -> nn.Module:
+    """A critic that trains in full, or an adapter with its head."""
+    if peft_config is None:
+        return critic.requires_grad_(True)  # it may be the copy of a frozen reward model
+    return with_adapter(critic, complete_peft_config(classifier_adapter(peft_config), critic, args))
+
+
+def prepare_critic(critic: nn.Module, args: PPOConfig) -> None:
     """Set up dropout and gradient checkpointing as TRL does for the policy."""
     if args.disable_dropout:
         for module in critic.modules():
@@ -73,34 +79,24 @@ def prepare_critic(critic: nn.Module, args: GRPOConfig) -> None:
             critic.enable_input_require_grads()
 
 
-def for_values(config: PeftConfig) -> PeftConfig:
-    """The policy's adapter configuration, for a classifier: its head trains and is saved with the adapter."""
-    config = copy.deepcopy(config)
-    config.task_type = TaskType.SEQ_CLS
-    config.inference_mode = False
-    kept = [name for name in getattr(config, "modules_to_save", None) or [] if name != "lm_head"]
-    config.modules_to_save = sorted({*kept, "score"})
-    return config
-
-
 def _new_critic(
     policy: nn.Module,
     value_model: str | None,
     reward_model: str | PreTrainedModel | PeftModel | None,
-    head_init: str,
+    args: PPOConfig,
     load_options: dict[str, Any],
 ) -> nn.Module:
     source = value_model or reward_model
     if isinstance(source, str):
-        return load_reward_model(source, for_scoring=head_init == "trained", **load_options)
+        return load_reward_model(source, for_scoring=args.value_head_init == "trained", **load_options)
     if source is not None:
         return copy.deepcopy(source)
-    if head_init == "trained":
+    if args.value_head_init == "trained":
         raise ValueError(
             "`value_head_init='trained'` keeps the head of a reward model, but there is neither a `reward_model` nor "
             "a `value_model`. Pass one, or use `value_head_init='zero'`."
         )
-    return _from_policy(policy, load_options)
+    return _from_policy(policy, {**load_options, **hub_arguments(args.model_init_kwargs or {})})
 
 
 def _from_policy(policy: nn.Module, load_options: dict[str, Any]) -> PreTrainedModel:
@@ -130,10 +126,7 @@ def classifier_around(backbone: PreTrainedModel) -> PreTrainedModel:
     config = backbone.config
     config.num_labels = 1
     with torch.device("meta"):  # its own weights are not needed
-        if hasattr(config, "vision_config"):
-            classifier = reward_model_class(config)(config)
-        else:
-            classifier = AutoModelForSequenceClassification.from_config(config)
+        classifier = reward_model_class(config)(config)
     setattr(classifier, classifier.base_model_prefix, backbone)
     classifier.score = classifier.score.to_empty(device=backbone.device).float()
     zero_head_(classifier)

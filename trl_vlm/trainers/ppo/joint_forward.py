@@ -41,7 +41,7 @@ def token_values(critic: nn.Module, **inputs: Any) -> Tensor:
     classifier = sequence_classifier(critic)
     backbone = getattr(classifier, classifier.base_model_prefix)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
-    # In the head's own precision: values in bfloat16 would be multiples of 1/128.
+    # A head of ours multiplies in float32; one of transformers' wants its own precision, which autocast would lower.
     with torch.autocast(hidden.device.type, enabled=False):
         return classifier.score(hidden.to(classifier.score.weight.dtype)).squeeze(-1).float()
 
@@ -123,6 +123,22 @@ def remove_critic(policy: nn.Module) -> None:
     if CRITIC in policy._modules:
         del policy._modules[CRITIC]
         del policy.forward
+
+
+def refuse_several_devices(policy: nn.Module) -> None:
+    """Refuse a policy whose layers lie on several devices: one process drives policy, critic and rewards on one.
+
+    Raises:
+        ValueError: The policy was spread by a `device_map`.
+    """
+    devices = {str(device) for device in (getattr(policy, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"The policy lies on several devices ({', '.join(sorted(devices))}), as a plain `python` start on a "
+            "machine with several GPUs spreads it, and PPO keeps policy, critic and rewards of a process on one. "
+            "Start with `accelerate launch`, or set one GPU in `CUDA_VISIBLE_DEVICES`, or load the model with "
+            "`device_map=None`."
+        )
 
 
 def check_same_vocabulary(policy: nn.Module, critic: nn.Module) -> None:

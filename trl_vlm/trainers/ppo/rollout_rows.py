@@ -1,21 +1,17 @@
-"""What PPO does to datasets, images and reward functions before TRL sees them."""
+"""What PPO does to datasets and images before TRL sees them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer
-from transformers.utils import find_adapter_config_file
+from transformers import ProcessorMixin, Trainer
 
 from trl_vlm.data.images import load_image
 from trl_vlm.data.messages import message_text
 from trl_vlm.data.named_rows import check_rows, named_rows
 from trl_vlm.data.rows import ROW_NAME, row_images
 from trl_vlm.models.image_tokens import image_token_id
-from trl_vlm.models.processors import load_processor
-from trl_vlm.rewards import RewardModelReward, checked
 
 Rows = Dataset | IterableDataset
 # What a forward pass needs beside token ids, under the names that TRL gives them in a rollout.
@@ -32,7 +28,6 @@ IMAGE_INPUTS = (
     "image_position_ids",
 )
 _PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
-RewardFunction = str | PreTrainedModel | Callable[..., list[float | None]]
 
 
 def check_rollout_rows(dataset: Rows | dict[str, Rows] | None, name: str) -> None:
@@ -158,49 +153,3 @@ def without_empty_images(model: Callable[..., Any]) -> Callable[..., Any]:
         return model(**inputs)
 
     return forward
-
-
-def load_policy_processor(model: str | PreTrainedModel | PeftModel, trust_remote_code: bool) -> ProcessorMixin | None:
-    """The processor (or tokenizer) of the policy; None leaves the loading to TRL."""
-    path = model if isinstance(model, str) else model.config._name_or_path
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code) if path else model.config
-    if not path:
-        raise ValueError(
-            f"The policy is a {type(model).__name__} that was made in memory, so its processor is unknown. Pass it as "
-            "`processing_class`."
-        )
-    if not hasattr(config, "vision_config"):
-        return None
-    return load_processor(path, padding_side="left", truncation_side="left", trust_remote_code=trust_remote_code)
-
-
-def reward_functions(
-    given: RewardFunction | list[RewardFunction] | None,
-    reward_model: str | PreTrainedModel | PeftModel | None,
-    processor: PreTrainedTokenizerBase | ProcessorMixin | None,
-) -> list[RewardFunction]:
-    """TRL reward functions that fail on a value which is no reward, `reward_model` last.
-
-    A vision-language reward model becomes a `RewardModelReward`: TRL would show it the text alone.
-    """
-    functions = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
-    functions += [] if reward_model is None else [reward_model]
-    if not functions:
-        raise ValueError("PPO has no reward: pass `reward_funcs`, `reward_model`, or both.")
-    functions = [_seeing(function, processor) for function in functions]
-    return [checked(f) if callable(f) and not isinstance(f, PreTrainedModel) else f for f in functions]
-
-
-def _seeing(function: RewardFunction, processor: Any) -> RewardFunction:
-    if isinstance(function, str):
-        return RewardModelReward(function) if _reads_images(function) else function
-    if isinstance(function, PreTrainedModel | PeftModel) and hasattr(function.config, "vision_config"):
-        return RewardModelReward(function, processor=processor)
-    return function
-
-
-def _reads_images(path: str) -> bool:
-    """Whether a folder or hub id holds a vision-language model, or an adapter of one."""
-    if find_adapter_config_file(path) is not None:
-        path = PeftConfig.from_pretrained(path).base_model_name_or_path
-    return hasattr(AutoConfig.from_pretrained(path), "vision_config")

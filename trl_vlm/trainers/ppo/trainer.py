@@ -7,18 +7,18 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
-from trl import GRPOTrainer
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
 
 from trl_vlm.maths.advantages import generalized_advantages, moments, per_token_kl, shaped_rewards, whiten
 from trl_vlm.maths.losses import adapted_kl_coef, clipped_value_loss
 from trl_vlm.maths.masked import masked_sum
 from trl_vlm.models.parts import freeze_vision_tower
 from trl_vlm.trainers._trl import disable_gradient_checkpointing
-from trl_vlm.trainers.common import check_depends_on_pixels, give_own_learning_rate, other_pixels, prepare_vlm
+from trl_vlm.trainers.adapters import complete_peft_config
+from trl_vlm.trainers.checks import check_depends_on_pixels, other_pixels
 from trl_vlm.trainers.ppo.config import PAPER, PPOConfig
 from trl_vlm.trainers.ppo.critic import load_critic, make_critic, prepare_critic, save_critic
 from trl_vlm.trainers.ppo.joint_forward import (
@@ -27,27 +27,36 @@ from trl_vlm.trainers.ppo.joint_forward import (
     ValuesAsLogProbs,
     check_same_vocabulary,
     critic_apart,
+    refuse_several_devices,
     remove_critic,
 )
 from trl_vlm.trainers.ppo.metrics import rollout_metrics, rollout_sums
 from trl_vlm.trainers.ppo.reference import own_reference, prepared_reference
+from trl_vlm.trainers.ppo.rewards import RewardFunction, load_options_of_rewards, reward_functions
 from trl_vlm.trainers.ppo.rollout_rows import (
     IMAGE_INPUTS,
-    RewardFunction,
+    Rows,
     check_enough_rows,
     check_rollout_rows,
-    load_policy_processor,
     prepared_rows,
     refuse_mixed_rows,
-    reward_functions,
     rollout_rows,
     without_empty_images,
+)
+from trl_vlm.trainers.preparation import (
+    PreparedTrainer,
+    Processor,
+    complete_arguments,
+    complete_processor,
+    give_own_learning_rate,
+    loading_arguments_of_others,
+    prepare_model,
 )
 
 _STATE_FILE = "ppo_state.json"
 
 
-class PPOTrainer(GRPOTrainer):
+class PPOTrainer(PreparedTrainer, GRPOTrainer):
     """Proximal policy optimisation of a vision-language (or language) model, with a critic.
 
     Rollouts, batches of every family, vLLM, DeepSpeed, FSDP and logging are those of `trl.GRPOTrainer`. On top of it
@@ -89,14 +98,18 @@ class PPOTrainer(GRPOTrainer):
         self,
         model: str | PreTrainedModel | PeftModel,
         reward_funcs: RewardFunction | list[RewardFunction] | None = None,
-        args: PPOConfig | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
+        processing_class: Processor | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable[..., dict[str, Any]] | None = None,
+        environment_factory: Any = None,
         *,
         ref_model: PreTrainedModel | None = None,
         reward_model: str | PreTrainedModel | PeftModel | None = None,
@@ -104,25 +117,20 @@ class PPOTrainer(GRPOTrainer):
         value_peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "policy"
-            args = PPOConfig(f"{os.path.basename(os.path.normpath(name))}-PPO")
-        if not isinstance(args, PPOConfig):
-            raise TypeError(f"`args` is a {type(args).__name__}; PPOTrainer needs a trl_vlm.PPOConfig.")
-        if processing_class is None:
-            processing_class = load_policy_processor(model, args.trust_remote_code)
-        check_rollout_rows(train_dataset, "train")
-        check_rollout_rows(eval_dataset, "eval")
-        check_enough_rows(train_dataset, args.generation_batch_size // args.num_generations)
-        if isinstance(model, nn.Module):
-            remove_critic(model)
+        args = complete_arguments(args, model, PPOConfig)
+        processing_class = complete_processor(
+            processing_class, model, args, padding_side="left", truncation_side="left"
+        )
+        self._check_input(model, args, train_dataset, eval_dataset)
         ref_model = own_reference(model, ref_model, peft_config, args)
         if ref_model is not None:
             args.beta = 0.0  # GRPOTrainer would make another one
+        reward_options = load_options_of_rewards(model, loading_arguments_of_others(args), quantization_config)
+        critic_options = {} if quantization_config is None else {"quantization_config": quantization_config}
 
         super().__init__(
             model=model,
-            reward_funcs=reward_functions(reward_funcs, reward_model, processing_class),
+            reward_funcs=reward_functions(reward_funcs, reward_model, processing_class, reward_options),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -130,7 +138,11 @@ class PPOTrainer(GRPOTrainer):
             reward_processing_classes=reward_processing_classes,
             callbacks=callbacks,
             optimizers=optimizers,
-            peft_config=peft_config,
+            quantization_config=quantization_config,
+            peft_config=complete_peft_config(peft_config, model, args),
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
             **kwargs,
         )
         self.train_dataset = rollout_rows(train_dataset, "train")
@@ -138,10 +150,24 @@ class PPOTrainer(GRPOTrainer):
         self.kl_coef = args.beta = self.beta = args.kl_coef
         if ref_model is not None:
             self.ref_model = prepared_reference(ref_model, self)
-        prepare_vlm(self.model, freeze_vision=args.freeze_vision_tower)
-        quantization = {key: value for key, value in kwargs.items() if key == "quantization_config"}
-        self._add_critic(value_model, reward_model, value_peft_config or peft_config, quantization)
+        prepare_model(self.model, args)
+        self._add_critic(value_model, reward_model, value_peft_config or peft_config, critic_options)
         self._pixels_checked = not args.check_pixels
+
+    def _check_input(
+        self,
+        model: str | nn.Module,
+        args: PPOConfig,
+        train_dataset: Rows | None,
+        eval_dataset: Rows | dict[str, Rows] | None,
+    ) -> None:
+        """Stop before anything is loaded; and take the critic of an earlier run off a model in memory."""
+        check_rollout_rows(train_dataset, "train")
+        check_rollout_rows(eval_dataset, "eval")
+        check_enough_rows(train_dataset, args.generation_batch_size // args.num_generations)
+        if isinstance(model, nn.Module):
+            refuse_several_devices(model)
+            remove_critic(model)
 
     def _add_critic(
         self,
@@ -151,19 +177,18 @@ class PPOTrainer(GRPOTrainer):
         quantization: dict[str, Any],
     ) -> None:
         """Make the critic a child of the policy, so that one optimiser, wrapper and checkpoint holds both."""
-        args = self.args
+        refuse_several_devices(self.model)
         critic = make_critic(
             self.model,
             value_model=value_model,
             reward_model=reward_model,
             peft_config=peft_config,
-            head_init=args.value_head_init,
-            seed=args.seed,
-            load_options={"dtype": self.model.dtype, **quantization, **(args.model_init_kwargs or {})},
+            args=self.args,
+            load_options={"dtype": self.model.dtype, **quantization, **loading_arguments_of_others(self.args)},
         )
         check_same_vocabulary(self.model, critic)
-        prepare_vlm(critic, freeze_vision=args.freeze_vision_tower)
-        prepare_critic(critic, args)
+        prepare_model(critic, self.args)
+        prepare_critic(critic, self.args)
         if not getattr(critic, "is_quantized", False):
             critic.to(self.accelerator.device)
         self._joint_forward = JointForward(self.model, critic)
@@ -185,7 +210,7 @@ class PPOTrainer(GRPOTrainer):
         return self.model.get_submodule(CRITIC)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """TRL's optimiser; the critic has groups of its own if `value_learning_rate` is set."""
+        """TRL's optimiser; the critic, its projector included, has its own groups if `value_learning_rate` is set."""
         optimizer = super().create_optimizer(model)
         if self.args.value_learning_rate is not None:
             give_own_learning_rate(optimizer, self.value_model.parameters(), self.args.value_learning_rate)

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 import trl
 
 from trl_vlm.data.images import MAX_IMAGE_PIXELS
+from trl_vlm.trainers.checks import refuse_negative
+from trl_vlm.trainers.options import PartOptions
 
 
 @dataclass
-class RewardConfig(trl.RewardConfig):
+class RewardConfig(PartOptions, trl.RewardConfig):
     """TRL's `RewardConfig` with what reward models of images and facts need.
 
     `judge_template` and `use_facts` say what surrounds a reply, `freeze_vision_tower` what is trained,
@@ -43,10 +45,6 @@ class RewardConfig(trl.RewardConfig):
         default=True,
         metadata={"help": "Show the column `facts` to the reward model, in the judge turn. False: leave it out."},
     )
-    freeze_vision_tower: bool = field(
-        default=False,
-        metadata={"help": "Keep the vision tower as it is, LoRA included; the projector stays trainable."},
-    )
     mean_reward_coefficient: float | None = field(
         default=None,
         metadata={
@@ -76,8 +74,7 @@ class RewardConfig(trl.RewardConfig):
             raise ValueError(
                 f"`drop_too_long_rows` needs a `max_length`, which is {self.max_length!r}. Set it, or drop nothing."
             )
-        if self.mean_reward_coefficient is not None and self.mean_reward_coefficient < 0:
-            raise ValueError(
-                f"`mean_reward_coefficient` is {self.mean_reward_coefficient}: it would drive the rewards away from "
-                "zero. Use a positive weight (1e-3 in Fact-RLHF), or None."
-            )
+        refuse_negative(
+            {"mean_reward_coefficient": self.mean_reward_coefficient},
+            "it would drive the rewards away from zero (Fact-RLHF: 1e-3)",
+        )

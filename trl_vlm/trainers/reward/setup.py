@@ -4,19 +4,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from accelerate import DistributedType
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, ProcessorMixin
-from transformers.utils import find_adapter_config_file
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from trl_vlm.data.encoding import RewardCollator
 from trl_vlm.data.facts import JudgeTemplate
 from trl_vlm.data.rows import IMAGE_COLUMNS, Row
-from trl_vlm.models._transformers import reads_images
+from trl_vlm.models._transformers import hub_arguments, reads_images
+from trl_vlm.models.loading import base_of
 from trl_vlm.models.prefix_sharing.sharing import share_pairs, why_pairs_not_shareable
 from trl_vlm.models.reward_model import load_reward_model
+from trl_vlm.trainers import preparation
+from trl_vlm.trainers.preparation import config_of, loading_arguments, source_of
 from trl_vlm.trainers.reward.config import RewardConfig
 
 
@@ -26,7 +32,7 @@ def wants_images(model: Any, args: RewardConfig, dataset: Any, processing_class:
         return True
     columns = dataset.column_names if isinstance(dataset, Dataset | IterableDataset) else None
     has_images = columns is None or any(column in columns for column in IMAGE_COLUMNS)
-    if not has_images or not reads_images(type(_config(model, args))):
+    if not has_images or not reads_images(type(config_of(model, **loading_arguments(model, args)))):
         return False
     if processing_class is not None:
         raise TypeError(
@@ -41,6 +47,7 @@ def refuse_image_options(args: RewardConfig, judge_template: JudgeTemplate | Non
     given = {
         "judge_template": judge_template or args.judge_template,
         "freeze_vision_tower": args.freeze_vision_tower,
+        "projector_learning_rate": args.projector_learning_rate is not None,
         "drop_too_long_rows": args.drop_too_long_rows,
     }
     names = [name for name, value in given.items() if value]
@@ -51,31 +58,13 @@ def refuse_image_options(args: RewardConfig, judge_template: JudgeTemplate | Non
         )
 
 
-def _config(model: Any, args: RewardConfig) -> PreTrainedConfig:
-    """The configuration of a model, of a checkpoint, or of the base of an adapter's folder."""
-    if not isinstance(model, str):
-        return model.config
-    hub = hub_arguments(args)
-    if find_adapter_config_file(model, **hub) is not None:
-        model = PeftConfig.from_pretrained(model, **hub).base_model_name_or_path
-        hub = {}
-    return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **hub)
-
-
-def source_of(model: Any) -> str:
-    """Where the model came from, and so its processor."""
-    name = model if isinstance(model, str) else model.config._name_or_path
-    if not name:
-        raise ValueError(
-            "The model was made in memory, so its processor cannot be found. Pass it as `processing_class`."
-        )
-    return name
-
-
-def hub_arguments(args: RewardConfig) -> dict[str, Any]:
-    """Those of `args.model_init_kwargs` that say where files come from."""
-    given = args.model_init_kwargs or {}
-    return {name: given[name] for name in ("cache_dir", "local_files_only", "revision", "token") if name in given}
+def load_tokenizer(model: str | nn.Module, args: RewardConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a text model, from where the model's weights come; of an adapter, that of its base."""
+    source, arguments = source_of(model), loading_arguments(model, args)
+    base = base_of(source, **hub_arguments(arguments)) if isinstance(model, str) else None
+    if base is not None:
+        return AutoTokenizer.from_pretrained(base, trust_remote_code=arguments["trust_remote_code"])
+    return AutoTokenizer.from_pretrained(source, **arguments)
 
 
 def load_for_training(path: str, args: RewardConfig, quantization_config: BitsAndBytesConfig | None) -> nn.Module:
@@ -136,17 +125,26 @@ class SharingCollator:
         return share_pairs(self.collate(rows), self.config)
 
 
-def why_plain(model: nn.Module, args: RewardConfig, own_collator: bool) -> str | None:
+def float_head(model: nn.Module, is_new: bool) -> None:
+    """Undo what TRL does to a trainable head beside 4-bit weights: bfloat16 has no room for steps of 1e-5.
+
+    Args:
+        model: The reward model with its adapter.
+        is_new: Whether the adapter was made in this run. Then PEFT still holds the head from before TRL rounded it.
+    """
+    for name, head in model.named_modules():
+        if name.rpartition(".")[2] != "score":
+            continue
+        trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        exact = head.original_module.parameters() if is_new and hasattr(head, "original_module") else trained
+        for parameter, value in zip(trained, exact, strict=True):
+            parameter.data = value.data.float().clone()
+
+
+def why_no_shared_prefix(model: nn.Module, args: RewardConfig, own_collator: bool) -> str | None:
     """Why prompts are computed once per reply, as one sentence; None if the pairs of a batch can share them."""
-    refusals = {
-        "`share_prefix` is off": not args.share_prefix,
-        "the data collator is not the trainer's own": own_collator,
-        "`use_liger_kernel` changes the model's layers": args.use_liger_kernel,
-        "`torch_compile` is not tested with it": args.torch_compile,
-        "the adapter puts virtual tokens before the prompt": is_peft_model(model)
-        and model.active_peft_config.is_prompt_learning,
-    }
-    return next((reason for reason, applies in refusals.items() if applies), why_pairs_not_shareable(model.config))
+    reason = preparation.why_no_shared_prefix(model, args, own_collator, {})
+    return reason or why_pairs_not_shareable(model.config)
 
 
 def set_chat_template(processor: ProcessorMixin, args: RewardConfig) -> None:

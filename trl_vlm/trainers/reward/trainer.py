@@ -2,6 +2,7 @@
 
 import logging
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,30 +11,38 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
 
 from trl_vlm.data.facts import JudgeTemplate
 from trl_vlm.data.named_rows import NamedRows, check_rows, named_rows
 from trl_vlm.data.rows import IMAGE_COLUMNS, ROW_NAME
 from trl_vlm.maths.losses import mean_reward_penalty
 from trl_vlm.models.prefix_sharing.sharing import share_prefix
-from trl_vlm.models.processors import load_processor
 from trl_vlm.trainers import _trl  # noqa: F401  says at import which name a TRL lacks
-from trl_vlm.trainers.adapters import reward_adapter, sparing_vision_tower
-from trl_vlm.trainers.common import check_depends_on_pixels, other_pixels, prepare_vlm
+from trl_vlm.trainers.adapters import classifier_adapter, complete_peft_config
+from trl_vlm.trainers.checks import check_depends_on_pixels, other_pixels
+from trl_vlm.trainers.preparation import PreparedTrainer, complete_arguments, complete_processor, prepare_model
 from trl_vlm.trainers.reward.config import RewardConfig
 from trl_vlm.trainers.reward.metrics import score_statistics
 from trl_vlm.trainers.reward.setup import (
     SharingCollator,
-    hub_arguments,
+    float_head,
     load_for_training,
+    load_tokenizer,
     make_collator,
     refuse_image_options,
     resolve_judge_template,
     set_chat_template,
-    source_of,
     wants_images,
-    why_plain,
+    why_no_shared_prefix,
 )
 
 logger = logging.getLogger(__name__)
@@ -42,7 +51,7 @@ TEXT_MAX_LENGTH = trl.RewardConfig.max_length
 COLUMNS = ["prompt", "chosen", "rejected", "facts", "margin", *IMAGE_COLUMNS, ROW_NAME]
 
 
-class RewardTrainer(trl.RewardTrainer):
+class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
     """TRL's `RewardTrainer`, which also trains vision-language models on rows with images and facts.
 
     A model that reads images, on rows with the column `images` or `image` (or with a processor passed), is trained
@@ -52,49 +61,59 @@ class RewardTrainer(trl.RewardTrainer):
     Args:
         model: Folder or hub id of a generative model, of a reward model or of a reward model's adapter; or a reward
             model from `load_reward_model`.
-        args: Options. Default: `RewardConfig("<model>-Reward")`.
+        args: Options, ours or TRL's. Default: `RewardConfig("<model>-Reward")`.
+        data_collator: As in TRL; with a collator of your own, prompts are computed once per reply.
         train_dataset: Rows with `chosen` and `rejected`; `prompt`, `images`, `facts`, `margin` if there are any.
         eval_dataset: The same, or a dictionary of such datasets.
         processing_class: The processor. Default: the model's.
+        compute_metrics: As in TRL; with images it receives predictions of shape (N, 2): the scores of the chosen and
+            of the rejected reply.
+        callbacks: As in TRL.
+        optimizers: As in TRL.
+        optimizer_cls_and_kwargs: As in TRL.
+        preprocess_logits_for_metrics: As in TRL.
         quantization_config: How a model given by name is quantised.
-        peft_config: Adapter; it is made a `SEQ_CLS` one that trains the head in full.
+        peft_config: Adapter; it is made a `SEQ_CLS` one that trains the head in full. `target_modules` may be
+            "language-model" or "language-model-and-projector".
         judge_template: The words of the judge turn, in place of `args.judge_template`.
-        trl_arguments: Further arguments of `trl.RewardTrainer`, unchanged. With images, `compute_metrics` receives
-            predictions of shape (N, 2): the scores of the chosen and of the rejected reply.
+        kwargs: What a later TRL adds.
 
     Example:
         >>> trainer = RewardTrainer(model="llava-hf/llava-1.5-7b-hf", train_dataset=rows)
         >>> trainer.train()
     """
 
+    _tag_names = ["trl", "reward-trainer", "trl-vlm"]
+
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
-        args: RewardConfig | None = None,
-        data_collator: Any = None,
+        args: trl.RewardConfig | None = None,
+        data_collator: DataCollator | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Any = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
-        *,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
+        *,
         judge_template: JudgeTemplate | None = None,
-        **trl_arguments: Any,
+        **kwargs: Any,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = RewardConfig(f"{name.split('/')[-1]}-Reward")
-        if not isinstance(args, RewardConfig):
-            raise TypeError(
-                f"`args` is a {type(args).__module__}.{type(args).__name__}. Use `trl_vlm.RewardConfig`; it takes "
-                "every argument of TRL's."
-            )
-        trl_arguments |= {
+        args = complete_arguments(args, model, RewardConfig)
+        kwargs |= {
             "args": args,
             "train_dataset": train_dataset,
             "eval_dataset": eval_dataset,
-            "quantization_config": quantization_config,
-            "peft_config": peft_config,
+            "compute_metrics": compute_metrics,
+            "callbacks": callbacks,
+            "optimizers": optimizers,
+            "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
+            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
         }
         self.judge_template: JudgeTemplate | None = None
         self._scores: dict[str, list[Tensor]] = defaultdict(list)
@@ -102,43 +121,58 @@ class RewardTrainer(trl.RewardTrainer):
         if not wants_images(model, args, train_dataset, processing_class):
             refuse_image_options(args, judge_template)
             args.max_length = TEXT_MAX_LENGTH if args.max_length == "auto" else args.max_length
-            super().__init__(model, data_collator=data_collator, processing_class=processing_class, **trl_arguments)
+            super().__init__(
+                model,
+                data_collator=data_collator,
+                processing_class=processing_class or load_tokenizer(model, args),
+                quantization_config=quantization_config,
+                peft_config=complete_peft_config(peft_config, model, args),
+                **kwargs,
+            )
             return
         self.judge_template = resolve_judge_template(model, args, judge_template)
-        processor = processing_class or load_processor(source_of(model), **hub_arguments(args))
+        processor = complete_processor(processing_class, model, args)
         set_chat_template(processor, args)
         self._reward_collator = data_collator or make_collator(processor, self.judge_template, args)
-        self._init_with_images(model, processor, trl_arguments)
+        self._init_with_images(model, processor, quantization_config, peft_config, kwargs)
         self._share_prefixes(own_collator=data_collator is not None)
 
-    def _init_with_images(self, model: Any, processor: ProcessorMixin, trl_arguments: dict[str, Any]) -> None:
+    def _init_with_images(
+        self,
+        model: str | nn.Module,
+        processor: ProcessorMixin,
+        quantization_config: BitsAndBytesConfig | None,
+        peft_config: PeftConfig | None,
+        trl_arguments: dict[str, Any],
+    ) -> None:
         """TRL's constructor, with a model that is loaded already and with the processor put in afterwards."""
-        args, peft_config = trl_arguments["args"], trl_arguments["peft_config"]
+        args: RewardConfig = trl_arguments["args"]
         model_init_kwargs = args.model_init_kwargs
         if isinstance(model, str):
-            model = load_for_training(model, args, trl_arguments["quantization_config"])
+            model = load_for_training(model, args, quantization_config)
             # The model is loaded; TRL would warn that it cannot use them.
-            args.model_init_kwargs = trl_arguments["quantization_config"] = None
+            args.model_init_kwargs = quantization_config = None
         _let_parameters_be_unused(args)
         if peft_config is not None:
-            peft_config = reward_adapter(peft_config)
-            if args.freeze_vision_tower:
-                peft_config = sparing_vision_tower(peft_config, model)
-            trl_arguments["peft_config"] = peft_config
+            peft_config = complete_peft_config(classifier_adapter(peft_config), model, args)
         super().__init__(
             model,
             data_collator=self._reward_collator,
             # TRL's constructor is about tokenizers (pad token, vocabulary); what is saved is the processor.
             processing_class=processor.tokenizer,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
             **trl_arguments,
         )
         args.model_init_kwargs = model_init_kwargs
         self.processing_class = self.callback_handler.processing_class = processor
-        prepare_vlm(self.model, freeze_vision=args.freeze_vision_tower)
+        if getattr(model, "is_quantized", False):
+            float_head(self.model, is_new=peft_config is not None)
+        prepare_model(self.model, args)
 
     def _share_prefixes(self, own_collator: bool) -> None:
         """Let a pair compute its prompt and images once, or log why it does not."""
-        reason = why_plain(self.model, self.args, own_collator)
+        reason = why_no_shared_prefix(self.model, self.args, own_collator)
         if reason is None:
             share_prefix(self.model.get_base_model() if is_peft_model(self.model) else self.model)
             self.data_collator = SharingCollator(self._reward_collator, self.model.config)

@@ -1,0 +1,36 @@
+"""Options that the configurations of all trainers share."""
+
+from dataclasses import dataclass, field
+
+from trl_vlm.trainers.checks import refuse_negative
+
+
+@dataclass
+class PartOptions:
+    """Which parts of a vision-language model train, and how fast: a mixin before TRL's configuration."""
+
+    freeze_vision_tower: bool = field(
+        default=False,
+        metadata={"help": "Do not train the vision tower, nor adapters inside it. The projector stays trainable."},
+    )
+    projector_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the projector between vision tower and language model, if it differs."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_parts()
+
+    def check_parts(self) -> None:
+        """Refuse learning rates below zero.
+
+        Raises:
+            ValueError: `projector_learning_rate` is negative.
+        """
+        refuse_negative(
+            {"projector_learning_rate": self.projector_learning_rate}, "the optimizer would climb the loss"
+        )
+
+    def complete_from_trl(self) -> None:
+        """Called on a configuration that was made of TRL's: all of ours is at its default, and TRL's is resolved."""

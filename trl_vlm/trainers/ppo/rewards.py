@@ -1,0 +1,63 @@
+"""The reward functions that PPO hands to TRL."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from trl_vlm.rewards import RewardModelReward, checked
+from trl_vlm.trainers.preparation import config_of
+
+RewardFunction = str | PreTrainedModel | Callable[..., list[float | None]]
+
+
+def reward_functions(
+    given: RewardFunction | list[RewardFunction] | None,
+    reward_model: str | PreTrainedModel | PeftModel | None,
+    processor: PreTrainedTokenizerBase | ProcessorMixin | None,
+    load_options: dict[str, Any],
+) -> list[RewardFunction]:
+    """TRL reward functions that fail on a value which is no reward, `reward_model` last.
+
+    A vision-language reward model becomes a `RewardModelReward`: TRL would show it the text alone.
+
+    Args:
+        given: As TRL takes them.
+        reward_model: One more, or None.
+        processor: The policy's, for a reward model that is loaded already.
+        load_options: For a vision-language reward model that is named: precision, quantisation, ...
+    """
+    functions = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+    functions += [] if reward_model is None else [reward_model]
+    if not functions:
+        raise ValueError("PPO has no reward: pass `reward_funcs`, `reward_model`, or both.")
+    functions = [_seeing(function, processor, load_options) for function in functions]
+    return [checked(f) if callable(f) and not isinstance(f, PreTrainedModel) else f for f in functions]
+
+
+def load_options_of_rewards(
+    model: str | PreTrainedModel | PeftModel, others: dict[str, Any], quantization_config: Any
+) -> dict[str, Any]:
+    """How reward models are loaded: in the policy's precision, as TRL does, and quantised as it is.
+
+    Args:
+        model: The policy, or where it comes from.
+        others: `model_init_kwargs` without what names a version of the policy.
+        quantization_config: The trainer's argument.
+    """
+    # TRL loads a policy by name in float32 unless told otherwise.
+    options = {"dtype": torch.float32 if isinstance(model, str) else model.dtype, **others}
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    return options
+
+
+def _seeing(function: RewardFunction, processor: Any, load_options: dict[str, Any]) -> RewardFunction:
+    if isinstance(function, str):
+        sees = hasattr(config_of(function, **load_options), "vision_config")
+        return RewardModelReward(function, **load_options) if sees else function
+    if isinstance(function, PreTrainedModel | PeftModel) and hasattr(function.config, "vision_config"):
+        return RewardModelReward(function, processor=processor)
+    return function

@@ -1,0 +1,239 @@
+"""What every trainer does before and after TRL's constructor, in one way: arguments, processor, parts, rates, card."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
+    TrainingArguments,
+)
+
+from trl_vlm.models._transformers import hub_arguments, keep_4bit_layers_trainable, keep_parameter_names
+from trl_vlm.models.loading import base_of
+from trl_vlm.models.parts import freeze_vision_tower, part_of, trainable_parameter_table
+from trl_vlm.models.processors import as_trainable, load_processor
+from trl_vlm.trainers.options import PartOptions
+
+logger = logging.getLogger(__name__)
+
+Processor = PreTrainedTokenizerBase | ProcessorMixin
+
+
+class Arguments(Protocol):
+    """What preparation reads of a trainer's configuration: TRL's, with `PartOptions`."""
+
+    model_init_kwargs: dict[str, Any] | None
+    trust_remote_code: bool
+    freeze_vision_tower: bool
+    projector_learning_rate: float | None
+
+
+class SharingArguments(Protocol):
+    """What decides whether replies can share their prompt."""
+
+    share_prefix: bool
+    use_liger_kernel: bool
+    torch_compile: bool
+
+
+Config = TypeVar("Config", bound=PartOptions)
+
+
+# Arguments
+
+
+def complete_arguments(args: TrainingArguments | None, model: str | nn.Module, config: type[Config]) -> Config:
+    """The given arguments as an instance of `config`, our configuration.
+
+    TRL's own configuration becomes one of ours with every value that it has, what its `__post_init__` resolved
+    included, and the defaults of our options. None becomes the name that TRL would choose.
+
+    Raises:
+        TypeError: The arguments are those of another trainer.
+    """
+    if isinstance(args, config):
+        return args
+    method = config.__name__.removesuffix("Config")
+    if args is None:
+        return config(f"{_short_name(model)}-{method}")
+    theirs = next(base for base in config.__mro__ if base.__module__.partition(".")[0] == "trl")
+    if not isinstance(args, theirs):
+        raise TypeError(
+            f"`args` is a {type(args).__module__}.{type(args).__name__}. Use `trl_vlm.{config.__name__}`, which takes "
+            f"every argument of `trl.{theirs.__name__}`; that one is accepted too."
+        )
+    return _from_trl(args, config)
+
+
+def _from_trl(args: TrainingArguments, config: type[Config]) -> Config:
+    """A new instance with the state of `args`: `__post_init__` has run, and would refuse what it has resolved."""
+    ours = config.__new__(config)
+    for option in dataclasses.fields(config):
+        if option.default is not dataclasses.MISSING:
+            setattr(ours, option.name, option.default)
+        elif option.default_factory is not dataclasses.MISSING:
+            setattr(ours, option.name, option.default_factory())
+    vars(ours).update(vars(args))
+    ours.complete_from_trl()
+    return ours
+
+
+def _short_name(model: str | nn.Module) -> str:
+    """The last part of the path that a model came from, or its class where it was made in memory."""
+    path = model if isinstance(model, str) else model.config._name_or_path
+    return os.path.basename(os.path.normpath(path)) if path else type(model).__name__
+
+
+# Processor
+
+
+def source_of(model: str | nn.Module) -> str:
+    """Where a model came from, and so its processor.
+
+    Raises:
+        ValueError: The model was made in memory.
+    """
+    path = model if isinstance(model, str) else model.config._name_or_path
+    if not path:
+        raise ValueError(
+            f"The model is a {type(model).__name__} that was made in memory, so its processor is unknown. Pass it as "
+            "`processing_class`."
+        )
+    return path
+
+
+def loading_arguments(model: str | nn.Module, args: Arguments) -> dict[str, Any]:
+    """What the parts of a checkpoint are loaded with, so that weights, processor and template have one origin.
+
+    For a model that is loaded already `model_init_kwargs` say nothing, as in TRL.
+    """
+    hub = hub_arguments(args.model_init_kwargs or {}) if isinstance(model, str) else {}
+    trust = (args.model_init_kwargs or {}).get("trust_remote_code", args.trust_remote_code)
+    return {"trust_remote_code": trust, **hub}
+
+
+def loading_arguments_of_others(args: Arguments) -> dict[str, Any]:
+    """What models beside the policy are loaded with: its options, but not which version of its repository to read."""
+    given = dict(args.model_init_kwargs or {})
+    for name in ("revision", "subfolder", "device_map"):
+        given.pop(name, None)
+    return given
+
+
+def config_of(model: str | nn.Module, **arguments: Any) -> PreTrainedConfig:
+    """The configuration of a model, of a checkpoint, or of the base of an adapter's folder.
+
+    Args:
+        model: The model, or its folder or hub id.
+        arguments: Of `from_pretrained`, for a folder or hub id.
+    """
+    if not isinstance(model, str):
+        return model.config
+    base = base_of(model, **hub_arguments(arguments))
+    trust = arguments.get("trust_remote_code", False)
+    if base is not None:  # the version is that of the adapter's repository
+        return AutoConfig.from_pretrained(base, trust_remote_code=trust)
+    return AutoConfig.from_pretrained(model, trust_remote_code=trust, **hub_arguments(arguments))
+
+
+def complete_processor(
+    processor: Processor | None, model: str | nn.Module, args: Arguments, **sides: str
+) -> Processor:
+    """A processor that can train: the given one, or the model's own, from where the model's weights come.
+
+    TRL tokenises replies without images, which PaliGemma's own processor refuses, and AutoProcessor cannot load Qwen,
+    InternVL and SmolVLM without torchvision.
+
+    Args:
+        processor: The user's; used as it is, or in the variant that can train.
+        model: The model, or its folder or hub id.
+        args: The configuration; `model_init_kwargs` says where a folder or hub id is read.
+        sides: `padding_side` and `truncation_side` of a processor that is loaded here.
+
+    Raises:
+        ValueError: The processor is to be loaded, and the model was made in memory.
+    """
+    if processor is not None:
+        return as_trainable(processor)
+    source, arguments = source_of(model), loading_arguments(model, args)
+    load = load_processor if hasattr(config_of(model, **arguments), "vision_config") else AutoProcessor.from_pretrained
+    return load(source, **arguments, **sides)
+
+
+# Model
+
+
+def prepare_model(model: nn.Module, args: Arguments) -> None:
+    """Make a model resumable, freeze its vision tower if asked to, and log its trainable parameters by part."""
+    keep_parameter_names(model)
+    keep_4bit_layers_trainable(model)
+    if args.freeze_vision_tower:
+        freeze_vision_tower(model)
+    logger.info("Trainable parameters of %s:\n%s", type(model).__name__, trainable_parameter_table(model))
+
+
+def why_no_shared_prefix(
+    model: nn.Module, args: SharingArguments, own_collator: bool, further: Mapping[str, bool]
+) -> str | None:
+    """Why prompts are computed once per reply, as one sentence; None if nothing that all trainers know is against it.
+
+    Args:
+        model: What is trained.
+        args: The configuration.
+        own_collator: Whether the user passed a data collator.
+        further: What the trainer itself knows: reasons, and whether they apply.
+    """
+    virtual_tokens = is_peft_model(model) and model.active_peft_config.is_prompt_learning
+    reasons = {
+        "`share_prefix` is off": not args.share_prefix,
+        "the data collator is not the trainer's own": own_collator,
+        "`use_liger_kernel` changes the model's layers": args.use_liger_kernel,
+        "`torch_compile` is not tested with it": args.torch_compile,
+        "the adapter puts virtual tokens before the prompt": virtual_tokens,
+        **further,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+# Learning rates
+
+
+def give_own_learning_rate(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], rate: float) -> None:
+    """Move `parameters` into optimizer groups of their own with learning rate `rate`; other settings stay.
+
+    Call it before the learning rate scheduler is made: the scheduler scales each group's own rate.
+    """
+    chosen = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        moved = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        if not moved:
+            continue
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+        settings = {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr")}
+        optimizer.add_param_group({**settings, "params": moved, "lr": rate})
+
+
+class PreparedTrainer(Trainer):
+    """What our trainers override of `Trainer`: a mixin before TRL's trainer."""
+
+    args: PartOptions
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in TRL, with the projector's parameters in groups of their own if they have a learning rate."""
+        optimizer = super().create_optimizer(model)
+        rate = self.args.projector_learning_rate
+        if rate is not None:
+            named = self.model.named_parameters()
+            give_own_learning_rate(optimizer, [p for name, p in named if part_of(name) == "projector"], rate)
+        return optimizer

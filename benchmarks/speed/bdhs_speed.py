@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl_vlm.data.encoding import encode
 from trl_vlm.models.masked_images import draw_hidden, masked_inputs
 from trl_vlm.pairs.bdhs.bdhs import BDHS
-from trl_vlm.pairs.bdhs.guided import Cut, joined, sentence_cuts
+from trl_vlm.pairs.bdhs.guided import CutSentence, cut_sentences, joined
 from trl_vlm.pairs.draws import Draws, GumbelSampler
 from trl_vlm.pairs.reply_tokens import ReplyTokens
 from trl_vlm.pairs.source import Policy, row_draws
@@ -135,7 +135,7 @@ def library(policy: Policy, case: Case, data: list[dict[str, Any]]) -> list[str]
     gate = iter([1.0] * (case.guided - 1) + [1.0 if case.unguided else 0.0, 1.0])
     source = BDHS(
         lambda texts, others: len(texts) * [next(gate)],
-        mask_share=case.share,
+        mask_ratio=case.share,
         iterations=case.guided + 1,
         max_sentence_tokens=NEW_TOKENS,
         max_new_tokens=NEW_TOKENS * case.sentences,
@@ -155,7 +155,7 @@ def plain(policy: Policy, case: Case, data: list[dict[str, Any]]) -> list[str]:
         cuts = [
             cut
             for place, reference in enumerate(references)
-            for cut in sentence_cuts(reference, tokenizer, draws[place], row=place, iteration=iteration)
+            for cut in cut_sentences(reference, tokenizer, draws[place], row=place, iteration=iteration)
         ]
         jobs = [(cut.job.row, cut.context, cut.seed) for cut in cuts]
         hidden = drawn(policy, case, batch, draws, iteration)
@@ -180,7 +180,7 @@ def drawn(
     return draw_hidden(batch["input_ids"], policy.model.config, case.share, generators)
 
 
-def is_over(cuts: list[Cut], tokenizer: Any, job: int, new: list[int]) -> bool:
+def is_over(cuts: list[CutSentence], tokenizer: Any, job: int, new: list[int]) -> bool:
     return cuts[job].is_over(tokenizer, new)
 
 

@@ -65,7 +65,7 @@ def sources(study: Study) -> dict[str, Callable[[], Any]]:
     mask = {"mask_share": options.mask_share, **common}
     return {
         "self": lambda: SelfSamples(**common),
-        "noise": lambda: BDHS(gate, mask_share=0.0, noise_steps=options.noise_steps, **common),
+        "noise": lambda: BDHS(gate, mask_ratio=0.0, noise_steps=options.noise_steps, **common),
         "unguided": lambda: BDHS(gate, guided=False, **mask),
         "mask": lambda: BDHS(gate, **mask),
         "online": lambda: BDHS(gate, **mask),

@@ -8,7 +8,7 @@ On a small world that it makes itself, on a CPU, in minutes:
     accelerate launch -m benchmarks.studies.dense_dpo
 
 There a supervised model that hallucinates describes pictures, and an oracle corrects the wrong segments, as RLHF-V's
-annotators did. On a model and corrected replies of your own (columns: docs/data.md; `trl-vlm convert --from rlhf_v`
+annotators did. On a model and corrected replies of your own (columns: docs/data.md; `trl-vlm convert --from rlhf-v`
 makes them from the published ones), with any file of accelerate_configs/:
 
     accelerate launch --config_file accelerate_configs/zero2.yaml -m benchmarks.studies.dense_dpo \

@@ -28,7 +28,7 @@ from datasets import Dataset
 
 from benchmarks.studies.preference_study import ALIGNMENT_STUDY, Options, Study, parsed
 from trl_vlm.judges import EndpointJudge, Judge, RewardJudge
-from trl_vlm.pairs import Judged, Mixed, Offline
+from trl_vlm.pairs import DatasetPairs, Judged, MixedPairs
 from trl_vlm.rewards import RewardModelReward
 from trl_vlm.scripts.common import load_rows
 from trl_vlm.testbed.datasets import prompt_rows
@@ -94,7 +94,9 @@ def main() -> None:
         if arm == "online":
             settings["pair_source"], train_rows = judged(), rows
         if arm == "mixed":
-            settings["pair_source"] = Mixed(Offline(), judged(), share=options.offline_share, seed=options.seed)
+            settings["pair_source"] = MixedPairs(
+                DatasetPairs(), judged(), probability=options.offline_share, seed=options.seed
+            )
         data = train_rows() if callable(train_rows) else train_rows
         return study.trainer(data, rate, folder, {"sigmoid": 1.0, **anchor}, **settings)
 

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from trl_vlm.cli import main as cli
+from trl_vlm.cli.convert import CONVERTER_OPTIONS
 from trl_vlm.data.converters import CONVERTERS
 
 
@@ -73,15 +74,21 @@ def test_options_reach_their_converter(world, capsys):
 
 
 def test_every_option_of_every_converter_is_on_the_command_line():
-    offered = set(cli.CONVERTER_OPTIONS) | {"facts"}
+    offered = set(CONVERTER_OPTIONS) | {"facts"}
     assert {option for converter in CONVERTERS.values() for option in converter.options} == offered
 
 
 def test_check_passes_what_convert_wrote(world, capsys):
     convert(world, "--skip-bad", output="rows")
     capsys.readouterr()
-    assert cli.main(["check", str(world / "rows"), "--for", "dpo"]) == 0
+    assert cli.main(["check", "--input", str(world / "rows"), "--for", "dpo"]) == 0
     assert capsys.readouterr().out == "2 rows with 2 images for dpo: good\n"
+
+
+def test_the_input_of_check_may_stand_alone_as_in_earlier_versions(world, capsys):
+    convert(world, "--skip-bad", output="rows")
+    assert cli.main(["check", str(world / "rows"), "--for", "dpo"]) == 0
+    assert cli.main(["check", "--dataset", str(world / "rows"), "--for", "dpo"]) == 0
 
 
 def broken_rows(world):
@@ -129,6 +136,8 @@ def test_check_finds_a_file_that_is_not_there(capsys):
         (["convert", "--output", "x"], "required: --from"),
         (["convert", "--from", "coco", "--output", "x"], "invalid choice: 'coco'"),
         (["check", "x"], "required: --for"),
+        (["check", "--for", "dpo"], "one of the arguments --input is required"),
+        (["check", "x", "--input", "y", "--for", "dpo"], "not allowed with argument"),
         (["check", "x", "--for", "dpo", "--limit", "0"], "0 is not above 0"),
     ],
 )

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+from inspect import signature
 
 import datasets
 import pytest
@@ -6,7 +8,9 @@ import pytest
 from tests.families import image, saved
 from trl_vlm.cli import main as cli
 from trl_vlm.cli import pairs as pairs_cli
-from trl_vlm.judges import EndpointChat, LocalChat, RewardJudge
+from trl_vlm.cli.parsing import flag_of, made_of
+from trl_vlm.judges import EndpointChat, LocalChat, SpendingCapReached
+from trl_vlm.pairs import COMPOSED_SOURCES, SOURCES, SentenceEncoder, source_class
 
 
 @pytest.fixture
@@ -22,49 +26,106 @@ def world(tmp_path):
 
 
 def arguments(world, method, *more):
-    common = ["--dataset", str(world / "rows.jsonl"), "--out", str(world / "out"), "--images", str(world)]
-    model = ["--model", str(saved("llava", sharp=4))] if pairs_cli.COMMANDS[method].needs_policy else []
+    common = ["--input", str(world / "rows.jsonl"), "--output", str(world / "out"), "--images", str(world)]
+    model = ["--model", str(saved("llava", sharp=4))] if source_class(method).needs_policy else []
     return ["pairs", method, *common, *model, *more]
 
 
 def source(world, method, *more):
-    return pairs_cli.COMMANDS[method].source(cli.parser().parse_args(arguments(world, method, *more)))
+    return made_of(source_class(method), cli.parser().parse_args(arguments(world, method, *more)))
+
+
+def option_fields(owner):
+    """The fields of a source that are options, those of nested options in the place of their field."""
+    for field in dataclasses.fields(owner):
+        if field.init and "options" in field.metadata:
+            yield from option_fields(field.metadata["options"])
+        elif field.init:
+            yield field
+
+
+REQUIRED = {"corrupted": ["--writer-model", "w"]}
+
+
+@pytest.mark.parametrize("method", SOURCES)
+def test_every_field_of_a_source_is_an_option_with_its_default_and_there_is_no_other(world, method):
+    """Fails for a constructor argument without a flag, and for a flag with a default of its own."""
+    options = vars(cli.parser().parse_args(arguments(world, method, *REQUIRED.get(method, []))))
+    kind = source_class(method)
+    defaults = {flag_of(field): field.default for field in option_fields(kind)}
+    assert {field.name for field in dataclasses.fields(kind) if field.init} == set(signature(kind).parameters)
+    assert {name: options[name] for name in defaults if defaults[name] is not dataclasses.MISSING} == {
+        name: default for name, default in defaults.items() if default is not dataclasses.MISSING
+    }
+    assert options.keys() - defaults.keys() == COMMON | ({"model", "dtype"} if kind.needs_policy else set())
+
+
+COMMON = {"input", "output", "split", "config", "revision", "data_files", "images", "embed_images", "limit"}
+COMMON |= {"batch_size", "block_rows", "skip_bad", "overwrite", "json", "method", "run"}
+
+
+@pytest.mark.parametrize("name", [*SOURCES, *COMPOSED_SOURCES])
+def test_a_source_has_one_name_for_the_registry_the_command_and_the_column(name):
+    assert source_class(name).name == name
+    assert all(field.metadata["help"] for field in dataclasses.fields(source_class(name)) if field.init)
+
+
+def test_an_unknown_source_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="There is no pair source 'bhds'. Known are bdhs, povid"):
+        source_class("bhds")
 
 
 def test_the_options_reach_the_sources(world):
     sampling = ["--temperature", "0.5", "--max-new-tokens", "7", "--seed", "3"]
+    own = ["--mask-ratio", "0.5", "--noise-steps", "20", "--iterations", "2", "--threshold", "0.4", "--encoder", "e"]
+    bdhs = source(
+        world, "bdhs", *sampling, *own, "--max-sentence-tokens", "5", "--per-sentence", "--noise-overflow", "clip"
+    )
+    assert (bdhs.mask_ratio, bdhs.noise_steps, bdhs.iterations, bdhs.threshold) == (0.5, 20, 2, 0.4)
+    assert (bdhs.temperature, bdhs.max_new_tokens, bdhs.seed, bdhs.max_sentence_tokens) == (0.5, 7, 3, 5)
+    assert bdhs.guided and bdhs.similarity.encoder == "e" and bdhs.similarity.per_sentence
+    assert bdhs.noise_overflow == "clip"
+    assert not source(world, "bdhs", "--no-guided").guided
+    assert source(world, "bdhs", "--max-image-pixels", "none", "--noise-steps", "none").max_image_pixels is None
+    povid = source(world, "povid", "--noise-steps", "20", "--indexing", "paper", "--keep-rejected", "--seed", "4")
+    assert (povid.noise_steps, povid.indexing, povid.keep_rejected, povid.seed) == (20, "paper", True, 4)
+    samples = source(world, "self-samples", *sampling)
+    assert (samples.temperature, samples.max_new_tokens, samples.seed) == (0.5, 7, 3)
+
+
+def test_a_judge_behind_an_address_gets_its_options(world):
     endpoint = ["--endpoint", "http://localhost:1/v1", "--max-requests", "9", "--cache", str(world), "--retries", "2"]
-    own = ["--mask-share", "0.5", "--noise-steps", "20", "--iterations", "2", "--threshold", "0.4", "--encoder", "e"]
-    found = source(world, "bdhs", *sampling, *own, "--max-sentence-tokens", "5", "--per-sentence")
-    assert (found.mask_share, found.noise_steps, found.iterations, found.threshold) == (0.5, 20, 2, 0.4)
-    assert (found.temperature, found.max_new_tokens, found.seed, found.max_sentence_tokens) == (0.5, 7, 3, 5)
-    assert found.guided and found.similarity.encoder == "e" and found.similarity.per_sentence
-    assert not source(world, "bdhs", "--unguided").guided
-    noise = ["--noise-steps", "20", "--indexing", "paper", "--overflow", "clip", "--keep-rejected", "--seed", "4"]
-    found = source(world, "povid", *noise)
-    assert (found.noise_steps, found.indexing, found.overflow, found.keep_rejected) == (20, "paper", "clip", True)
-    assert found.seed == 4
-    found = source(world, "judge", *sampling, *endpoint, "--judge-model", "j", "--replies", "3", "--one-order")
-    assert (found.replies, found.temperature, found.max_new_tokens, found.seed) == (3, 0.5, 7, 3)
-    assert isinstance(found.judge.chat, EndpointChat) and not found.judge.both_orders
-    assert (found.judge.chat.max_requests, found.judge.chat.retries, found.judge.chat.model) == (9, 2, "j")
-    found = source(world, "judge", "--judge-model", str(saved("llava")), "--show-ground-truth")
-    assert isinstance(found.judge.chat, LocalChat) and found.judge.show_ground_truth and found.judge.both_orders
-    found = source(world, "corrupt", *endpoint, "--writer-model", "w", "--show-images")
-    assert (found.chat.model, found.show_images) == ("w", True)
-    found = source(world, "samples", *sampling)
-    assert (found.temperature, found.max_new_tokens, found.seed) == (0.5, 7, 3)
+    judged = source(
+        world, "judged", "--seed", "3", *endpoint, "--judge-model", "j", "--replies", "3", "--no-both-orders"
+    )
+    assert (judged.replies, judged.seed) == (3, 3)
+    assert isinstance(judged.judge.chat, EndpointChat) and not judged.judge.both_orders
+    assert (judged.judge.chat.max_requests, judged.judge.chat.retries, judged.judge.chat.model) == (9, 2, "j")
+    corrupted = source(world, "corrupted", *endpoint, "--writer-model", "w", "--show-images")
+    assert (corrupted.chat.model, corrupted.show_images) == ("w", True)
 
 
-def test_a_reward_model_judges(world, monkeypatch):
-    monkeypatch.setattr(pairs_cli, "RewardModelReward", lambda folder: lambda prompts, completions, **_: [folder])
-    found = source(world, "judge", "--reward-model", "folder")
-    assert isinstance(found.judge, RewardJudge)
-    assert found.judge.reward_func([], []) == ["folder"]
+def test_a_judge_on_this_machine_needs_no_endpoint(world):
+    judged = source(world, "judged", "--judge-model", str(saved("llava")), "--show-ground-truth")
+    assert isinstance(judged.judge.chat, LocalChat)
+    assert judged.judge.show_ground_truth and judged.judge.both_orders
+
+
+def test_earlier_names_of_methods_and_options_are_understood(world):
+    old = ["--dataset", str(world / "rows.jsonl"), "--out", str(world / "out"), "--model", "m"]
+    parse = cli.parser().parse_args
+    bdhs = parse(["pairs", "bdhs", *old, "--mask-share", "0.5", "--unguided"])
+    assert (bdhs.input, bdhs.output) == (str(world / "rows.jsonl"), str(world / "out"))
+    assert (bdhs.mask_ratio, bdhs.guided) == (0.5, False)
+    assert parse(["pairs", "povid", *old, "--overflow", "clip"]).noise_overflow == "clip"
+    judged = parse(["pairs", "judge", *old, "--judge-model", "j", "--one-order", "--answer-tokens", "9"])
+    assert (judged.method, judged.both_orders, judged.max_answer_tokens) == ("judged", False, 9)
+    assert parse(["pairs", "samples", *old]).method == "self-samples"
+    assert parse(["pairs", "corrupt", *old[:4], "--writer-model", "w"]).method == "corrupted"
 
 
 def test_bdhs_from_the_command_line_keeps_what_happened(world, monkeypatch, capsys):
-    monkeypatch.setattr(pairs_cli, "SentenceEncoder", lambda *_, **__: lambda texts, others: [0.5] * len(texts))
+    monkeypatch.setattr(SentenceEncoder, "__call__", lambda self, texts, others: [0.5] * len(texts))
     assert cli.main(arguments(world, "bdhs", "--max-sentence-tokens", "3", "--iterations", "2", "--json")) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["rows"], report["pairs"]) == (3, 3)
@@ -77,11 +138,35 @@ def test_bdhs_from_the_command_line_keeps_what_happened(world, monkeypatch, caps
 
 def test_processes_that_accelerate_does_not_know_are_an_error(world, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(arguments(world, "samples")) == 1
+    assert cli.main(arguments(world, "self-samples")) == 1
     assert "The launcher started 2 processes, and accelerate knows of 1" in capsys.readouterr().err
 
 
 def test_settings_that_change_no_pair_do_not_stop_a_run_from_going_on(world):
-    names = set(vars(cli.parser().parse_args(arguments(world, "judge"))))
-    assert names >= pairs_cli.NOT_ABOUT_THE_PAIRS
-    assert names >= pairs_cli.SOURCE_OPTIONS
+    asked = ["--endpoint", "http://localhost:1/v1", "--judge-model", "j"]
+    parse = cli.parser().parse_args
+    settings = pairs_cli.settings(parse(arguments(world, "judged", *asked)))
+    other_ways = ["--cache", "none", "--max-requests", "5", "--concurrency", "2", "--retries", "1", "--limit", "3"]
+    other_ways += ["--key-variable", "KEY", "--batch-size", "2", "--block-rows", "7", "--timeout-seconds", "3"]
+    assert pairs_cli.settings(parse(arguments(world, "judged", *asked, *other_ways))) == settings
+    for other_pairs in (["--replies", "3"], ["--seed", "1"], ["--no-both-orders"], ["--max-answer-tokens", "9"]):
+        assert pairs_cli.settings(parse(arguments(world, "judged", *asked, *other_pairs))) != settings
+    json.dumps(settings)
+
+
+def test_the_help_of_a_method_shows_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["pairs", "bdhs", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Expected share of hidden image tokens, 0 to 1 (default: 0.99)" in text
+    assert "--mask-share" not in text and "--unguided" not in text
+
+
+def test_a_spending_cap_ends_the_command_with_its_message(world, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise SpendingCapReached("5 requests were sent")
+
+    monkeypatch.setattr("trl_vlm.pairs.writer.PairWriter.write", refuse)
+    ask = ["--endpoint", "http://localhost:1/v1", "--judge-model", "j", "--cache", "none"]
+    assert cli.main(arguments(world, "judged", *ask)) == 1
+    assert capsys.readouterr().err.endswith("error: 5 requests were sent\n")

@@ -9,7 +9,7 @@ from trl_vlm.pairs.source import reference_reply, row_draws
 
 
 def test_draws_hang_on_seed_turn_row_and_purpose_alone():
-    draws = Draws(seed=1, turn=2, row="row 3")
+    draws = Draws(seed=1, round=2, row="row 3")
     streams = {draws.seed_of("a", 1), draws.seed_of("a", 2), draws.seed_of("a"), draws.seed_of("b", 1)}
     streams |= {other.seed_of("a", 1) for other in (Draws(0, 2, "row 3"), Draws(1, 0, "row 3"), Draws(1, 2, "row 4"))}
     assert len(streams) == 7

@@ -37,10 +37,10 @@ def policy(request):
     return Policy(*build(request.param, sharp=4))
 
 
-def judged(rows, policy, judge=LONGER, turn=0, **options):
+def judged(rows, policy, judge=LONGER, round=0, **options):
     source = Judged(judge, **{"max_new_tokens": 6, "seed": 3, **options})
     with generating(policy.model):
-        return source(rows, policy, turn), source
+        return source(rows, policy, round), source
 
 
 def text(row, side):
@@ -67,13 +67,13 @@ def test_pairs_hang_on_seed_turn_and_row_alone(policy):
     together, _ = judged(ROWS, policy)
     assert together == [judged([each], policy)[0][0] for each in ROWS]
     assert together == judged(ROWS[::-1], policy)[0][::-1]
-    assert together != judged(ROWS, policy, turn=1)[0]
+    assert together != judged(ROWS, policy, round=1)[0]
     assert together != judged(ROWS, policy, seed=4)[0]
 
 
 def test_samples_follow_the_probabilities_of_the_model(policy):
     """The first token of 600 samples against softmax(logits / temperature), in total variation."""
-    settings = {"temperature": 0.8, "max_new_tokens": 1, "seed": 0, "turn": 0}
+    settings = {"temperature": 0.8, "max_new_tokens": 1, "seed": 0, "round": 0}
     rows = [{**ROWS[0], "row_name": f"row {n}"} for n in range(60)]
     tokenizer = policy.processor.tokenizer
     with generating(policy.model):
@@ -166,7 +166,7 @@ def test_self_samples_reject_the_sample_and_drop_copies_of_the_reference(policy)
         assert source(copied, policy) == [None] * 3
     assert source.dropped == {SAME_AS_REFERENCE: 3}
     assert [text(made, "chosen") for made in rows] == [each["completion"][0]["content"] for each in ROWS]
-    assert {made["pair_source"] for made in rows} == {"self"}
+    assert {made["pair_source"] for made in rows} == {"self-samples"}
 
 
 def test_a_broken_image_names_its_row(policy):

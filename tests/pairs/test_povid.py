@@ -4,7 +4,7 @@ import torch
 from tests import families
 from trl_vlm.data.encoding import encode
 from trl_vlm.data.rows import ROW_NAME
-from trl_vlm.pairs import POVID, BothRejected, Offline, Policy, distorted
+from trl_vlm.pairs import POVID, CombinedRejected, DatasetPairs, Policy, distorted
 from trl_vlm.pairs.draws import Draws
 from trl_vlm.pairs.povid import greedy_guesses
 from trl_vlm.pairs.reply_tokens import ReplyTokens
@@ -71,7 +71,7 @@ def policy():
 
 def test_the_rejected_reply_is_guessed_with_noisy_images(policy):
     rows = make_rows()
-    pairs = POVID(seed=4)(rows, policy, turn=1)
+    pairs = POVID(seed=4)(rows, policy, round=1)
     for row, pair in zip(rows, pairs, strict=True):
         generator = Draws(4, 1, row[ROW_NAME]).generator("noise")
         images = [distorted(image, 500, generator, indexing="code") for image in row["images"]]
@@ -95,7 +95,7 @@ def test_one_seed_gives_the_same_pairs_whatever_the_batch(policy):
 def test_the_rows_own_rejected_reply_may_stay_first(policy):
     rows = make_rows()
     noisy = POVID()(rows, policy)
-    for both in (POVID(keep_rejected=True)(rows, policy), BothRejected(Offline(), POVID())(rows, policy)):
+    for both in (POVID(keep_rejected=True)(rows, policy), CombinedRejected(DatasetPairs(), POVID())(rows, policy)):
         assert [pair["rejected"] for pair in both] == [reply("bad")] * 3
         assert [pair["rejected_extra"] for pair in both] == [[pair["rejected"]] for pair in noisy]
     rows[1]["rejected"] = None

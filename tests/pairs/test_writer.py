@@ -58,10 +58,10 @@ class Slow:
     def __init__(self, seconds=0.0):
         self.source, self.seconds, self.seen = SelfSamples(max_new_tokens=3), seconds, []
 
-    def __call__(self, rows, policy, turn=0):
+    def __call__(self, rows, policy, round=0):
         time.sleep(self.seconds * len(rows))
         self.seen += [row["row_name"] for row in rows]
-        made = self.source(rows, policy, turn)
+        made = self.source(rows, policy, round)
         return [
             None
             if row["id"] % 7 == 3
@@ -92,7 +92,7 @@ def test_pairs_are_written_in_the_order_of_the_rows_and_the_rest_is_counted(worl
     assert (report.rows, report.pairs, report.dropped) == (ROWS, ROWS - len(left_out), {NO_PAIR: len(left_out)})
     assert [len(row["images"]) for row in rows] == [row["id"] % 3 for row in rows]
     assert rows[1]["images"][0]["path"] == str(world / "images" / "0.png")
-    assert rows[0]["pair_source"] == "self" and "row_name" not in rows[0]
+    assert rows[0]["pair_source"] == "self-samples" and "row_name" not in rows[0]
     assert rows[0]["chosen"] == [{"role": "assistant", "content": "A red square, 0."}]
     assert not (world / "out.partial").exists()
 
@@ -145,10 +145,10 @@ def test_a_run_killed_at_three_random_moments_ends_with_the_rows_of_one_that_was
     seen = world / "seen.txt"
 
     class Watched(Slow):
-        def __call__(self, rows, policy, turn=0):
+        def __call__(self, rows, policy, round=0):
             with seen.open("a") as file:
                 file.writelines(f"{row['row_name']}\n" for row in rows)
-            return super().__call__(rows, policy, turn)
+            return super().__call__(rows, policy, round)
 
     def work():
         make(world, policy, block_rows=2, source=Watched(seconds=0.02))
@@ -224,10 +224,10 @@ def test_two_processes_make_the_rows_of_one(world, policy):
 
 def test_other_settings_do_not_go_on_with_an_unfinished_run(world, policy):
     class Dies(Slow):
-        def __call__(self, rows, policy, turn=0):
+        def __call__(self, rows, policy, round=0):
             if rows[0]["id"] > 10:
                 raise KeyboardInterrupt
-            return super().__call__(rows, policy, turn)
+            return super().__call__(rows, policy, round)
 
     with pytest.raises(KeyboardInterrupt):
         make(world, policy, source=Dies())
@@ -266,13 +266,13 @@ def test_reasons_of_the_source_are_counted_even_beside_bad_rows(world, policy):
 
 def test_no_pair_at_all_is_an_error_that_says_why(world, policy):
     with pytest.raises(ValueError, match="None of 23 rows gave a pair: {'the source gave no pair': 23}"):
-        make(world, policy, source=lambda rows, policy, turn=0: [None] * len(rows))
+        make(world, policy, source=lambda rows, policy, round=0: [None] * len(rows))
 
 
 def test_columns_that_are_empty_or_missing_in_a_block_are_filled(world, policy):
     class Changing(Slow):
-        def __call__(self, rows, policy, turn=0):
-            made = super().__call__(rows, policy, turn)
+        def __call__(self, rows, policy, round=0):
+            made = super().__call__(rows, policy, round)
             for row, pair in zip(rows, made, strict=True):
                 if pair is not None:
                     pair["pair_note"] = None if row["id"] < 8 else "late"
@@ -360,7 +360,7 @@ def test_a_judge_is_one_of_two_and_an_unreachable_one_is_an_error(world, capsys,
     ]
     common += ["--images", str(world / "images"), "--max-new-tokens", "3"]
     assert cli.main(["pairs", "judge", *common]) == 1
-    assert "Give exactly one of them" in capsys.readouterr().err
+    assert "Set exactly one of them" in capsys.readouterr().err
     endpoint = ["--endpoint", "http://127.0.0.1:9/v1", "--retries", "0", "--judge-model", "judge"]
     assert cli.main(["pairs", "judge", *common, *endpoint]) == 1
     assert "error: http://127.0.0.1:9/v1 gave no answer to any of" in capsys.readouterr().err

@@ -3,22 +3,47 @@
 import argparse
 import json
 import sys
+from argparse import SUPPRESS
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trl_vlm.data.converters import Source
+if TYPE_CHECKING:
+    from trl_vlm.data.io.source import Source
+
+ROWS = "hub id, folder, .parquet, .json or .jsonl"
+
+
+class CommandFailed(ValueError):
+    """A command cannot go on; its message is for the user."""
+
+
+def add_input(command: argparse.ArgumentParser, help: str) -> None:
+    """Adds `--input`, and the earlier ways to give it (`--dataset`, or the bare location)."""
+    group = command.add_mutually_exclusive_group(required=True)
+    group.add_argument("--input", help=help)
+    group.add_argument("--dataset", dest="input", default=SUPPRESS, help=SUPPRESS)
+    group.add_argument("input", nargs="?", default=SUPPRESS, help=SUPPRESS)
+
+
+def add_output(command: argparse.ArgumentParser) -> None:
+    """Adds `--output`, and its earlier name `--out`."""
+    group = command.add_mutually_exclusive_group(required=True)
+    group.add_argument("--output", help="folder of parquet shards, or a .parquet or .jsonl file")
+    group.add_argument("--out", dest="output", default=SUPPRESS, help=SUPPRESS)
 
 
 def add_source(command: argparse.ArgumentParser) -> None:
     """Options that say which part of the input is meant."""
-    command.add_argument("--split", help="split of a hub data set or folder; needed if there are several")
-    command.add_argument("--config", help="configuration of a hub data set")
-    command.add_argument("--revision", help="branch, tag or commit of a hub data set")
-    command.add_argument("--data-files", help="which files of a hub data set or folder to read")
+    command.add_argument("--split", help="split of a hub dataset or folder; needed if there are several")
+    command.add_argument("--config", help="configuration of a hub dataset")
+    command.add_argument("--revision", help="branch, tag or commit of a hub dataset")
+    command.add_argument("--data-files", help="which files of a hub dataset or folder to read")
 
 
-def source_of(options: argparse.Namespace, location: str) -> Source:
+def source_of(options: argparse.Namespace, location: str) -> "Source":
     """The input that the options describe."""
+    from trl_vlm.data.io.source import Source
+
     return Source(
         location,
         split=options.split,

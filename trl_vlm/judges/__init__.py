@@ -3,16 +3,20 @@
 from trl_vlm.judges.chat import Answer, Chat, LocalChat, Request
 from trl_vlm.judges.endpoint import EndpointChat, SpendingCapReached
 from trl_vlm.judges.judge import Comparison, Judge, ScriptedJudge, Verdict
+from trl_vlm.judges.options import JUDGES, ChatOptions, JudgeOptions, judge_of
 from trl_vlm.judges.pairwise import EndpointJudge, LocalJudge, PairwiseJudge
 from trl_vlm.judges.reward import RewardJudge
 
 __all__ = [
+    "JUDGES",
     "Answer",
     "Chat",
+    "ChatOptions",
     "Comparison",
     "EndpointChat",
     "EndpointJudge",
     "Judge",
+    "JudgeOptions",
     "LocalChat",
     "LocalJudge",
     "PairwiseJudge",
@@ -21,4 +25,5 @@ __all__ = [
     "ScriptedJudge",
     "SpendingCapReached",
     "Verdict",
+    "judge_of",
 ]

@@ -1,30 +1,70 @@
-"""Sources of preference pairs: what makes a rejected reply, or both replies, of a row."""
+"""Sources of preference pairs: what makes a rejected reply, or both replies, of a row. Names load on first use."""
 
-from trl_vlm.models.generation import Policy, generating
-from trl_vlm.pairs.bdhs.bdhs import BDHS
-from trl_vlm.pairs.bdhs.similarity import SentenceEncoder
-from trl_vlm.pairs.corruption import Corrupted
-from trl_vlm.pairs.judged import Judged
-from trl_vlm.pairs.mixed import BothRejected, Mixed, Offline
-from trl_vlm.pairs.noise import NoiseLevel, distorted, noise_level
-from trl_vlm.pairs.povid import POVID
-from trl_vlm.pairs.samples import SelfSamples
-from trl_vlm.pairs.source import PairSource
+import warnings
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trl_vlm.models.generation import Policy, generating
+    from trl_vlm.pairs.bdhs.bdhs import BDHS
+    from trl_vlm.pairs.bdhs.similarity import SentenceEncoder
+    from trl_vlm.pairs.corruption import Corrupted
+    from trl_vlm.pairs.judged import Judged
+    from trl_vlm.pairs.mixed import CombinedRejected, DatasetPairs, MixedPairs
+    from trl_vlm.pairs.noise import NoiseLevel, distorted, distorted_images, noise_level
+    from trl_vlm.pairs.povid import POVID
+    from trl_vlm.pairs.registry import COMPOSED_SOURCES, SOURCES, source_class
+    from trl_vlm.pairs.samples import SelfSamples
+    from trl_vlm.pairs.source import PairSource
+
+_MODULES = {
+    "bdhs.bdhs": ("BDHS",),
+    "bdhs.similarity": ("SentenceEncoder",),
+    "corruption": ("Corrupted",),
+    "judged": ("Judged",),
+    "mixed": ("CombinedRejected", "DatasetPairs", "MixedPairs"),
+    "noise": ("NoiseLevel", "distorted", "distorted_images", "noise_level"),
+    "povid": ("POVID",),
+    "registry": ("COMPOSED_SOURCES", "SOURCES", "source_class"),
+    "samples": ("SelfSamples",),
+    "source": ("PairSource",),
+}
+_WHERE = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+_WHERE |= dict.fromkeys(("Policy", "generating"), "trl_vlm.models.generation")
+_OLD_NAMES = {"BothRejected": "CombinedRejected", "Mixed": "MixedPairs", "Offline": "DatasetPairs"}
 
 __all__ = [
     "BDHS",
-    "BothRejected",
-    "Corrupted",
-    "Judged",
-    "Mixed",
-    "NoiseLevel",
-    "Offline",
+    "COMPOSED_SOURCES",
     "POVID",
+    "SOURCES",
+    "CombinedRejected",
+    "Corrupted",
+    "DatasetPairs",
+    "Judged",
+    "MixedPairs",
+    "NoiseLevel",
     "PairSource",
     "Policy",
     "SelfSamples",
     "SentenceEncoder",
     "distorted",
+    "distorted_images",
     "generating",
     "noise_level",
+    "source_class",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OLD_NAMES:
+        new = _OLD_NAMES[name]
+        warnings.warn(f"`trl_vlm.pairs.{name}` is now called `{new}`.", DeprecationWarning, stacklevel=2)
+        return __getattr__(new)
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}. It offers: {', '.join(__all__)}.")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -3,9 +3,12 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import ClassVar
 
 from trl_vlm.data.rows import Row, row_images
 from trl_vlm.judges.chat import Answer, Chat, Request
+from trl_vlm.judges.options import WriterOptions
 from trl_vlm.judges.pairwise import request_text
 from trl_vlm.pairs.samples import preference_row
 from trl_vlm.pairs.source import Policy, reference_reply, row_key
@@ -43,6 +46,7 @@ _REFUSAL = re.compile(
 )
 
 
+@dataclass(eq=False)
 class Corrupted:
     """The reference reply is chosen, and what a language model makes of it when asked to hallucinate is rejected.
 
@@ -59,14 +63,17 @@ class Corrupted:
     Differs: the answer stands between marks, so that a refusal or a comment is not taken for a reply.
     """
 
-    def __init__(self, chat: Chat, *, show_images: bool = False):
-        self.chat = chat
-        self.show_images = show_images
-        self.dropped: Counter[str] = Counter()
+    name: ClassVar[str] = "corrupted"
+    needs_policy: ClassVar[bool] = False
 
-    def __call__(self, rows: Sequence[Row], policy: Policy | None = None, turn: int = 0) -> list[Row | None]:
-        """Returns a preference row per row, or None; `turn` changes nothing."""
-        names = [row_key(row, place) for place, row in enumerate(rows)]
+    chat: Chat = field(metadata={"help": "The language model that rewrites.", "options": WriterOptions})
+    _: KW_ONLY
+    show_images: bool = field(default=False, metadata={"help": "Show that model the images too."})
+    dropped: Counter[str] = field(default_factory=Counter, init=False, repr=False)
+
+    def __call__(self, rows: Sequence[Row], policy: Policy | None = None, round: int = 0) -> list[Row | None]:
+        """Returns a preference row per row, or None; `round` changes nothing."""
+        names = [row_key(row, index) for index, row in enumerate(rows)]
         references = [reference_reply(row, name).strip() for row, name in zip(rows, names, strict=True)]
         requests = [
             Request(
@@ -77,27 +84,30 @@ class Corrupted:
             for row, name, reference in zip(rows, names, references, strict=True)
         ]
         answers = self.chat(requests)
-        return [self._pair(*each) for each in zip(rows, references, answers, strict=True)]
+        return [
+            self._pair(row, reference, answer)
+            for row, reference, answer in zip(rows, references, answers, strict=True)
+        ]
 
     def _pair(self, row: Row, reference: str, answer: Answer) -> Row | None:
         rewritten, reason = rewritten_reply(answer, reference)
         if rewritten is None:
             self.dropped[reason] += 1
             return None
-        return preference_row(row, reference, rewritten, source="corrupted")
+        return preference_row(row, reference, rewritten, source=self.name)
 
 
 def rewritten_reply(answer: Answer, reference: str) -> Answer:
     """The reply between the marks of an answer, or why there is none."""
     if answer.text is None:
         return answer
-    found = _REWRITTEN.findall(answer.text)
-    refuses = _REFUSAL.match(found[0] if found else answer.text) and not _REFUSAL.match(reference)
+    rewrites = _REWRITTEN.findall(answer.text)
+    refuses = _REFUSAL.match(rewrites[0] if rewrites else answer.text) and not _REFUSAL.match(reference)
     if refuses:
         return Answer(None, REFUSED)
-    if len(found) != 1 or not found[0].strip():
+    if len(rewrites) != 1 or not rewrites[0].strip():
         return Answer(None, NOT_REWRITTEN)
-    rewritten = found[0].strip()
+    rewritten = rewrites[0].strip()
     if rewritten.split() == reference.split():
         return Answer(None, UNCHANGED)
     return Answer(rewritten)

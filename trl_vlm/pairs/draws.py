@@ -10,23 +10,23 @@ from torch import Tensor
 
 
 class Draws(NamedTuple):
-    """All random draws that a source makes for one row at one turn.
+    """All random draws that a source makes for one row in one round.
 
     Each purpose ("pivot", 2, 0) has its own stream, so that one draw more here shifts no draw there.
 
     Args:
         seed: The source's seed.
-        turn: How many times the data set has been gone through.
+        round: Number of the refresh, see `PairSource`.
         row: The row's key, see `trl_vlm.pairs.source.row_key`.
     """
 
     seed: int
-    turn: int
+    round: int
     row: str
 
     def seed_of(self, *purpose: str | int) -> int:
         """Returns a seed of 63 bits."""
-        key = repr((self.seed, self.turn, self.row, *purpose)).encode()
+        key = repr((self.seed, self.round, self.row, *purpose)).encode()
         return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
 
     def random(self, *purpose: str | int) -> random.Random:

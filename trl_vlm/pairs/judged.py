@@ -2,24 +2,27 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import combinations
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from trl_vlm.data.rows import Row
 from trl_vlm.judges.judge import Comparison, Judge, Verdict
+from trl_vlm.judges.options import JudgeOptions
 from trl_vlm.models.generation import Reply
-from trl_vlm.pairs.samples import preference_row, sampled_replies
+from trl_vlm.pairs.samples import check_sampling, preference_row, sampled_replies
 from trl_vlm.pairs.source import Policy
 
 
 class Decision(NamedTuple):
-    """Which of a row's replies are chosen and rejected, by their places, and the verdict that says so."""
+    """Which of a row's replies are chosen and rejected, by their indices, and the verdict that says so."""
 
     chosen: int
     rejected: int
     verdict: Verdict
 
 
+@dataclass(eq=False)
 class Judged:
     """Pairs of two replies of the policy, of which a judge prefers one.
 
@@ -41,27 +44,28 @@ class Judged:
     Differs: the paper does not say how many replies, at which temperature, or what becomes of unclear verdicts.
     """
 
-    def __init__(
-        self,
-        judge: Judge,
-        *,
-        replies: int = 2,
-        temperature: float = 1.0,
-        max_new_tokens: int = 256,
-        seed: int = 0,
-    ):
-        if replies < 2:
-            raise ValueError(f"`replies` is {replies}; a judge compares 2 or more.")
-        if not temperature > 0:
-            raise ValueError(f"`temperature` is {temperature}: every reply would be the same. Use a value above 0.")
-        self.judge = judge
-        self.replies = replies
-        self.temperature = temperature
-        self.max_new_tokens = max_new_tokens
-        self.seed = seed
-        self.dropped: Counter[str] = Counter()
+    name: ClassVar[str] = "judged"
+    needs_policy: ClassVar[bool] = True
 
-    def __call__(self, rows: Sequence[Row], policy: Policy, turn: int = 0) -> list[Row | None]:
+    judge: Judge = field(metadata={"help": "What compares the replies.", "options": JudgeOptions})
+    _: KW_ONLY
+    replies: int = field(default=2, metadata={"help": "Replies per row, 2 or more."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples, above 0."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest reply, in tokens."})
+    seed: int = field(default=0, metadata={"help": "Seed of the samples."})
+    dropped: Counter[str] = field(default_factory=Counter, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuses options that give no two different replies."""
+        if self.replies < 2:
+            raise ValueError(f"`replies` is {self.replies}; a judge compares 2 or more.")
+        if not self.temperature > 0:
+            raise ValueError(
+                f"`temperature` is {self.temperature}: every reply would be the same. Use a value above 0."
+            )
+        check_sampling(self.temperature, self.max_new_tokens)
+
+    def __call__(self, rows: Sequence[Row], policy: Policy, round: int = 0) -> list[Row | None]:
         """Returns a preference row per row, or None where the judge did not decide."""
         samples = sampled_replies(
             rows,
@@ -70,24 +74,26 @@ class Judged:
             temperature=self.temperature,
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
-            turn=turn,
+            round=round,
         )
-        places = list(combinations(range(self.replies), 2))
+        indices = list(combinations(range(self.replies), 2))
         comparisons = [
             Comparison(row, drawn[first].text, drawn[second].text)
             for row, drawn in zip(rows, samples, strict=True)
-            for first, second in places
+            for first, second in indices
         ]
         verdicts = self.judge.prefer(comparisons)
-        each = [verdicts[start : start + len(places)] for start in range(0, len(verdicts), len(places))]
-        return [self._pair(*row) for row in zip(rows, samples, each, strict=True)]
+        verdicts_of_rows = [verdicts[start : start + len(indices)] for start in range(0, len(verdicts), len(indices))]
+        return [
+            self._pair(row, drawn, verdicts_of_row)
+            for row, drawn, verdicts_of_row in zip(rows, samples, verdicts_of_rows, strict=True)
+        ]
 
     def _pair(self, row: Row, samples: Sequence[Reply], verdicts: Sequence[Verdict]) -> Row | None:
         decision = best_and_worst(verdicts, self.replies)
         if decision is None:
-            self.dropped[
-                next((verdict.reason for verdict in verdicts if verdict.reason), "the verdicts go round")
-            ] += 1
+            reasons = [verdict.reason for verdict in verdicts if verdict.reason]
+            self.dropped[reasons[0] if reasons else "the verdicts go round"] += 1
             return None
         chosen, rejected = samples[decision.chosen], samples[decision.rejected]
         if not (chosen.text and rejected.text):
@@ -97,7 +103,7 @@ class Judged:
             row,
             chosen.text,
             rejected.text,
-            source="judged",
+            source=self.name,
             verdict=decision.verdict.text,
             unfinished=not (chosen.is_finished and rejected.is_finished),
         )

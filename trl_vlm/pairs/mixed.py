@@ -2,77 +2,90 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import ClassVar
 
 from trl_vlm.data.rows import ROW_NAME, Row, check_row
 from trl_vlm.pairs.source import PairSource, Policy, reference_reply, row_draws, row_key
 
 
-class Offline:
+@dataclass(eq=False)
+class DatasetPairs:
     """The row's own pair; its chosen reply may also be called `completion`. The policy is not asked."""
 
-    def __call__(self, rows: Sequence[Row], policy: Policy | None = None, turn: int = 0) -> list[Row | None]:
-        """Returns the rows with `pair_source` "offline".
+    name: ClassVar[str] = "dataset"
+    needs_policy: ClassVar[bool] = False
+
+    def __call__(self, rows: Sequence[Row], policy: Policy | None = None, round: int = 0) -> list[Row | None]:
+        """Returns the rows with `pair_source` "dataset".
 
         Raises:
             ValueError: A row has no pair; the error names it.
         """
         pairs: list[Row | None] = []
-        for place, row in enumerate(rows):
-            name = row_key(row, place)
+        for index, row in enumerate(rows):
             chosen = row["chosen"] if row.get("chosen") is not None else row.get("completion")
-            pair = {**row, "chosen": chosen, "pair_source": "offline"}
-            check_row(pair, ["chosen", "rejected"], name=name)
+            pair = {**row, "chosen": chosen, "pair_source": self.name}
+            check_row(pair, ["chosen", "rejected"], name=row_key(row, index))
             pairs.append(pair)
         return pairs
 
 
-class Mixed:
-    """Each row's pair comes from one of two sources, by a coin: Mixed-DPO with `Mixed(Offline(), online)`.
+@dataclass(eq=False)
+class MixedPairs:
+    """Each row's pair comes from one of two sources by chance: Mixed DPO with `MixedPairs(DatasetPairs(), online)`.
 
-    L = alpha L(first) + (1 - alpha) L(second), alpha ~ Bernoulli(share), drawn per row and turn. A source sees only
-    the rows that fall to it; with `share` 1 or 0 the other is never called.
+    L = alpha L(first) + (1 - alpha) L(second), alpha ~ Bernoulli(probability), drawn per row and round. A source sees
+    only the rows that are drawn for it; with `probability` 1 or 0 the other is never called.
 
     Args:
         first: A source.
         second: Another.
-        share: The probability that a row falls to the first.
-        seed: Of the coins.
+        probability: Probability of the first source, per row.
+        seed: Of the draws.
 
     Source: arXiv:2407.02477, eq. 4.
     """
 
-    def __init__(self, first: PairSource, second: PairSource, *, share: float = 0.5, seed: int = 0):
-        if not 0 <= share <= 1:
-            raise ValueError(f"`share` is {share}; it is a probability and must lie between 0 and 1.")
-        self.first = first
-        self.second = second
-        self.share = share
-        self.seed = seed
+    name: ClassVar[str] = "mixed"
+    needs_policy: ClassVar[bool] = True
+
+    first: PairSource = field(metadata={"help": "A source."})
+    second: PairSource = field(metadata={"help": "Another source."})
+    _: KW_ONLY
+    probability: float = field(default=0.5, metadata={"help": "Probability of the first source, per row."})
+    seed: int = field(default=0, metadata={"help": "Seed of the draws."})
+
+    def __post_init__(self) -> None:
+        """Refuses what is no probability."""
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"`probability` is {self.probability}; it must lie between 0 and 1.")
 
     @property
     def dropped(self) -> Counter[str]:
         """Why rows gave no pair, as far as the two sources count it."""
         return _dropped(self.first, self.second)
 
-    def __call__(self, rows: Sequence[Row], policy: Policy, turn: int = 0) -> list[Row | None]:
-        """Returns for each row what the source that it fell to made of it."""
-        coins = [row_draws(row, place, self.seed, turn).random("mixed").random() for place, row in enumerate(rows)]
+    def __call__(self, rows: Sequence[Row], policy: Policy, round: int = 0) -> list[Row | None]:
+        """Returns for each row what the source that was drawn for it made of it."""
+        draws = [row_draws(row, index, self.seed, round).random("mixed").random() for index, row in enumerate(rows)]
         rows = _named(rows)
         pairs: list[Row | None] = [None] * len(rows)
         for source, is_first in ((self.first, True), (self.second, False)):
-            places = [place for place, coin in enumerate(coins) if (coin < self.share) == is_first]
-            if places:
-                made = source([rows[place] for place in places], policy, turn)
-                for place, pair in zip(places, made, strict=True):
-                    pairs[place] = pair
+            indices = [index for index, draw in enumerate(draws) if (draw < self.probability) == is_first]
+            if indices:
+                pairs_of_source = source([rows[index] for index in indices], policy, round)
+                for index, pair in zip(indices, pairs_of_source, strict=True):
+                    pairs[index] = pair
         return pairs
 
 
-class BothRejected:
+@dataclass(eq=False)
+class CombinedRejected:
     """Two rejected replies to one chosen reply: the first source's pair, with the second's rejected reply beside it.
 
     For the averaged loss, w L(y+, y-) + (1 - w) L(y+, y~-), with w the trainer's `rejected_weight`. What the second
-    source says in `pair_*` stands in `pair_extra_*`. A row that either source does not decide is None.
+    source reports in `pair_*` is in `pair_extra_*`. A row that either source does not decide is None.
 
     Args:
         first: Gives `chosen` and `rejected`.
@@ -81,23 +94,25 @@ class BothRejected:
     Source: arXiv:2407.02477, eq. 5.
     """
 
-    def __init__(self, first: PairSource, second: PairSource):
-        self.first = first
-        self.second = second
+    name: ClassVar[str] = "combined"
+    needs_policy: ClassVar[bool] = True
+
+    first: PairSource = field(metadata={"help": "Gives the chosen and the first rejected reply."})
+    second: PairSource = field(metadata={"help": "Gives the further rejected reply."})
 
     @property
     def dropped(self) -> Counter[str]:
         """Why rows gave no pair, as far as the two sources count it."""
         return _dropped(self.first, self.second)
 
-    def __call__(self, rows: Sequence[Row], policy: Policy, turn: int = 0) -> list[Row | None]:
+    def __call__(self, rows: Sequence[Row], policy: Policy, round: int = 0) -> list[Row | None]:
         """Returns a preference row per row.
 
         Raises:
             ValueError: The sources chose different replies; the error names the row.
         """
         rows = _named(rows)
-        both = zip(self.first(rows, policy, turn), self.second(rows, policy, turn), strict=True)
+        both = zip(self.first(rows, policy, round), self.second(rows, policy, round), strict=True)
         return [
             None if first is None or second is None else self._pair(first, second, row[ROW_NAME])
             for row, (first, second) in zip(rows, both, strict=True)
@@ -108,14 +123,15 @@ class BothRejected:
         if chosen != other:
             raise ValueError(
                 f"{name}: the two sources chose different replies, {chosen[:60]!r} and {other[:60]!r}. The averaged "
-                "loss has one chosen reply: combine sources that keep the row's own, such as BDHS, POVID and Offline."
+                "loss has one chosen reply: combine sources that keep the row's own, such as BDHS, POVID and "
+                "DatasetPairs."
             )
-        said = {
+        metadata = {
             column.replace("pair_", "pair_extra_", 1): value
             for column, value in second.items()
             if column.startswith("pair_")
         }
-        return {**first, **said, "rejected_extra": [*(first.get("rejected_extra") or ()), second["rejected"]]}
+        return {**first, **metadata, "rejected_extra": [*(first.get("rejected_extra") or ()), second["rejected"]]}
 
 
 def _dropped(*sources: PairSource) -> Counter[str]:
@@ -125,4 +141,4 @@ def _dropped(*sources: PairSource) -> Counter[str]:
 
 def _named(rows: Sequence[Row]) -> list[Row]:
     """Rows that carry their names: their draws must not depend on which others a source sees."""
-    return [{**row, ROW_NAME: row_key(row, place)} for place, row in enumerate(rows)]
+    return [{**row, ROW_NAME: row_key(row, index)} for index, row in enumerate(rows)]

@@ -1,10 +1,13 @@
 """Gaussian noise on images: POVID's schedule, on an image at its own resolution, before the processor."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+
+from trl_vlm.pairs.draws import Draws
 
 NOISE_STEPS = 1000  # of the whole schedule
 BETA_MIN, BETA_MAX = 1e-5, 0.5e-2
@@ -57,14 +60,14 @@ def distorted(
 ) -> Image.Image:
     """Returns an RGB image after a number of steps of noise; the argument is not modified.
 
-    Colours run from 0 to 1 before the noise, and are written back as bytes.
+    Colors run from 0 to 1 before the noise, and are written back as bytes.
 
     Args:
         image: At its own resolution, as it comes before the processor resizes it.
         steps: See `noise_level`; 0 gives the image back.
         generator: On the CPU; two images need two draws of it.
         indexing: See `noise_level`.
-        overflow: What becomes of a colour outside 0 to 1. "wrap" takes it modulo 256, as the published code does, so
+        overflow: What becomes of a color outside 0 to 1. "wrap" takes it modulo 256, as the published code does, so
             that the brightest spots may turn black; "clip" keeps it in range, a visibly milder image.
 
     Raises:
@@ -77,11 +80,33 @@ def distorted(
     image = image.convert("RGB")
     if steps == 0:
         return image
-    colours = torch.from_numpy(np.array(image)).float() / 255  # (height, width, 3)
-    colours = level.signal * colours + level.noise * torch.randn(colours.shape, generator=generator)
-    whole = colours.mul(255).trunc().long()  # cut and not rounded, as a cast to bytes does
+    colors = torch.from_numpy(np.array(image)).float() / 255  # (height, width, 3)
+    colors = level.signal * colors + level.noise * torch.randn(colors.shape, generator=generator)
+    whole = colors.mul(255).trunc().long()  # cut and not rounded, as a cast to bytes does
     bounded = whole.remainder(256) if overflow == "wrap" else whole.clamp(0, 255)
     return Image.fromarray(bounded.to(torch.uint8).numpy())
+
+
+def distorted_images(
+    images: Sequence[Image.Image],
+    steps: int,
+    draws: Draws,
+    *purpose: int,
+    indexing: Indexing = "paper",
+    overflow: Overflow = "wrap",
+) -> list[Image.Image]:
+    """Returns the images of one row after a number of steps of noise, one after another from one stream of draws.
+
+    Args:
+        images: Decoded images of the row; not modified.
+        steps: See `noise_level`.
+        draws: Of the row.
+        purpose: Numbers that tell several distortions of the row apart, such as the iteration.
+        indexing: See `noise_level`.
+        overflow: See `distorted`.
+    """
+    generator = draws.generator("noise", *purpose)
+    return [distorted(image, steps, generator, indexing=indexing, overflow=overflow) for image in images]
 
 
 def check_noise(steps: int, indexing: Indexing = "paper", overflow: Overflow = "wrap") -> None:

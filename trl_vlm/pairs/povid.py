@@ -1,9 +1,12 @@
-"""POVID's rejected replies: what the policy would say in the place of each token if the image were noisy."""
+"""POVID's rejected replies: the policy's greedy token in the place of each token, given a noised image."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -11,12 +14,13 @@ from trl_vlm.data.encoding import encode
 from trl_vlm.data.images import MAX_IMAGE_PIXELS
 from trl_vlm.data.rows import Row, check_row
 from trl_vlm.pairs.draws import Draws
-from trl_vlm.pairs.noise import Indexing, Overflow, check_noise, distorted
+from trl_vlm.pairs.noise import Indexing, Overflow, check_noise, distorted_images
 from trl_vlm.pairs.reply_tokens import ReplyTokens, added_text
 from trl_vlm.pairs.samples import EMPTY_SAMPLE, SAME_AS_REFERENCE, preference_row
 from trl_vlm.pairs.source import Policy, images_of, reference_reply, row_draws, row_key
 
 
+@dataclass(eq=False, kw_only=True)
 class POVID:
     """A pair source: the reference is chosen; the rejected reply has, token by token, the policy's greedy guess.
 
@@ -32,7 +36,7 @@ class POVID:
     Args:
         noise_steps: Steps of noise on the image, see `trl_vlm.pairs.noise.noise_level`.
         indexing: How the steps are counted, "code" or "paper".
-        overflow: What becomes of colours out of range, "wrap" or "clip".
+        noise_overflow: What becomes of colors out of range, "wrap" or "clip"; see `distorted`.
         keep_rejected: The row's own `rejected` stays, and the noisy reply goes into `rejected_extra`: the published
             loss, half DPO with each (`rejected_weight=0.5`).
         max_image_pixels: Largest image, width times height.
@@ -48,27 +52,32 @@ class POVID:
     guess tokens of its own.
     """
 
-    def __init__(
-        self,
-        *,
-        noise_steps: int = 500,
-        indexing: Indexing = "code",
-        overflow: Overflow = "wrap",
-        keep_rejected: bool = False,
-        max_image_pixels: int | None = MAX_IMAGE_PIXELS,
-        seed: int = 0,
-    ):
-        check_noise(noise_steps, indexing, overflow)
-        self.noise_steps = noise_steps
-        self.indexing = indexing
-        self.overflow = overflow
-        self.keep_rejected = keep_rejected
-        self.max_image_pixels = max_image_pixels
-        self.seed = seed
-        self.dropped: Counter[str] = Counter()
+    name: ClassVar[str] = "povid"
+    needs_policy: ClassVar[bool] = True
+
+    noise_steps: int = field(default=500, metadata={"help": "Steps of noise on the image, up to 1000."})
+    indexing: Indexing = field(
+        default="code",
+        metadata={"help": "How the steps are counted: as the published code does or as the paper."},
+    )
+    noise_overflow: Overflow = field(
+        default="wrap", metadata={"help": "What becomes of colors that the noise takes out of range."}
+    )
+    keep_rejected: bool = field(
+        default=False, metadata={"help": "Keep the row's rejected reply and put the new one into `rejected_extra`."}
+    )
+    max_image_pixels: int | None = field(
+        default=MAX_IMAGE_PIXELS, metadata={"help": "Largest image, width times height."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the noise."})
+    dropped: Counter[str] = field(default_factory=Counter, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuses options out of range."""
+        check_noise(self.noise_steps, self.indexing, self.noise_overflow)
 
     @torch.no_grad()
-    def __call__(self, rows: Sequence[Row], policy: Policy, turn: int = 0) -> list[Row | None]:
+    def __call__(self, rows: Sequence[Row], policy: Policy, round: int = 0) -> list[Row | None]:
         """Returns a preference row for each of `rows`, as `PairSource` says.
 
         Raises:
@@ -76,7 +85,7 @@ class POVID:
         """
         if not rows:
             return []
-        names = [row_key(row, place) for place, row in enumerate(rows)]
+        names = [row_key(row, index) for index, row in enumerate(rows)]
         for row, name in zip(rows, names, strict=True):
             check_row(row, ["rejected"] if self.keep_rejected else [], name=name)
         replies = [
@@ -87,8 +96,8 @@ class POVID:
             policy.processor,
             [row["prompt"] for row in rows],
             [
-                self._noisy_images(row, name, row_draws(row, place, self.seed, turn))
-                for place, (row, name) in enumerate(zip(rows, names, strict=True))
+                self._noised_images(row, name, row_draws(row, index, self.seed, round))
+                for index, (row, name) in enumerate(zip(rows, names, strict=True))
             ],
             add_generation_prompt=True,
             padding_side="left",
@@ -98,18 +107,14 @@ class POVID:
         guesses = greedy_guesses(policy.model, batch, [reply.ids for reply in replies])
         return [self._pair(row, reply, ids, policy) for row, reply, ids in zip(rows, replies, guesses, strict=True)]
 
-    def _noisy_images(self, row: Row, name: str, draws: Draws) -> list:
+    def _noised_images(self, row: Row, name: str, draws: Draws) -> list[Image]:
         images = images_of(row, name, self.max_image_pixels)
         if not images:
             raise ValueError(
                 f"{name}: it has no image that noise could be added to. Drop rows without images, or take their pairs "
                 "from another source."
             )
-        generator = draws.generator("noise")
-        return [
-            distorted(image, self.noise_steps, generator, indexing=self.indexing, overflow=self.overflow)
-            for image in images
-        ]
+        return distorted_images(images, self.noise_steps, draws, indexing=self.indexing, overflow=self.noise_overflow)
 
     def _pair(self, row: Row, reply: ReplyTokens, guesses: Sequence[int], policy: Policy) -> Row | None:
         text = added_text(policy.processor.tokenizer, [], guesses).strip()
@@ -117,7 +122,7 @@ class POVID:
             self.dropped[SAME_AS_REFERENCE if text else EMPTY_SAMPLE] += 1
             return None
         changed = sum(guess != token for guess, token in zip(guesses, reply.ids, strict=True)) / len(reply.ids)
-        pair = preference_row(row, reply.text, text, source="povid", share_changed=changed)
+        pair = preference_row(row, reply.text, text, source=self.name, share_changed=changed)
         if self.keep_rejected:
             pair |= {"rejected": row["rejected"], "rejected_extra": [pair["rejected"]]}
         return pair

@@ -33,15 +33,15 @@ class ReplyTokens(NamedTuple):
         ids, ends = _behind(processor.tokenizer, opening, lead + reply)
         return cls(reply, ids, [end - len(lead) for end in ends], opening)
 
-    def cut_at(self, place: int) -> int | None:
+    def tokens_before(self, character: int) -> int | None:
         """Returns the number of tokens up to a character of `text`, or None if one of them reaches beyond it."""
-        cut = sum(end <= place for end in self.ends)
-        is_boundary = place <= 0 or (cut > 0 and self.ends[cut - 1] == place)
-        return cut if is_boundary else None
+        count = sum(end <= character for end in self.ends)
+        is_boundary = character <= 0 or (count > 0 and self.ends[count - 1] == character)
+        return count if is_boundary else None
 
-    def ids_behind(self, tokenizer: PreTrainedTokenizerBase, place: int, text: str) -> list[int]:
-        """Returns the tokens of `text` when it stands behind the first `place` characters of the reply."""
-        return _behind(tokenizer, self.opening + self.text[:place], text)[0]
+    def ids_behind(self, tokenizer: PreTrainedTokenizerBase, character: int, text: str) -> list[int]:
+        """Returns the tokens of `text` when it stands behind the first `character` characters of the reply."""
+        return _behind(tokenizer, self.opening + self.text[:character], text)[0]
 
 
 def added_text(tokenizer: PreTrainedTokenizerBase, context: Sequence[int], new: Sequence[int]) -> str:
@@ -65,8 +65,8 @@ def _opening(processor: ProcessorMixin, reply: str) -> tuple[str, str]:
     answer = {"role": "assistant", "content": [{"type": "text", "text": reply}]}
     prompt = processor.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     whole = processor.apply_chat_template([*question, answer], tokenize=False)
-    lead, found, _ = whole[len(prompt) :].partition(reply)
-    return prompt, lead if found and whole.startswith(prompt) else ""
+    lead, separator, _ = whole[len(prompt) :].partition(reply)
+    return prompt, lead if separator and whole.startswith(prompt) else ""
 
 
 def _behind(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> tuple[list[int], list[int]]:

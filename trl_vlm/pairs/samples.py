@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from trl_vlm.data.encoding import prompt_batches
 from trl_vlm.data.rows import Row
@@ -10,7 +11,7 @@ from trl_vlm.models.generation import Reply, generated
 from trl_vlm.pairs.draws import GumbelSampler
 from trl_vlm.pairs.source import Policy, reference_reply, row_draws, row_key
 
-# What a row says about its old replies, and is not true of new ones.
+# Columns that describe the old replies and become stale.
 ABOUT_OLD_REPLIES = ("rejected_extra", "chosen_spans", "rejected_spans", "margin")
 
 EMPTY_SAMPLE = "the sample is empty"
@@ -25,7 +26,7 @@ def sampled_replies(
     temperature: float,
     max_new_tokens: int,
     seed: int,
-    turn: int,
+    round: int,
 ) -> list[list[Reply]]:
     """Several replies of the policy to each row, B lists; each reply has random draws of its own.
 
@@ -36,33 +37,41 @@ def sampled_replies(
     """
     # Each row stands as often as it has replies: with `num_return_sequences`, LLaVA mixes up the images of a row that
     # has several.
-    every = [(row, row_key(row, place)) for place, row in enumerate(rows) for _ in range(replies)]
-    draws = [row_draws(row, place, seed, turn) for place, row in enumerate(rows)]
+    repeated = [(row, row_key(row, index)) for index, row in enumerate(rows) for _ in range(replies)]
+    draws = [row_draws(row, index, seed, round) for index, row in enumerate(rows)]
     seeds = [draw.seed_of("reply", reply) for draw in draws for reply in range(replies)]
-    batches = prompt_batches(
-        policy.processor, [row for row, _ in every], batch_size=len(every), names=[name for _, name in every]
-    )
+    names = [name for _, name in repeated]
+    batches = prompt_batches(policy.processor, [row for row, _ in repeated], batch_size=len(repeated), names=names)
     drawn = generated(policy, batches, max_new_tokens=max_new_tokens, sampler=GumbelSampler(seeds, temperature))
     samples = [reply._replace(text=reply.text.strip()) for reply in drawn]
     return [samples[start : start + replies] for start in range(0, len(samples), replies)]
 
 
-def preference_row(row: Row, chosen: str, rejected: str, **said: Any) -> dict[str, Any]:
-    """The row with new replies; what it said about its old ones is left out.
+def preference_row(row: Row, chosen: str, rejected: str, **metadata: Any) -> dict[str, Any]:
+    """The row with new replies, without the columns that describe its old ones.
 
     Args:
         row: Not modified.
         chosen: Text of the better reply.
         rejected: Text of the worse one.
-        said: Columns of the source, without `pair_`.
+        metadata: What the source reports, for columns `pair_<name>`.
     """
     kept = {column: value for column, value in row.items() if column not in ABOUT_OLD_REPLIES}
     replies = {
         side: [{"role": "assistant", "content": text}] for side, text in (("chosen", chosen), ("rejected", rejected))
     }
-    return {**kept, **replies, **{f"pair_{name}": value for name, value in said.items()}}
+    return {**kept, **replies, **{f"pair_{name}": value for name, value in metadata.items()}}
 
 
+def check_sampling(temperature: float, max_new_tokens: int) -> None:
+    """Raises ValueError if an option of sampling is out of range."""
+    if not temperature >= 0:
+        raise ValueError(f"`temperature` is {temperature}; it must be 0 (greedy) or more.")
+    if max_new_tokens < 1:
+        raise ValueError(f"`max_new_tokens` is {max_new_tokens}; it must be 1 or more.")
+
+
+@dataclass(eq=False, kw_only=True)
 class SelfSamples:
     """The reference reply is chosen, and a plain sample of the policy rejected: the control of other sources.
 
@@ -75,15 +84,21 @@ class SelfSamples:
         dropped: Why rows gave no pair, counted since the source was made.
     """
 
-    def __init__(self, *, temperature: float = 1.0, max_new_tokens: int = 256, seed: int = 0):
-        self.temperature = temperature
-        self.max_new_tokens = max_new_tokens
-        self.seed = seed
-        self.dropped: Counter[str] = Counter()
+    name: ClassVar[str] = "self-samples"
+    needs_policy: ClassVar[bool] = True
 
-    def __call__(self, rows: Sequence[Row], policy: Policy, turn: int = 0) -> list[Row | None]:
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples; 0 is greedy decoding."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest sample, in tokens."})
+    seed: int = field(default=0, metadata={"help": "Seed of the samples."})
+    dropped: Counter[str] = field(default_factory=Counter, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuses options out of range."""
+        check_sampling(self.temperature, self.max_new_tokens)
+
+    def __call__(self, rows: Sequence[Row], policy: Policy, round: int = 0) -> list[Row | None]:
         """Returns a preference row per row; None where the sample is empty or says the same as the reference."""
-        references = [reference_reply(row, row_key(row, place)) for place, row in enumerate(rows)]
+        references = [reference_reply(row, row_key(row, index)) for index, row in enumerate(rows)]
         samples = sampled_replies(
             rows,
             policy,
@@ -91,7 +106,7 @@ class SelfSamples:
             temperature=self.temperature,
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
-            turn=turn,
+            round=round,
         )
         return [
             self._pair(row, reference, sample)
@@ -102,4 +117,4 @@ class SelfSamples:
         if not sample.text or sample.text == reference.strip():
             self.dropped[SAME_AS_REFERENCE if sample.text else EMPTY_SAMPLE] += 1
             return None
-        return preference_row(row, reference, sample.text, source="self", unfinished=not sample.is_finished)
+        return preference_row(row, reference, sample.text, source=self.name, unfinished=not sample.is_finished)

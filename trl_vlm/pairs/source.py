@@ -19,7 +19,7 @@ class PairSource(Protocol):
     reasons in its attribute `dropped`.
     """
 
-    def __call__(self, rows: Sequence[Row], policy: Policy, turn: int = 0) -> list[Row | None]:
+    def __call__(self, rows: Sequence[Row], policy: Policy, round: int = 0) -> list[Row | None]:
         """Returns for each row a preference row, or None where there is no decision.
 
         Args:
@@ -27,7 +27,7 @@ class PairSource(Protocol):
                 `chosen`). `row_name` is what errors call a row and what its random draws hang on.
             policy: The model that makes the replies, ready for it: evaluation mode, adapters on, gathered if it is
                 sharded.
-            turn: How many times this data set has been gone through; another turn, other draws.
+            round: Number of the refresh: the same rows are given different random draws in another round.
 
         Returns:
             B entries. A preference row has the columns of its row, `chosen`, `rejected`, perhaps `rejected_extra`,
@@ -36,17 +36,17 @@ class PairSource(Protocol):
         ...
 
 
-def row_key(row: Row, place: int) -> str:
-    """Returns what a row is called in errors and known by to its random draws: its name, else its place in the batch.
+def row_key(row: Row, index: int) -> str:
+    """Returns what a row is called in errors and known by to its random draws: its name, else its index in the batch.
 
-    Without names, the draws of a row depend on its place in the batch.
+    Without names, the draws of a row depend on its index in the batch.
     """
-    return row.get(ROW_NAME) or f"row {place}"
+    return row.get(ROW_NAME) or f"row {index}"
 
 
-def row_draws(row: Row, place: int, seed: int, turn: int) -> Draws:
+def row_draws(row: Row, index: int, seed: int, round: int) -> Draws:
     """Returns the random draws of a row."""
-    return Draws(seed, turn, row_key(row, place))
+    return Draws(seed, round, row_key(row, index))
 
 
 def reference_reply(row: Row, name: str) -> str:
@@ -79,6 +79,6 @@ def images_of(row: Row, name: str, max_pixels: int | None) -> list[Image]:
     """
     check_row(row, ["prompt"], name=name)
     return [
-        load_image(image, name=f"{name}, image {place}", max_pixels=max_pixels)
-        for place, image in enumerate(row_images(row, name))
+        load_image(image, name=f"{name}, image {number}", max_pixels=max_pixels)
+        for number, image in enumerate(row_images(row, name))
     ]

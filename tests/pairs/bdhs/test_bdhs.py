@@ -15,7 +15,7 @@ from trl_vlm.models.image_tokens import image_token_mask
 from trl_vlm.models.masked_images import draw_hidden, masked_inputs
 from trl_vlm.pairs import BDHS, Policy, SentenceEncoder
 from trl_vlm.pairs.bdhs import bdhs
-from trl_vlm.pairs.bdhs.guided import sentence_cuts
+from trl_vlm.pairs.bdhs.guided import cut_sentences
 from trl_vlm.pairs.bdhs.sentences import sentence_end
 from trl_vlm.pairs.draws import Draws
 from trl_vlm.pairs.reply_tokens import ReplyTokens
@@ -107,7 +107,7 @@ def by_definition(policy, row, draws, limit):
     batch = encode(processor, [row["prompt"]], [row["images"]], add_generation_prompt=True)
     hidden = image_token_mask(batch["input_ids"], model.config)
     reply = ""
-    for cut in sentence_cuts(tokens, processor.tokenizer, draws, row=0, iteration=1):
+    for cut in cut_sentences(tokens, processor.tokenizer, draws, row=0, iteration=1):
         context = torch.tensor([cut.context], dtype=torch.long)
         inputs = {
             **batch,
@@ -134,16 +134,16 @@ def by_definition(policy, row, draws, limit):
 
 def test_greedy_replies_equal_one_generate_per_sentence(policy):
     rows = make_rows(3)
-    pairs = short(constant(0.0), mask_share=1.0, temperature=0.0, seed=5)(rows, policy, turn=2)
+    pairs = short(constant(0.0), mask_ratio=1.0, temperature=0.0, seed=5)(rows, policy, round=2)
     for row, pair in zip(rows, pairs, strict=True):
         assert text(pair["rejected"]) == by_definition(policy, row, Draws(5, 2, row[ROW_NAME]), limit=6)
 
 
 def test_one_seed_gives_the_same_pairs_whatever_the_batch(policy, encoder):
     rows = make_rows()
-    source = short(encoder, mask_share=0.5, iterations=3)
-    together = source(rows, policy, turn=1)
-    alone = [source([row], policy, turn=1)[0] for row in reversed(rows)][::-1]
+    source = short(encoder, mask_ratio=0.5, iterations=3)
+    together = source(rows, policy, round=1)
+    alone = [source([row], policy, round=1)[0] for row in reversed(rows)][::-1]
     for one, other in zip(together, alone, strict=True):
         assert one["rejected"] == other["rejected"]
         assert one["pair_similarity"] == pytest.approx(other["pair_similarity"], abs=1e-5)
@@ -151,8 +151,8 @@ def test_one_seed_gives_the_same_pairs_whatever_the_batch(policy, encoder):
             other["pair_share_masked"],
             other["pair_iterations"],
         )
-    assert [pair["rejected"] for pair in source(rows, policy, turn=2)] != [pair["rejected"] for pair in together]
-    assert [pair["rejected"] for pair in short(encoder, mask_share=0.5, iterations=3, seed=1)(rows, policy)] != [
+    assert [pair["rejected"] for pair in source(rows, policy, round=2)] != [pair["rejected"] for pair in together]
+    assert [pair["rejected"] for pair in short(encoder, mask_ratio=0.5, iterations=3, seed=1)(rows, policy)] != [
         pair["rejected"] for pair in together
     ]
 
@@ -165,7 +165,7 @@ def test_only_rows_that_are_too_alike_are_tried_again_with_new_draws(policy):
         first = len(asked) == 1
         return [0.97 if first and other == REPLIES[0] else 0.5 for other in others]
 
-    pairs = short(gate, mask_share=0.5)(make_rows(3), policy)
+    pairs = short(gate, mask_ratio=0.5)(make_rows(3), policy)
     assert [pair["pair_iterations"] for pair in pairs] == [2, 1, 1]
     assert [len(texts) for texts, _ in asked] == [3, 1]
     assert asked[1][1] == [REPLIES[0]] and asked[1][0] != asked[0][0][:1]
@@ -174,11 +174,11 @@ def test_only_rows_that_are_too_alike_are_tried_again_with_new_draws(policy):
 
 def test_the_mask_hides_the_expected_share_and_is_drawn_anew(policy):
     rows = [dict(make_rows(1)[0], **{ROW_NAME: f"row {place}"}) for place in range(40)]
-    shares = [pair["pair_share_masked"] for pair in short(constant(0.0), mask_share=0.75, guided=False)(rows, policy)]
+    shares = [pair["pair_share_masked"] for pair in short(constant(0.0), mask_ratio=0.75, guided=False)(rows, policy)]
     assert set(shares) <= {0.0, 0.25, 0.5, 0.75, 1.0}  # four image tokens
     assert sum(shares) / 40 == pytest.approx(0.75, abs=3 * (0.75 * 0.25 / 160) ** 0.5)
     for share in (0.0, 1.0):
-        pairs = short(constant(0.0), mask_share=share, guided=False)(rows[:3], policy)
+        pairs = short(constant(0.0), mask_ratio=share, guided=False)(rows[:3], policy)
         assert [pair["pair_share_masked"] for pair in pairs] == [share] * 3
 
 
@@ -186,13 +186,13 @@ def test_every_iteration_has_a_mask_of_its_own(policy, monkeypatch):
     masks = []
     monkeypatch.setattr(bdhs, "draw_hidden", lambda *args: masks.append(draw_hidden(*args)) or masks[-1])
     rows = make_rows()
-    short(constant(1.0), iterations=5, mask_share=0.5)(rows, policy)
+    short(constant(1.0), iterations=5, mask_ratio=0.5)(rows, policy)
     assert len(masks) == 5
     for row in range(4):
         assert len({tuple(mask[row].tolist()) for mask in masks}) > 1
 
 
-@pytest.mark.parametrize(("options", "calls"), [({}, 1), ({"noise_steps": 300, "mask_share": 0}, 3)])
+@pytest.mark.parametrize(("options", "calls"), [({}, 1), ({"noise_steps": 300, "mask_ratio": 0}, 3)])
 def test_the_vision_tower_runs_once_unless_noise_changes_the_images(policy, options, calls):
     seen = []
     hook = policy.model.model.vision_tower.register_forward_pre_hook(
@@ -205,9 +205,9 @@ def test_the_vision_tower_runs_once_unless_noise_changes_the_images(policy, opti
 
 
 def test_noise_in_place_of_the_mask_hides_nothing(policy):
-    pairs = short(constant(0.0), noise_steps=500, mask_share=0)(make_rows(2), policy)
+    pairs = short(constant(0.0), noise_steps=500, mask_ratio=0)(make_rows(2), policy)
     assert [pair["pair_share_masked"] for pair in pairs] == [0, 0]
-    clean = short(constant(0.0), mask_share=0)(make_rows(2), policy)
+    clean = short(constant(0.0), mask_ratio=0)(make_rows(2), policy)
     assert [pair["rejected"] for pair in pairs] != [pair["rejected"] for pair in clean]
 
 
@@ -290,10 +290,11 @@ def test_a_gate_that_gives_no_numbers_is_an_error(policy):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mask_share": 1.01}, "`mask_share` is 1.01"),
+        ({"mask_ratio": 1.01}, "`mask_ratio` is 1.01"),
         ({"iterations": 0}, "`iterations` is 0"),
         ({"temperature": -1}, "`temperature` is -1"),
-        ({"max_new_tokens": 0}, "max_sentence_tokens` is 0"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` is 0"),
+        ({"max_sentence_tokens": 0}, "`max_sentence_tokens` is 0"),
         ({"noise_steps": 1001}, "1001 steps of noise"),
         ({"noise_overflow": "cut"}, "must be 'wrap' or 'clip'"),
     ],

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests import families
-from trl_vlm.pairs.bdhs.guided import joined, sentence_cuts
+from trl_vlm.pairs.bdhs.guided import cut_sentences, joined
 from trl_vlm.pairs.bdhs.sentences import sentence_end
 from trl_vlm.pairs.draws import Draws
 from trl_vlm.pairs.reply_tokens import ReplyTokens, added_text
@@ -40,7 +40,7 @@ def test_a_reply_is_tokenised_as_it_stands_behind_its_prompt():
     reply = ReplyTokens.of(processor, "A cat sits. No.")
     assert processor.tokenizer.convert_ids_to_tokens(reply.ids) == ["▁A", "▁cat", "▁sits", ".", "▁No", "."]
     assert reply.ends == [1, 5, 10, 11, 14, 15]
-    assert [reply.cut_at(place) for place in (0, 1, 2, 5, 15)] == [0, 1, None, 2, 6]
+    assert [reply.tokens_before(place) for place in (0, 1, 2, 5, 15)] == [0, 1, None, 2, 6]
     assert processor.tokenizer.convert_ids_to_tokens(reply.ids_behind(processor.tokenizer, 11, " A cat")) == [
         "▁A",
         "▁cat",
@@ -64,7 +64,7 @@ def test_kept_tokens_spell_the_sentences_before_and_the_prefix(family):
         assert decode(tokens.ids) == reply
         starts = set()
         for iteration in range(6):
-            cuts = sentence_cuts(tokens, processor.tokenizer, Draws(0, 0, "row"), row=0, iteration=iteration)
+            cuts = cut_sentences(tokens, processor.tokenizer, Draws(0, 0, "row"), row=0, iteration=iteration)
             start = 0
             for cut in cuts:
                 before = reply[:start]
@@ -93,7 +93,7 @@ def test_half_of_the_answers_are_swapped_before_the_cut():
     processor = families.load_processor("llava")
     tokens = ReplyTokens.of(processor, "No, there is a dog.")
     cuts = [
-        sentence_cuts(tokens, processor.tokenizer, Draws(seed, 0, "row"), row=0, iteration=1)[0] for seed in range(400)
+        cut_sentences(tokens, processor.tokenizer, Draws(seed, 0, "row"), row=0, iteration=1)[0] for seed in range(400)
     ]
     swapped = [cut for cut in cuts if cut.prefix.startswith("Yes")]
     assert abs(len(swapped) - 200) < 3 * 10
@@ -105,7 +105,7 @@ def test_an_answer_of_one_word_is_swapped_or_written_anew():
     processor = families.load_processor("llava")
     tokens = ReplyTokens.of(processor, "It rains. No.")
     cuts = [
-        sentence_cuts(tokens, processor.tokenizer, Draws(seed, 0, "row"), row=0, iteration=1)[1] for seed in range(50)
+        cut_sentences(tokens, processor.tokenizer, Draws(seed, 0, "row"), row=0, iteration=1)[1] for seed in range(50)
     ]
     assert {cut.prefix for cut in cuts} == {"Yes", ""}
     assert {processor.tokenizer.decode(cut.context) for cut in cuts} == {"It rains. Yes", "It rains."}
@@ -113,6 +113,6 @@ def test_an_answer_of_one_word_is_swapped_or_written_anew():
 
 def test_a_token_that_spells_an_end_and_the_lines_behind_it_is_kept():
     tokens = ReplyTokens("A cat.\n\nRed.", ids=[5, 6, 7, 8, 9], ends=[1, 5, 8, 11, 12], opening="")
-    cuts = sentence_cuts(tokens, families.load_processor("llava").tokenizer, Draws(0, 0, ""), row=0, iteration=1)
+    cuts = cut_sentences(tokens, families.load_processor("llava").tokenizer, Draws(0, 0, ""), row=0, iteration=1)
     assert [cut.context for cut in cuts] == [[5], [5, 6, 7]]
     assert [(cut.prefix, cut.separator) for cut in cuts] == [("A", "\n\n"), ("", "")]

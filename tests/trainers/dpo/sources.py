@@ -70,6 +70,6 @@ def lengths_differ(replies, references) -> list[float]:
 
 SOURCES = {
     "greedy": lambda **options: Recorded(Greedy(**options)),
-    "bdhs": lambda: Recorded(BDHS(lengths_differ, mask_share=0.5, max_new_tokens=6, max_sentence_tokens=4)),
+    "bdhs": lambda: Recorded(BDHS(lengths_differ, mask_ratio=0.5, max_new_tokens=6, max_sentence_tokens=4)),
     "judged": lambda: Recorded(Judged(ScriptedJudge(longer), max_new_tokens=6)),
 }

@@ -1,10 +1,11 @@
-"""BDHS: rejected replies that a model writes itself, while it sees almost nothing of the image."""
+"""BDHS: rejected replies that a model writes itself while most image tokens are masked."""
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from PIL.Image import Image
@@ -16,20 +17,21 @@ from trl_vlm.data.rows import Row
 from trl_vlm.models.continuation.continuations import Continuations, Job
 from trl_vlm.models.image_tokens import image_token_mask
 from trl_vlm.models.masked_images import draw_hidden
-from trl_vlm.pairs.bdhs.guided import joined, sentence_cuts
+from trl_vlm.pairs.bdhs.guided import cut_sentences, joined
 from trl_vlm.pairs.bdhs.similarity import DEFAULT_ENCODER, SentenceEncoder, Similarity
 from trl_vlm.pairs.draws import Draws, GumbelSampler
-from trl_vlm.pairs.noise import Overflow, check_noise, distorted
+from trl_vlm.pairs.noise import Overflow, check_noise, distorted_images
 from trl_vlm.pairs.reply_tokens import ReplyTokens, added_text
-from trl_vlm.pairs.samples import EMPTY_SAMPLE, SAME_AS_REFERENCE, preference_row
+from trl_vlm.pairs.samples import EMPTY_SAMPLE, SAME_AS_REFERENCE, check_sampling, preference_row
 from trl_vlm.pairs.source import Policy, images_of, reference_reply, row_draws, row_key
 
 
+@dataclass(eq=False)
 class BDHS:
-    """A pair source: the chosen reply is the reference, the rejected one what the policy makes of it half blind.
+    """The reference is chosen; rejected is what the policy makes of it while most of the image is masked.
 
-    Each sentence of the reference is cut at a random word, and the policy finishes it while most of the image is
-    hidden from its attention: it names what usually is there. All sentences are independent of each other, so they
+    Each sentence of the reference is cut at a random word, and the policy completes it while most of the image is
+    hidden from its attention: it names what is usually there. All sentences are independent of each other, so they
     are generated in one batch. If the result means nearly the same as the reference, mask, cuts and samples are drawn
     again; the last of several iterations writes a whole reply without the reference.
 
@@ -45,16 +47,16 @@ class BDHS:
     Args:
         similarity: The gate: folder or hub id of a sentence encoder, a `SentenceEncoder`, or any function of two
             lists of texts.
-        mask_share: The expected share of hidden image tokens, rho_th in the paper; 0 hides none, 1 all.
+        mask_ratio: The expected share of hidden image tokens, rho_th in the paper; 0 hides none, 1 all.
         noise_steps: Also distort the image with this many steps of noise, drawn again in each iteration. The paper's
-            BDHS with noise is `mask_share=0, noise_steps=500`.
+            BDHS with noise is `mask_ratio=0, noise_steps=500`.
         iterations: How many attempts a row gets; the last of several is unguided. With 1 it is guided, and not gated.
         threshold: A reply is accepted if its similarity is smaller.
         guided: False skips the guided iterations: one unguided reply, not gated ("mask only" in the paper).
         temperature: Of the samples; 0 is greedy, and then only masks and cuts differ between iterations.
         max_new_tokens: Longest unguided reply, in tokens.
         max_sentence_tokens: Longest continuation of a sentence, in tokens.
-        noise_overflow: What becomes of colours that the noise takes out of range, "wrap" or "clip"; see `distorted`.
+        noise_overflow: What becomes of colors that the noise takes out of range, "wrap" or "clip"; see `distorted`.
         max_image_pixels: Largest image, width times height.
         seed: Of all draws. The same seed gives the same pairs, whatever the batches and processes.
 
@@ -63,69 +65,80 @@ class BDHS:
 
     Source: arXiv:2407.02477, section 5, eq. 6 and 7, Algorithm 1.
     Differs: the paper says nothing of positions (kept), the temperature (1), the splitter and the unit of cuts
-    (`pairs.bdhs.sentences`; one word at least stays and one goes, and a sentence of one word is written anew). A
+    (`pairs.bdhs.sentences`; one word at least stays and one goes, and a sentence of one word is regenerated). A
     reference without the end of a sentence is one sentence. Yes and no are swapped at word boundaries only, and the
     cut never lies before the swapped word.
     """
 
-    def __init__(
-        self,
-        similarity: str | PathLike | Similarity = DEFAULT_ENCODER,
-        *,
-        mask_share: float = 0.99,
-        noise_steps: int | None = None,
-        iterations: int = 5,
-        threshold: float = 0.97,
-        guided: bool = True,
-        temperature: float = 1.0,
-        max_new_tokens: int = 256,
-        max_sentence_tokens: int = 64,
-        noise_overflow: Overflow = "wrap",
-        max_image_pixels: int | None = MAX_IMAGE_PIXELS,
-        seed: int = 0,
-    ):
-        _check_ranges(mask_share, iterations, temperature, min(max_new_tokens, max_sentence_tokens))
-        check_noise(noise_steps or 0, overflow=noise_overflow)
-        self.similarity = SentenceEncoder(similarity) if isinstance(similarity, str | PathLike) else similarity
-        self.mask_share = mask_share
-        self.noise_steps = noise_steps
-        self.iterations = iterations if guided else 1
-        self.threshold = threshold
-        self.guided = guided
-        self.temperature = temperature
-        self.max_new_tokens = max_new_tokens
-        self.max_sentence_tokens = max_sentence_tokens
-        self.noise_overflow = noise_overflow
-        self.max_image_pixels = max_image_pixels
-        self.seed = seed
-        self.dropped: Counter[str] = Counter()
+    name: ClassVar[str] = "bdhs"
+    needs_policy: ClassVar[bool] = True
+
+    similarity: str | PathLike | Similarity = field(
+        default=DEFAULT_ENCODER,
+        metadata={"help": "The gate that compares replies.", "options": SentenceEncoder},
+    )
+    _: KW_ONLY
+    mask_ratio: float = field(default=0.99, metadata={"help": "Expected share of hidden image tokens, 0 to 1."})
+    noise_steps: int | None = field(
+        default=None, metadata={"help": "Also distort the image, by this many steps of noise, up to 1000."}
+    )
+    iterations: int = field(
+        default=5, metadata={"help": "Attempts per row; the last of several is not guided by the reference."}
+    )
+    threshold: float = field(
+        default=0.97, metadata={"help": "A reply is accepted if its similarity to the reference is smaller."}
+    )
+    guided: bool = field(
+        default=True, metadata={"help": "Complete the sentences of the reference; otherwise one whole reply, no gate."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples; 0 is greedy decoding."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest unguided reply, in tokens."})
+    max_sentence_tokens: int = field(default=64, metadata={"help": "Longest continuation of a sentence, in tokens."})
+    noise_overflow: Overflow = field(
+        default="wrap", metadata={"help": "What becomes of colors that the noise takes out of range."}
+    )
+    max_image_pixels: int | None = field(
+        default=MAX_IMAGE_PIXELS, metadata={"help": "Largest image, width times height."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of all draws."})
+    dropped: Counter[str] = field(default_factory=Counter, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuses options out of range, and makes the gate of the name of an encoder."""
+        check_sampling(self.temperature, self.max_new_tokens)
+        _check_ranges(self.mask_ratio, self.iterations, self.max_sentence_tokens)
+        check_noise(self.noise_steps or 0, overflow=self.noise_overflow)
+        if isinstance(self.similarity, str | PathLike):
+            self.similarity = SentenceEncoder(self.similarity)
 
     @torch.no_grad()
-    def __call__(self, rows: Sequence[Row], policy: Policy, turn: int = 0) -> list[Row | None]:
+    def __call__(self, rows: Sequence[Row], policy: Policy, round: int = 0) -> list[Row | None]:
         """Returns a preference row for each of `rows`, as `PairSource` says.
 
         Raises:
             ValueError: A row has no image, no prompt or no reference reply; the error names it.
         """
-        references = [self._reference(row, place, policy, turn) for place, row in enumerate(rows)]
+        references = [self._reference(row, index, policy, round) for index, row in enumerate(rows)]
         pairs: list[Row | None] = [None] * len(rows)
         active = list(range(len(rows)))
         scene = None
-        for iteration in range(1, self.iterations + 1):
+        iterations = self.iterations if self.guided else 1
+        for iteration in range(1, iterations + 1):
             if not active:
                 break
             if scene is None or self.noise_steps:  # with noise, each iteration sees other images
-                scene = _Scene.of(policy, references, [self._seen(each, iteration) for each in references])
-            is_last = iteration == self.iterations
-            attempts = self._attempts(scene, active, iteration, self.guided and (self.iterations == 1 or not is_last))
-            for place, attempt in attempts.items():
+                images = [self._visible_images(reference, iteration) for reference in references]
+                scene = _Scene.of(policy, references, images)
+            is_last = iteration == iterations
+            attempts = self._attempts(scene, active, iteration, self.guided and (iterations == 1 or not is_last))
+            for index, attempt in attempts.items():
                 if is_last or (attempt.is_new and attempt.similarity < self.threshold):
-                    pairs[place] = self._pair(rows[place], references[place].tokens.text, attempt)
-                    active.remove(place)
+                    pairs[index] = self._pair(rows[index], references[index].tokens.text, attempt)
+                    active.remove(index)
         return pairs
 
-    def _reference(self, row: Row, place: int, policy: Policy, turn: int) -> "_Reference":
-        name = row_key(row, place)
+    def _reference(self, row: Row, index: int, policy: Policy, round: int) -> "_Reference":
+        name = row_key(row, index)
         images = images_of(row, name, self.max_image_pixels)
         if not images:
             raise ValueError(
@@ -133,16 +146,15 @@ class BDHS:
                 "their pairs from another source."
             )
         tokens = ReplyTokens.of(policy.processor, reference_reply(row, name).strip())
-        return _Reference(name, row["prompt"], images, tokens, row_draws(row, place, self.seed, turn))
+        return _Reference(name, row["prompt"], images, tokens, row_draws(row, index, self.seed, round))
 
-    def _seen(self, reference: "_Reference", iteration: int) -> list[Image]:
-        """The images of a row as one iteration sees them."""
+    def _visible_images(self, reference: "_Reference", iteration: int) -> list[Image]:
+        """The images of a row in one iteration, with new noise if there is noise."""
         if not self.noise_steps:
             return reference.images
-        generator = reference.draws.generator("noise", iteration)
-        return [
-            distorted(each, self.noise_steps, generator, overflow=self.noise_overflow) for each in reference.images
-        ]
+        return distorted_images(
+            reference.images, self.noise_steps, reference.draws, iteration, overflow=self.noise_overflow
+        )
 
     def _attempts(
         self, scene: "_Scene", active: Sequence[int], iteration: int, is_guided: bool
@@ -151,66 +163,67 @@ class BDHS:
         hidden = draw_hidden(
             scene.input_ids,
             scene.policy.model.config,
-            self.mask_share,
+            self.mask_ratio,
             [reference.draws.generator("mask", iteration) for reference in scene.references],
             [reference.name for reference in scene.references],
         )
         images = image_token_mask(scene.input_ids, scene.policy.model.config)
         shares = (hidden.sum(1) / images.sum(1)).tolist()
         replies = (self._guided if is_guided else self._unguided)(scene, active, hidden, iteration)
-        similarities = self._similarities([scene.references[place] for place in active], replies)
+        similarities = self._similarities([scene.references[index] for index in active], replies)
         return {
-            place: _Attempt(
+            index: _Attempt(
                 reply.text,
-                is_new=reply.text not in ("", scene.references[place].tokens.text),
+                is_new=reply.text not in ("", scene.references[index].tokens.text),
                 similarity=similarity,
-                said={
+                metadata={
                     "iterations": iteration,
                     "guided": is_guided,
                     # The last digits of an embedding depend on the texts that are encoded beside it.
                     "similarity": round(similarity, 6),
-                    "share_masked": shares[place],
+                    "share_masked": shares[index],
                     "unfinished": reply.is_unfinished,
                 },
             )
-            for place, reply, similarity in zip(active, replies, similarities, strict=True)
+            for index, reply, similarity in zip(active, replies, similarities, strict=True)
         }
 
     def _guided(self, scene: "_Scene", active: Sequence[int], hidden: Tensor, iteration: int) -> list["_Reply"]:
-        """Each row's reference, with its sentences finished by the policy."""
+        """Each row's reference, with its sentences completed by the policy."""
         tokenizer = scene.policy.processor.tokenizer
-        cuts = [
-            cut
-            for place in active
-            for cut in sentence_cuts(
-                scene.references[place].tokens,
+        sentences = [
+            sentence
+            for index in active
+            for sentence in cut_sentences(
+                scene.references[index].tokens,
                 tokenizer,
-                scene.references[place].draws,
-                row=place,
+                scene.references[index].draws,
+                row=index,
                 iteration=iteration,
             )
         ]
-        news = scene.continuations.run(
+        completions = scene.continuations.run(
             hidden,
-            [cut.job for cut in cuts],
+            [sentence.job for sentence in sentences],
             max_new_tokens=self.max_sentence_tokens,
-            stop=lambda job, new: cuts[job].is_over(tokenizer, new),
-            sampler=GumbelSampler([cut.seed for cut in cuts], self.temperature),
+            stop=lambda job, new: sentences[job].is_over(tokenizer, new),
+            sampler=GumbelSampler([sentence.seed for sentence in sentences], self.temperature),
         )
         replies = []
-        for place in active:
-            own = [(cut, new) for cut, new in zip(cuts, news, strict=True) if cut.job.row == place]
-            text = joined(*zip(*own, strict=True), tokenizer)
-            replies.append(_Reply(text, any(len(new) == self.max_sentence_tokens for _, new in own)))
+        for index in active:
+            of_row = [number for number, sentence in enumerate(sentences) if sentence.job.row == index]
+            new = [completions[number] for number in of_row]
+            text = joined([sentences[number] for number in of_row], new, tokenizer)
+            replies.append(_Reply(text, any(len(tokens) == self.max_sentence_tokens for tokens in new)))
         return replies
 
     def _unguided(self, scene: "_Scene", active: Sequence[int], hidden: Tensor, iteration: int) -> list["_Reply"]:
         """Whole replies, of which the policy writes every word."""
-        references = [scene.references[place] for place in active]
-        openings = [reference.tokens.ids[: reference.tokens.cut_at(0)] for reference in references]
-        news = scene.continuations.run(
+        references = [scene.references[index] for index in active]
+        openings = [reference.tokens.ids[: reference.tokens.tokens_before(0)] for reference in references]
+        completions = scene.continuations.run(
             hidden,
-            [Job(place, len(opening)) for place, opening in zip(active, openings, strict=True)],
+            [Job(index, len(opening)) for index, opening in zip(active, openings, strict=True)],
             max_new_tokens=self.max_new_tokens,
             sampler=GumbelSampler(
                 [reference.draws.seed_of("tokens", iteration) for reference in references], self.temperature
@@ -219,11 +232,12 @@ class BDHS:
         tokenizer = scene.policy.processor.tokenizer
         return [
             _Reply(added_text(tokenizer, opening, new).strip(), len(new) == self.max_new_tokens)
-            for opening, new in zip(openings, news, strict=True)
+            for opening, new in zip(openings, completions, strict=True)
         ]
 
     def _similarities(self, references: Sequence["_Reference"], replies: Sequence["_Reply"]) -> list[float]:
-        values = list(self.similarity([reply.text for reply in replies], [each.tokens.text for each in references]))
+        texts = [reference.tokens.text for reference in references]
+        values = list(self.similarity([reply.text for reply in replies], texts))
         if len(values) != len(replies):
             raise ValueError(
                 f"The similarity gate returned {len(values)} values for {len(replies)} pairs of texts; it must return "
@@ -241,11 +255,11 @@ class BDHS:
         if not attempt.is_new:
             self.dropped[SAME_AS_REFERENCE if attempt.text else EMPTY_SAMPLE] += 1
             return None
-        return preference_row(row, reference, attempt.text, source="bdhs", **attempt.said)
+        return preference_row(row, reference, attempt.text, source=self.name, **attempt.metadata)
 
 
 class _Reference(NamedTuple):
-    """What a row gives: how it is called, its prompt and images, the reply to be spoilt, its random draws."""
+    """What a row gives: how it is called, its prompt and images, the reply to be corrupted, its random draws."""
 
     name: str
     prompt: Sequence[Mapping[str, Any]]
@@ -289,15 +303,14 @@ class _Attempt(NamedTuple):
     text: str
     is_new: bool
     similarity: float
-    said: dict[str, Any]
+    metadata: dict[str, Any]
 
 
-def _check_ranges(mask_share: float, iterations: int, temperature: float, tokens: int) -> None:
+def _check_ranges(mask_ratio: float, iterations: int, max_sentence_tokens: int) -> None:
     ranges = {
-        "mask_share": (mask_share, 0 <= mask_share <= 1, "from 0 (nothing hidden) to 1 (all hidden)"),
+        "mask_ratio": (mask_ratio, 0 <= mask_ratio <= 1, "from 0 (nothing hidden) to 1 (all hidden)"),
         "iterations": (iterations, iterations >= 1, "1 or more"),
-        "temperature": (temperature, temperature >= 0, "0 (greedy) or more"),
-        "max_new_tokens or max_sentence_tokens": (tokens, tokens >= 1, "1 or more"),
+        "max_sentence_tokens": (max_sentence_tokens, max_sentence_tokens >= 1, "1 or more"),
     }
     for name, (value, is_in_range, wanted) in ranges.items():
         if not is_in_range:

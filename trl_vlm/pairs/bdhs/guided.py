@@ -1,4 +1,4 @@
-"""A reference reply as sentences that are cut at a word, to be finished by a model and put together again."""
+"""A reference reply as sentences that are cut at a word, to be completed by a model and joined again."""
 
 import re
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from trl_vlm.pairs.draws import Draws
 from trl_vlm.pairs.reply_tokens import ReplyTokens, added_text
 
 
-class Cut(NamedTuple):
-    """One sentence of a reference, cut.
+class CutSentence(NamedTuple):
+    """One sentence of a reference, cut at a word.
 
     job: What the model continues: the true sentences before this one, and its prefix.
     context: The tokens of the reply that the job keeps, forced ones included.
     prefix: What is kept of the sentence.
     separator: White space between it and the next one.
-    seed: Of the tokens that finish it.
+    seed: Of the tokens that complete it.
     """
 
     job: Job
@@ -38,77 +38,80 @@ class Cut(NamedTuple):
         return sentence_end(self.text(tokenizer, new), is_complete=False) is not None
 
 
-def sentence_cuts(
+def cut_sentences(
     tokens: ReplyTokens, tokenizer: PreTrainedTokenizerBase, draws: Draws, *, row: int, iteration: int
-) -> list[Cut]:
+) -> list[CutSentence]:
     """Returns every sentence of a reply with its beginning swapped from yes to no, or not, and cut at a random word.
 
     Cuts lie at the end of a word that is also the end of a token, so that what is kept of the reply are its own
-    tokens; at least one word is kept, and at least one goes. A sentence of one word is written anew, and so is one in
+    tokens; at least one word is kept, and at least one goes. A sentence of one word is regenerated, and so is one in
     which no word ends with a token.
 
     Args:
         tokens: Of the reference reply.
         tokenizer: Of the model.
         draws: Of the row.
-        row: The row's place in the batch.
+        row: The row's index in the batch.
         iteration: Another iteration, other draws.
 
     Source: arXiv:2407.02477, eq. 7 and Algorithm 1.
     """
-    found: list[Cut] = []
+    cut: list[CutSentence] = []
     start = before = 0  # where the sentence begins, and where the one before it ended
-    for place, piece in enumerate(split_sentences(tokens.text)):
+    for index, piece in enumerate(split_sentences(tokens.text)):
         sentence = piece.rstrip()
-        random = draws.random("cut", iteration, place)
+        random = draws.random("cut", iteration, index)
         changed = maybe_swapped(sentence, random)
         if changed == sentence:
-            kept, prefix, forced = _cut_of(tokens, tokenizer, sentence, start, before, random)
+            kept, prefix, forced = _prefix_of(tokens, tokenizer, sentence, start, before, random)
         else:
             # Never before the swapped word, or the swap would be lost.
             prefix = changed[: random.choice(pivots(changed) or [_first_word_end(changed)])]
-            kept, forced = _written_anew(tokens, tokenizer, start, before, prefix)
-        found.append(
-            Cut(
+            kept, forced = _forced_prefix(tokens, tokenizer, start, before, prefix)
+        cut.append(
+            CutSentence(
                 Job(row, kept, forced),
                 tokens.ids[:kept] + forced,
                 prefix,
                 piece[len(sentence) :],
-                draws.seed_of("tokens", iteration, place),
+                draws.seed_of("tokens", iteration, index),
             )
         )
         start, before = start + len(piece), start + len(sentence)
-    return found
+    return cut
 
 
-def joined(cuts: Sequence[Cut], news: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns the reply whose sentences are the cut ones with `news` behind them, each up to its end."""
-    sentences = [first_sentence(cut.text(tokenizer, new)) for cut, new in zip(cuts, news, strict=True)]
-    return "".join(sentence + cut.separator for sentence, cut in zip(sentences, cuts, strict=True) if sentence).strip()
+def joined(
+    sentences: Sequence[CutSentence], completions: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Returns the reply whose sentences are the cut ones with `completions` behind them, each up to its end."""
+    texts = [first_sentence(cut.text(tokenizer, new)) for cut, new in zip(sentences, completions, strict=True)]
+    return "".join(text + cut.separator for text, cut in zip(texts, sentences, strict=True) if text).strip()
 
 
-def _cut_of(
+def _prefix_of(
     tokens: ReplyTokens, tokenizer: PreTrainedTokenizerBase, sentence: str, start: int, before: int, random: Random
 ) -> tuple[int, str, list[int]]:
     """How many tokens of the reply are kept, what of the sentence, and what is forced behind them."""
-    cuts = {pivot: tokens.cut_at(start + pivot) for pivot in pivots(sentence)}
-    aligned = [pivot for pivot, cut in cuts.items() if cut is not None]
+    # A pivot is a character; only those count at which a token of the reply ends too.
+    kept_tokens = {pivot: tokens.tokens_before(start + pivot) for pivot in pivots(sentence)}
+    aligned = [pivot for pivot, count in kept_tokens.items() if count is not None]
     if not aligned:
-        kept, forced = _written_anew(tokens, tokenizer, start, before, "")
+        kept, forced = _forced_prefix(tokens, tokenizer, start, before, "")
         return kept, "", forced
     pivot = random.choice(aligned)
-    return cuts[pivot], sentence[:pivot], []
+    return kept_tokens[pivot], sentence[:pivot], []
 
 
 def _first_word_end(sentence: str) -> int:
     return re.match(r"\s*\w*", sentence).end()
 
 
-def _written_anew(
+def _forced_prefix(
     tokens: ReplyTokens, tokenizer: PreTrainedTokenizerBase, start: int, before: int, prefix: str
 ) -> tuple[int, list[int]]:
     """How many tokens are kept before a sentence, and which ones then spell `prefix`, with the space before it."""
-    kept = tokens.cut_at(before)
+    kept = tokens.tokens_before(before)
     if kept is None:  # a token spells the end of one sentence and the space behind it
         kept = sum(end <= start for end in tokens.ends)
     reached = max(0, tokens.ends[kept - 1]) if kept else 0

@@ -1,9 +1,12 @@
 """How alike two replies are, by the sentence encoder that decides whether a made-up reply is different enough."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import zip_longest
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
+
+from accelerate import PartialState
 
 from trl_vlm.models.unsharded import unsharded_loading
 from trl_vlm.pairs.bdhs.sentences import split_sentences
@@ -14,6 +17,7 @@ Similarity = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 """Two lists of N texts -> N similarities, 1 for texts that mean the same."""
 
 
+@dataclass(eq=False)
 class SentenceEncoder:
     """Cosine similarity of the embeddings of two texts, from -1 to 1; loaded when it is first used.
 
@@ -22,25 +26,35 @@ class SentenceEncoder:
         per_sentence: Compare the replies sentence by sentence, in order, and return the mean; a sentence without a
             counterpart has similarity 0. all-mpnet-base-v2 reads 384 word pieces, so two long replies that only
             differ late are otherwise the same to it.
-        device: Where it runs; None is the first GPU, or else the CPU.
+        device: Where it runs; None is this process's device.
         batch_size: Texts that are encoded at once.
 
     Source: arXiv:2407.02477, section 5 (the encoder, on whole replies). Differs: `per_sentence` is ours.
     """
 
-    def __init__(
-        self,
-        encoder: str | PathLike = DEFAULT_ENCODER,
-        *,
-        per_sentence: bool = False,
-        device: str | None = None,
-        batch_size: int = 32,
-    ):
-        self.encoder = str(encoder)
-        self.per_sentence = per_sentence
-        self.device = device
-        self.batch_size = batch_size
-        self._model: Any = None
+    encoder: str | PathLike = field(
+        default=DEFAULT_ENCODER,
+        metadata={"help": "Folder or hub id of the sentence encoder that compares replies."},
+    )
+    _: KW_ONLY
+    per_sentence: bool = field(
+        default=False, metadata={"help": "Compare replies sentence by sentence, for long ones."}
+    )
+    device: str | None = field(
+        default=None,
+        metadata={"help": "Device of the encoder; without it, that of the process.", "flag": "encoder_device"},
+    )
+    batch_size: int = field(
+        default=32, metadata={"help": "Texts that are encoded at once.", "flag": "encoder_batch_size"}
+    )
+    _model: Any = field(default=None, init=False, repr=False)
+
+    # Fields that change how similarities are computed, and not what they are.
+    not_about_answers: ClassVar[frozenset[str]] = frozenset({"device", "batch_size"})
+
+    def make(self) -> "SentenceEncoder":
+        """Returns itself: it is its own options on a command line."""
+        return self
 
     def __call__(self, texts: Sequence[str], others: Sequence[str]) -> list[float]:
         """Returns N similarities of N texts and N others."""
@@ -55,7 +69,7 @@ class SentenceEncoder:
         if not pairs:
             return []
         if self._model is None:
-            self._model = _load(self.encoder, self.device)
+            self._model = _load(str(self.encoder), self.device or str(PartialState().device))
         texts, others = (
             self._model.encode(
                 [pair[side] for pair in pairs],
@@ -74,7 +88,7 @@ def _sentence_pairs(text: str, other: str) -> list[tuple[str, str]]:
     return list(zip_longest(*sentences, fillvalue=""))
 
 
-def _load(encoder: str, device: str | None) -> Any:
+def _load(encoder: str, device: str) -> Any:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:

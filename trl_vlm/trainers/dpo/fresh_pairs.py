@@ -237,7 +237,7 @@ class FreshPairs:
         if len(found) > 1:
             raise ValueError(
                 f"The pairs of one step have different numbers of `rejected_extra`: {found}. Every pair needs the "
-                "same number: use one source that always adds as many (`BothRejected`), not a mixture."
+                "same number: use one source that always adds as many (`CombinedRejected`), not a mixture."
             )
         return found[0] if found else 0
 

@@ -1,0 +1,80 @@
+import dataclasses
+
+import pytest
+from transformers import HfArgumentParser
+
+from tests.families import saved
+from trl_vlm.judges import JUDGES, ChatOptions, EndpointChat, JudgeOptions, LocalChat, RewardJudge, judge_of
+from trl_vlm.judges import options as judge_options
+
+SERVER = "http://localhost:8000/v1"
+
+
+def test_a_server_without_a_key_is_asked_without_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    judge = judge_of(JudgeOptions(endpoint=SERVER, judge_model="m", cache=str(tmp_path)))
+    assert isinstance(judge.chat, EndpointChat) and judge.chat.base_url == SERVER
+    assert "hf_secret" not in str(vars(judge.chat._client))
+
+
+def test_answers_are_kept_and_requests_are_capped_unless_switched_off(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    chat = ChatOptions(endpoint=SERVER).chat("m")
+    assert chat.cache.folder == tmp_path / ".cache" / "trl_vlm" / "answers" and chat.max_requests == 10_000
+    chat = ChatOptions(endpoint=SERVER, cache=None, max_requests=None).chat("m")
+    assert chat.cache is None and chat.max_requests is None
+
+
+def test_max_completion_tokens_and_an_extra_body_reach_the_endpoint(tmp_path):
+    options = ChatOptions(endpoint=SERVER, cache=None, max_completion_tokens=900, extra_body='{"top_p": 0.5}')
+    settings = options.chat("m").settings
+    assert settings["max_tokens"] is None
+    assert settings["extra_body"] == {"top_p": 0.5, "max_completion_tokens": 900}
+
+
+@pytest.mark.parametrize("text", ["{top_p: 1}", "[1]"])
+def test_an_extra_body_that_is_no_json_object_is_refused(text):
+    with pytest.raises(ValueError, match=r"`extra_body` is .*\{\"name\": value\}"):
+        ChatOptions(extra_body=text)
+
+
+def test_every_kind_of_judge_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge_options, "RewardModelReward", lambda folder: lambda prompts, completions, **_: [folder])
+    given = {
+        "local": JudgeOptions(judge_model=str(saved("llava")), both_orders=False),
+        "endpoint": JudgeOptions(endpoint=SERVER, judge_model="m", cache=None),
+        "reward": JudgeOptions(reward_model="folder", min_gap=0.5),
+    }
+    assert given.keys() == JUDGES.keys()
+    for name, options in given.items():
+        judge, same = judge_of(options), judge_of(dataclasses.replace(options, judge=name))
+        assert type(judge) is type(same)
+        if name == "reward":
+            assert isinstance(judge, RewardJudge) and judge.min_gap == 0.5 and judge.reward_func([], []) == ["folder"]
+        else:
+            assert type(judge.chat) is {"local": LocalChat, "endpoint": EndpointChat}[name]
+            assert judge.both_orders == options.both_orders
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({}, "Set exactly one"),
+        ({"judge_model": "m", "reward_model": "r"}, "Set exactly one"),
+        ({"judge": "oracle"}, "`judge` is 'oracle'. It must be one of local, endpoint, reward"),
+        ({"judge": "endpoint", "judge_model": "m"}, "needs an address"),
+        ({"judge": "local", "endpoint": SERVER, "judge_model": "m"}, "does not ask an endpoint"),
+        ({"judge": "reward"}, "needs a reward model"),
+        ({"judge": "local"}, "needs a model"),
+    ],
+)
+def test_options_that_mean_no_judge_say_what_to_set(options, fault):
+    with pytest.raises(ValueError, match=fault):
+        judge_of(JudgeOptions(**options))
+
+
+def test_scripts_read_the_same_options():
+    (options,) = HfArgumentParser(JudgeOptions).parse_args_into_dataclasses(
+        ["--endpoint", SERVER, "--judge_model", "m", "--max_requests", "7", "--extra_body", '{"top_p": 0.5}']
+    )
+    assert options == JudgeOptions(endpoint=SERVER, judge_model="m", max_requests=7, extra_body={"top_p": 0.5})

@@ -1,0 +1,68 @@
+"""`trl-vlm convert`: public datasets as rows."""
+
+import argparse
+from dataclasses import asdict
+
+from trl_vlm.cli.options import add_output, add_source, positive, source_of, write
+from trl_vlm.data.converters import CONVERTERS, Report, convert
+from trl_vlm.data.converters.vlfeedback import ASPECTS, PAIRS
+
+# Options of single converters: name -> arguments of argparse.
+CONVERTER_OPTIONS = {
+    "pairs": {"choices": PAIRS, "help": "vlfeedback: which pairs of a record to take (default: all)"},
+    "min_gap": {"type": float, "help": "vlfeedback: drop pairs whose mean ratings differ by less"},
+    "aspects": {"nargs": "+", "choices": ASPECTS, "help": "vlfeedback: which ratings count (default: all three)"},
+    "image_column": {"help": "nlf: column of the COCO image id or file name"},
+    "question_column": {"help": "nlf: column of the question"},
+    "refined_column": {"help": "nlf: column of the reply after feedback (chosen)"},
+    "initial_column": {"help": "nlf: column of the reply before feedback (rejected)"},
+    "critique_column": {"help": "nlf: column of the feedback, kept as `critique`"},
+    "score_column": {"help": "nlf: column of the rating, kept as `score`"},
+}
+
+
+def add(command: argparse.ArgumentParser) -> None:
+    """Adds the options of `trl-vlm convert`."""
+    command.add_argument("--from", dest="name", required=True, choices=CONVERTERS, help="which dataset it is")
+    command.add_argument("--input", help="hub id, folder, .parquet, .json or .jsonl (default: the dataset's hub id)")
+    add_output(command)
+    add_source(command)
+    command.add_argument("--images", help="folder of the image files that the records name")
+    command.add_argument("--facts", help="image_to_caption.json of zhiqings/LLaVA-RLHF-Data")
+    command.add_argument("--embed-images", action="store_true", help="store image files' bytes instead of their paths")
+    command.add_argument("--skip-bad", action="store_true", help="leave out and count records that make no row")
+    command.add_argument("--overwrite", action="store_true", help="replace the output, forget an unfinished one")
+    command.add_argument("--limit", type=positive, help="read this many records at most")
+    command.add_argument(
+        "--shard-records", type=positive, default=500, help="records between two savings (default: %(default)s)"
+    )
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+    for name, settings in CONVERTER_OPTIONS.items():
+        command.add_argument(f"--{name.replace('_', '-')}", **settings)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Converts, and reports what was read, written and left out."""
+    given = {name: getattr(options, name) for name in CONVERTER_OPTIONS if getattr(options, name) is not None}
+    report = convert(
+        options.name,
+        source_of(options, options.input or CONVERTERS[options.name].hub_id),
+        options.output,
+        images=options.images,
+        facts=options.facts,
+        embed_images=options.embed_images,
+        skip_bad=options.skip_bad,
+        overwrite=options.overwrite,
+        limit=options.limit,
+        shard_records=options.shard_records,
+        **given,
+    )
+    write(asdict(report) if options.json else conversion_text(report))
+    return 0
+
+
+def conversion_text(report: Report) -> str:
+    """The report for people."""
+    lines = [f"{report.records} records -> {report.rows} rows in {report.output}"]
+    lines += [f"left out, {reason}: {count}" for reason, count in sorted(report.dropped.items())]
+    return "\n".join(lines)

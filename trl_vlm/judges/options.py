@@ -1,0 +1,230 @@
+"""Judges and chats from plain options: what command lines and scripts share, so that no option exists in one alone."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from trl_vlm.judges.chat import Chat, LocalChat
+from trl_vlm.judges.endpoint import EndpointChat
+from trl_vlm.judges.judge import Judge
+from trl_vlm.judges.pairwise import PairwiseJudge
+from trl_vlm.judges.reward import RewardJudge
+from trl_vlm.rewards.reward_model import RewardModelReward
+
+ANSWERS = "~/.cache/trl_vlm/answers"
+
+
+@dataclass(kw_only=True)
+class ChatOptions:
+    """Where a model that answers runs, and how it is asked; each field is an option of a command line."""
+
+    endpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Address of an OpenAI-compatible endpoint, such as http://localhost:8000/v1. Without it the model "
+            "is loaded on the device of each process."
+        },
+    )
+    key_variable: str | None = field(
+        default=None,
+        metadata={"help": "Environment variable that holds the endpoint's key. Without it no key is sent."},
+    )
+    max_answer_tokens: int | None = field(default=512, metadata={"help": "Longest answer, in tokens."})
+    max_completion_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest answer with the reasoning before it, for endpoints that want `max_completion_tokens` in "
+            "place of `max_tokens`."
+        },
+    )
+    extra_body: dict | str | None = field(
+        default=None,
+        metadata={"help": "Further settings of each request to the endpoint, as JSON: '{\"top_p\": 0.9}'."},
+    )
+    image_side: int = field(
+        default=1536, metadata={"help": "Longest side of an image that is sent to the endpoint, in pixels."}
+    )
+    concurrency: int = field(default=8, metadata={"help": "Requests to the endpoint at once."})
+    timeout_seconds: float = field(default=120.0, metadata={"help": "Time limit of one request."})
+    retries: int = field(default=6, metadata={"help": "Attempts after the first, for failures that may pass."})
+    max_requests: int | None = field(
+        default=10_000,
+        metadata={"help": "Requests that a process may send to the endpoint, repeated ones included."},
+    )
+    cache: str | None = field(
+        default=ANSWERS,
+        metadata={"help": "Folder of the endpoint's answers. An answer that is there is not asked for again."},
+    )
+    chat_batch_size: int = field(default=8, metadata={"help": "Requests at once to a model without endpoint."})
+
+    # Fields that change how answers are obtained, and not what they say.
+    not_about_answers: ClassVar[frozenset[str]] = frozenset(
+        {
+            "key_variable",
+            "concurrency",
+            "timeout_seconds",
+            "retries",
+            "max_requests",
+            "cache",
+            "chat_batch_size",
+        }
+    )
+
+    def __post_init__(self) -> None:
+        """Reads `extra_body`.
+
+        Raises:
+            ValueError: It is no JSON object.
+        """
+        if isinstance(self.extra_body, str):
+            self.extra_body = _json_object(self.extra_body)
+
+    def chat(self, model: str) -> Chat:
+        """Returns the model that answers: behind the endpoint if there is one, else on this process's device."""
+        if self.endpoint is None:
+            return LocalChat(
+                model,
+                max_new_tokens=self.max_completion_tokens or self.max_answer_tokens or 512,
+                batch_size=self.chat_batch_size,
+                dtype="auto",
+            )
+        return EndpointChat(
+            self.endpoint,
+            model,
+            key_variable=self.key_variable,
+            max_tokens=None if self.max_completion_tokens else self.max_answer_tokens,
+            extra_body=self._body(),
+            concurrency=self.concurrency,
+            timeout_seconds=self.timeout_seconds,
+            retries=self.retries,
+            max_requests=self.max_requests,
+            cache=None if self.cache is None else Path(self.cache).expanduser(),
+            image_side=self.image_side,
+        )
+
+    def _body(self) -> dict[str, Any] | None:
+        body = dict(self.extra_body or {})
+        if self.max_completion_tokens:
+            body["max_completion_tokens"] = self.max_completion_tokens
+        return body or None
+
+
+@dataclass(kw_only=True)
+class WriterOptions(ChatOptions):
+    """The language model that rewrites replies, see `Corrupted`."""
+
+    writer_model: str = field(
+        metadata={"help": "Model that rewrites: a folder or hub id, or its name at the endpoint."}
+    )
+
+    def make(self) -> Chat:
+        """Returns the model."""
+        return self.chat(self.writer_model)
+
+
+def _chat_judge(options: "JudgeOptions") -> Judge:
+    if options.judge_model is None:
+        raise ValueError(f"The judge {kind_of(options)!r} needs a model. Set `judge_model`.")
+    return PairwiseJudge(
+        options.chat(options.judge_model),
+        both_orders=options.both_orders,
+        show_ground_truth=options.show_ground_truth,
+    )
+
+
+def _endpoint_judge(options: "JudgeOptions") -> Judge:
+    if options.endpoint is None:
+        raise ValueError("The judge 'endpoint' needs an address. Set `endpoint`, such as http://localhost:8000/v1.")
+    return _chat_judge(options)
+
+
+def _local_judge(options: "JudgeOptions") -> Judge:
+    if options.endpoint is not None:
+        raise ValueError(f"The judge 'local' does not ask an endpoint. Unset `endpoint` ({options.endpoint!r}).")
+    return _chat_judge(options)
+
+
+def _reward_judge(options: "JudgeOptions") -> Judge:
+    if options.reward_model is None:
+        raise ValueError("The judge 'reward' needs a reward model. Set `reward_model` to its folder or hub id.")
+    return RewardJudge(RewardModelReward(options.reward_model), options.min_gap)
+
+
+# Name -> what makes the judge of the options.
+JUDGES: dict[str, Callable[["JudgeOptions"], Judge]] = {
+    "local": _local_judge,
+    "endpoint": _endpoint_judge,
+    "reward": _reward_judge,
+}
+
+
+@dataclass(kw_only=True)
+class JudgeOptions(ChatOptions):
+    """Which judge compares replies; each field is an option of a command line."""
+
+    judge: str | None = field(
+        default=None,
+        metadata={
+            "help": "Kind of judge: local (a vision-language model on this machine), endpoint (one behind an address) "
+            "or reward (a reward model). Without it, the other options tell.",
+            "choices": tuple(JUDGES),
+        },
+    )
+    judge_model: str | None = field(
+        default=None,
+        metadata={"help": "Model that judges: a folder or hub id, or its name at the endpoint."},
+    )
+    reward_model: str | None = field(default=None, metadata={"help": "Reward model that judges: a folder or hub id."})
+    both_orders: bool = field(
+        default=True,
+        metadata={"help": "Ask about both orders of the replies and count only verdicts that agree."},
+    )
+    show_ground_truth: bool = field(
+        default=False, metadata={"help": "Show the judge the row's facts and its reference reply."}
+    )
+    min_gap: float = field(default=0.0, metadata={"help": "Rewards that differ by this much or less are no decision."})
+
+    def make(self) -> Judge:
+        """Returns the judge."""
+        return judge_of(self)
+
+
+def kind_of(options: JudgeOptions) -> str:
+    """Returns the name of the judge in `JUDGES` that the options mean.
+
+    Raises:
+        ValueError: They name no judge, two, or an unknown one.
+    """
+    if options.judge is not None and options.judge not in JUDGES:
+        raise ValueError(f"`judge` is {options.judge!r}. It must be one of {', '.join(JUDGES)}.")
+    if options.judge is None and (options.judge_model is None) == (options.reward_model is None):
+        raise ValueError(
+            f"`judge_model` is {options.judge_model!r} and `reward_model` {options.reward_model!r}. Set exactly one "
+            "of them, so that there is one judge."
+        )
+    if options.judge is not None:
+        return options.judge
+    if options.reward_model is not None:
+        return "reward"
+    return "local" if options.endpoint is None else "endpoint"
+
+
+def judge_of(options: JudgeOptions) -> Judge:
+    """Returns the judge that the options describe.
+
+    Raises:
+        ValueError: They describe no judge, or one that lacks something.
+    """
+    return JUDGES[kind_of(options)](options)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`extra_body` is {text!r}, which is no JSON. Write '{{\"name\": value}}'.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"`extra_body` is {text!r}. It must be a JSON object: '{{\"name\": value}}'.")
+    return value

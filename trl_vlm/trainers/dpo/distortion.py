@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from trl_vlm.data.encoding import encode
 from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX
 from trl_vlm.pairs.draws import Draws
-from trl_vlm.pairs.noise import Overflow, distorted
+from trl_vlm.pairs.noise import Overflow, distorted_images
 from trl_vlm.trainers.dpo.collator import PreferenceCollator, Row, row_name
 
 # The batch key: `pixel_values` of the noisy images, once per row, and how many `rows` there are.
@@ -71,10 +71,7 @@ class DistortingCollator:
                 "or unset `povid_loss`."
             )
         draws = Draws(int(torch.randint(2**62, ())), 0, row_name(row))
-        generator = draws.generator("noise")
-        return [
-            distorted(image, self.steps, generator, indexing="code", overflow=self.overflow) for image in row["images"]
-        ]
+        return distorted_images(row["images"], self.steps, draws, indexing="code", overflow=self.overflow)
 
 
 class DistortedReplies:

@@ -42,6 +42,10 @@ for _method in (
 ):
     require("trl", f"GRPOTrainer.{_method}")
 
+# The order of the rows: a resumed run draws it anew, so PPO makes a sampler whose order depends on seed and epoch.
+RepeatSampler = require("trl.trainer.utils", "RepeatSampler")
+require("trl", "GRPOTrainer._get_train_sampler")
+
 # The type that a fused forward returns: what `DPOTrainer` computed before is handed to TRL in it.
 FusedCausalLMOutput = require("trl.trainer.utils", "FusedCausalLMOutput")
 # The reference under PEFT is the policy with its adapter off, or with the adapter "ref"; TRL switches so.

@@ -52,6 +52,7 @@ from trl_vlm.trainers.preparation import (
     loading_arguments_of_others,
     prepare_model,
 )
+from trl_vlm.trainers.resuming import ResumableRepeatSampler, SaveAtRolloutEnds, check_best_model_saving
 
 _STATE_FILE = "ppo_state.json"
 
@@ -153,6 +154,12 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
         prepare_model(self.model, args)
         self._add_critic(value_model, reward_model, value_peft_config or peft_config, critic_options)
         self._pixels_checked = not args.check_pixels
+        micro_batches = args.steps_per_generation * self.num_iterations
+        check_best_model_saving(args, micro_batches / args.gradient_accumulation_steps)
+        self.add_callback(SaveAtRolloutEnds(self, micro_batches))
+
+    def _get_train_sampler(self, dataset: Rows | None = None) -> ResumableRepeatSampler:
+        return ResumableRepeatSampler.like(super()._get_train_sampler(dataset))
 
     def _check_input(
         self,

@@ -4,7 +4,16 @@ The names below load on first use, so that `import trl_vlm` is quick and needs n
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what editors and type checkers see; `_WHERE` says the same to `__getattr__`
+    from trl_vlm.trainers.dpo.config import DPOConfig
+    from trl_vlm.trainers.dpo.pair_callback import PairSourceCallback
+    from trl_vlm.trainers.dpo.trainer import DPOTrainer
+    from trl_vlm.trainers.ppo.config import PPOConfig
+    from trl_vlm.trainers.ppo.trainer import PPOTrainer
+    from trl_vlm.trainers.reward.config import RewardConfig
+    from trl_vlm.trainers.reward.trainer import RewardTrainer
 
 __version__ = "0.1.0.dev0"
 
@@ -18,7 +27,15 @@ _WHERE = {
     "PPOTrainer": "trainers.ppo.trainer",
 }
 
-__all__ = sorted(_WHERE)
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
+    "PairSourceCallback",
+    "RewardConfig",
+    "RewardTrainer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -36,8 +36,8 @@ def complete_peft_config(peft_config: PeftConfig | None, model: str | nn.Module,
     if peft_config is None:
         return None
     preset = _preset(peft_config)
+    peft_config = copy.deepcopy(peft_config)  # PEFT writes what "all-linear" has matched into it
     if preset is not None:
-        peft_config = copy.deepcopy(peft_config)
         peft_config.target_modules = set(lora_targets(_shell(model, args), preset))
     elif args.freeze_vision_tower:
         peft_config = sparing_vision_tower(peft_config, _shell(model, args))

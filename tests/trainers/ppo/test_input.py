@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
@@ -10,6 +11,7 @@ from datasets import Dataset
 from tests import families
 from tests.trainers.ppo.helpers import count_letters, rollout, rows, settings
 from trl_vlm import PPOConfig, PPOTrainer
+from trl_vlm.trainers.ppo.config import FORMER_NAMES
 from trl_vlm.trainers.ppo.rollout_rows import refuse_mixed_rows
 
 # Options
@@ -73,6 +75,10 @@ def test_defaults_are_those_of_trls_last_ppo_config(tmp_path):
         ({"kl_target": 0.1, "kl_coef": 0.0}, "`kl_target` steers `kl_coef`: both must be positive"),
         ({"missing_eos_penalty": -1.0}, "`missing_eos_penalty` is -1.0; it must not be negative: it is subtracted"),
         ({"num_mini_batches": 2, "steps_per_generation": 4}, "`num_mini_batches` sets the size of a rollout"),
+        ({"scale_rewards": "batch"}, r"`scale_rewards='batch'` cannot be combined with PPO: .* PPO has no groups"),
+        ({"scale_rewards": False}, "`scale_rewards=False` cannot be combined with PPO"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "`multi_objective_aggregation='norm.* cannot be"),
+        *(({"loss_type": name}, f"`loss_type='{name}'` cannot be combined") for name in ("cispo", "luspo", "vespo")),
         ({"sync_ref_model": True}, "`sync_ref_model` moves the reference after the policy"),
     ],
 )
@@ -80,6 +86,22 @@ def test_contradictions_are_refused_with_the_remedy(options, message, tmp_path):
     options = {"num_ppo_epochs": None, "max_completion_length": PPOConfig.max_completion_length, **options}
     with pytest.raises(ValueError, match=message):
         settings(tmp_path, **options)
+
+
+@pytest.mark.parametrize("options", [{"scale_rewards": True}, {"scale_rewards": "group"}, {"loss_type": "bnpo"}])
+def test_what_is_grpos_default_or_still_means_the_same_is_taken(options, tmp_path):
+    assert settings(tmp_path, **options).vf_coef == 0.1
+
+
+def test_options_of_trls_last_ppo_config_without_a_counterpart_name_the_page(tmp_path):
+    with pytest.raises(TypeError, match=r"\['reward_model_path', 'sft_model_path'\] are options of TRL's last PPOCon"):
+        settings(tmp_path, sft_model_path="policy", reward_model_path="reward")
+    page = (Path(__file__).parents[3] / "docs" / "methods" / "ppo.md").read_text(encoding="utf-8")
+    assert "## Moving over from TRL's last PPOTrainer" in page
+    assert not [name for name in FORMER_NAMES if f"`{name}`" not in page]
+    assert not FORMER_NAMES & {field.name for field in fields(PPOConfig)}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'kl_ceof'"):
+        settings(tmp_path, kl_ceof=0.1)
 
 
 def test_images_are_gathered_for_the_log_of_replies_alone(tmp_path):

@@ -1,5 +1,7 @@
 """Metrics as pure functions of replies, and the report that compares models before and after training."""
 
+from trl_vlm.evaluation.benchmark import Benchmark, Question, Ratio, Record, Scores
+from trl_vlm.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from trl_vlm.evaluation.chair import ChairScores, chair
 from trl_vlm.evaluation.metrics import METRICS, Arm, Metric, split_metrics
 from trl_vlm.evaluation.objects.finder import Mention, ObjectFinder
@@ -7,20 +9,34 @@ from trl_vlm.evaluation.pope import PopeScores, answers_from_logits, pope
 from trl_vlm.evaluation.replies import generate_replies
 from trl_vlm.evaluation.report import Report, markdown_report, write_report
 from trl_vlm.evaluation.rows import check_scorable_rows, score_rows
+from trl_vlm.evaluation.scoring import Judging
+from trl_vlm.evaluation.statistics import Difference, Interval, differences, intervals
 
 __all__ = [
-    "METRICS",
     "Arm",
+    "BENCHMARKS",
+    "Benchmark",
     "ChairScores",
+    "Difference",
+    "Interval",
+    "Judging",
+    "METRICS",
     "Mention",
     "Metric",
     "ObjectFinder",
     "PopeScores",
+    "Question",
+    "Ratio",
+    "Record",
     "Report",
+    "Scores",
     "answers_from_logits",
     "chair",
     "check_scorable_rows",
+    "differences",
+    "find_benchmark",
     "generate_replies",
+    "intervals",
     "markdown_report",
     "pope",
     "score_rows",

@@ -39,15 +39,18 @@ class ObjectFinder:
 
     Args:
         synonyms: Class to other words for it; the 80 classes of COCO if None.
+        exceptions: Whether the exceptions of CHAIR hold: baby animals, home plates, a toilet's seat.
     """
 
-    def __init__(self, synonyms: Mapping[str, Collection[str]] | None = None):
+    def __init__(self, synonyms: Mapping[str, Collection[str]] | None = None, *, exceptions: bool = True):
         self.synonyms = SYNONYMS if synonyms is None else synonyms
+        self._has_exceptions = exceptions
         self._names: dict[tuple[str, ...], str | None] = {}
         for name, others in self.synonyms.items():
             for phrase in (name, *others):
                 self._names.setdefault(tuple(_words(phrase)), name)
-        self._add_exceptions()
+        if exceptions:
+            self._add_exceptions()
         self._vocabulary = {word for phrase in self._names for word in phrase}
         self._longest = max(map(len, self._names), default=0)
 
@@ -73,7 +76,9 @@ class ObjectFinder:
     def with_names(self, names: Iterable[str]) -> "ObjectFinder":
         """A finder that also knows these names, each as a class of its own; known words stay what they are."""
         new = {name.strip().lower() for name in names if self.name_of(name) is None} - {""}
-        return ObjectFinder({**self.synonyms, **{name: () for name in sorted(new)}}) if new else self
+        if not new:
+            return self
+        return ObjectFinder({**self.synonyms, **{name: () for name in sorted(new)}}, exceptions=self._has_exceptions)
 
     def find(self, text: str) -> list[Mention]:
         """The objects that `text` names, in order, repeats included."""
@@ -88,7 +93,7 @@ class ObjectFinder:
             if name is not None:
                 mentions.append(Mention(" ".join(phrase), name))
             place += length or 1
-        if any(mention.name == "toilet" for mention in mentions):
+        if self._has_exceptions and any(mention.name == "toilet" for mention in mentions):
             mentions = [mention for mention in mentions if mention.surface != "seat"]
         return mentions
 

@@ -44,12 +44,20 @@ QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_p
 def build(family: str, seed: int = 0, sharp: float = 1.0, width: int = 32) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A random generative model of `family`, in eval mode, and its processor; all matrices times `sharp`."""
     torch.manual_seed(seed)
-    model, processor = FAMILIES[family](width)
+    model, processor = _maker(family)(width)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter.mul_(sharp)
     return model.eval(), processor
+
+
+def _maker(family: str) -> Callable[[int], tuple[PreTrainedModel, ProcessorMixin]]:
+    if family in FAMILIES:
+        return FAMILIES[family]
+    from tests.more_families import MORE_FAMILIES
+
+    return MORE_FAMILIES[family]
 
 
 @cache
@@ -220,8 +228,8 @@ def _llava_next(width: int):
     return transformers.LlavaNextForConditionalGeneration(config), processor
 
 
-def _qwen(width: int, name: str, vision: dict, **rope):
-    """The three Qwen generations differ in their vision tower and in how rotary positions are shared out."""
+def _qwen(width: int, name: str, vision: dict, *, text: dict | None = None, processor: str | None = None, **rope):
+    """The Qwen generations differ in their vision tower and in how rotary positions are shared out."""
     tokenizer = _tokenizer(*QWEN_TOKENS)
     start, end, picture, video = tokenizer.convert_tokens_to_ids(list(QWEN_TOKENS))
     config = getattr(transformers, f"{name}Config")(
@@ -229,6 +237,7 @@ def _qwen(width: int, name: str, vision: dict, **rope):
         text_config={
             **_text(tokenizer, width),
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **rope},
+            **(text or {}),
         },
         vision_config={"depth": 2, "num_heads": 4, "patch_size": 14, **vision},
         image_token_id=picture,
@@ -242,7 +251,7 @@ def _qwen(width: int, name: str, vision: dict, **rope):
         temporal_patch_size=2,
         size={"shortest_edge": 28 * 28, "longest_edge": 4 * 28 * 28},
     )
-    processor_class = processors.trainable_processor(getattr(transformers, f"{name}Processor"))
+    processor_class = processors.trainable_processor(getattr(transformers, f"{processor or name}Processor"))
     processor = processor_class(images, tokenizer, chat_template=_chat("".join(QWEN_TOKENS[i] for i in (0, 2, 1))))
     return getattr(transformers, f"{name}ForConditionalGeneration")(config), processor
 

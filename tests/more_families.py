@@ -102,9 +102,7 @@ def _llava_onevision(width: int):
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )
-    images = transformers.LlavaOnevisionImageProcessorPil(
-        size={"height": 28, "width": 28}, image_grid_pinpoints=grids
-    )
+    images = transformers.LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28}, image_grid_pinpoints=grids)
     processor_class = processors.trainable_processor(transformers.LlavaOnevisionProcessor)
     processor = processor_class(
         images,

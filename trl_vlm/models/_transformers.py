@@ -13,7 +13,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
-    LlavaNextProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -46,11 +45,6 @@ def processor_class(config_class: type[PreTrainedConfig]) -> type | None:
 def reads_images(config_class: type[PreTrainedConfig]) -> bool:
     """Whether a config is that of a model which turns images and text into text; imports no model."""
     return "vision_config" in config_class.sub_configs and config_class in AutoModelForImageTextToText._model_mapping
-
-
-def is_anyres(processor: ProcessorMixin) -> bool:
-    """Whether `anyres_features` can tell how many features an image has: the processor is LLaVA-NeXT's."""
-    return isinstance(processor, LlavaNextProcessor)
 
 
 def anyres_features(processor: ProcessorMixin, image_size: tuple[int, int], tile_size: tuple[int, int]) -> int:

@@ -12,10 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from trl_vlm.models import _transformers
+from trl_vlm.models.families import family_of
 
 
 def image_token_id(source: PreTrainedConfig | ProcessorMixin) -> int:
     """Token id of the placeholder that stands for one image feature, from a model's config or its processor."""
+    if isinstance(source, ProcessorMixin) and (token := family_of(source).placeholder) is not None:
+        return source.tokenizer.convert_tokens_to_ids(token)
     if isinstance(source, PreTrainedConfig):
         candidates = [(source, "image_token_id"), (source, "image_token_index")]
     else:
@@ -46,23 +49,24 @@ def features_per_row(
 ) -> list[int] | None:
     """Number of image features that the pixels of each row give, B integers.
 
-    Which keys of the batch tell it depends on the family: Qwen-VL's grids, LLaVA-NeXT's image sizes, the pixel mask of
-    Idefics3 and SmolVLM, the number and size of the images of LLaVA, Gemma3 and PaliGemma.
+    How they are counted is known of some families, see `families.Counting`.
 
     Returns:
-        The numbers, or None if the batch does not tell: InternVL and Gemma3 cut images into tiles without saying how
-        many each image has, and other families may keep it to themselves.
+        The numbers, or None if they are not known: the family is not in the table, has as many as it likes up to a
+        limit, or cuts images into tiles without saying how many each has (InternVL, Gemma3).
     """
     if not any(images_per_row):
         return [0] * len(images_per_row)
-    if "pixel_attention_mask" in batch:  # (B, tiles, height, width), a row's missing tiles are all zero
+    counting = family_of(processor).counting
+    if counting == "masks" and "pixel_attention_mask" in batch:
+        # (B, tiles, height, width), a row's missing tiles are all zero
         tiles = batch["pixel_attention_mask"].flatten(2).any(-1).sum(-1)
         return (tiles * processor.image_seq_len).tolist()
-    if "image_grid_thw" in batch:  # (images, 3): frames, rows and columns of patches, merged in squares
+    if counting == "grids":  # (images, 3): frames, rows and columns of patches, merged in squares
         per_image = (batch["image_grid_thw"].prod(-1) // processor.image_processor.merge_size**2).tolist()
-    elif "image_sizes" in batch and _transformers.is_anyres(processor):
+    elif counting == "anyres":
         per_image = _anyres_features(batch, processor)
-    elif "pixel_values" in batch and batch["pixel_values"].ndim == 4 and (size := _features_of_one(batch, processor)):
+    elif (size := _features_of_one(batch, processor)) is not None:
         per_image = [size] * len(batch["pixel_values"])
     else:
         return None
@@ -84,7 +88,8 @@ def check_image_tokens(
         names: What to call each row in errors, B.
 
     Raises:
-        ValueError: A row's placeholders and features differ; it is named, with both counts and what to do.
+        ValueError: A row's placeholders and features differ; it is named, with both counts and what to do. Of a
+            family that is not known, only rows with images and no placeholder, or the other way round, are refused.
     """
     if not len(images_per_row) == len(names) == len(batch["input_ids"]):
         raise ValueError(
@@ -110,9 +115,12 @@ def _check_tiles(
 ) -> None:
     """The check where a row's number of tiles is unknown: whole tiles in each row, and the right number in all."""
     size = _features_of_one(batch, processor)
+    most = processor.image_seq_length if family_of(processor).counting == "at most" else None
     for name, images, found in zip(names, images_per_row, placeholders, strict=True):
         if (found > 0) != (images > 0):
             raise ValueError(_mismatch(name, images, found, "does not fit", cut=found == 0))
+        if most is not None and not images <= found <= images * most:
+            raise ValueError(_mismatch(name, images, found, f"have up to {most} features each", cut=found < images))
         if size is not None and (found % size or found < images * size):
             raise ValueError(_mismatch(name, images, found, f"come in tiles of {size} features", cut=True))
     if size is not None and sum(placeholders) != size * len(batch["pixel_values"]):
@@ -151,10 +159,10 @@ def _anyres_features(batch: Mapping[str, Tensor], processor: ProcessorMixin) -> 
 
 def _features_of_one(batch: Mapping[str, Tensor], processor: ProcessorMixin) -> int | None:
     """Features of one entry of `pixel_values` where all have the same number: an image, or a tile of one."""
-    # hasattr: these attributes are what tells the families apart; there is no common protocol.
-    if hasattr(processor, "image_seq_length"):
+    counting = family_of(processor).counting
+    if counting == "tiles":
         return processor.image_seq_length
-    if "image_sizes" not in batch and hasattr(processor, "num_additional_image_tokens"):
+    if counting == "patches":
         height, width = batch["pixel_values"].shape[-2:]
         # The class token is one feature more, unless the model drops it.
         class_tokens = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")

@@ -5,25 +5,10 @@ from typing import Literal
 
 from torch import nn
 
+from trl_vlm.models.families import HEADS, PROJECTORS, TOWERS
+
 Part = Literal["vision tower", "projector", "language model", "head"]
 PARTS: tuple[Part, ...] = ("vision tower", "projector", "language model", "head")
-
-# Components of parameter names, over the families of transformers 5.
-_HEAD = {"lm_head", "score", "v_head"}
-_PROJECTOR = {
-    "multi_modal_projector",  # LLaVA, Gemma3, PaliGemma, InternVL, Mistral3, Mllama
-    "image_newline",  # LLaVA-NeXT: an embedding of its own that the projected patches are interleaved with
-    "connector",  # Idefics2, Idefics3, SmolVLM
-    "merger",  # Qwen-VL, inside `visual`
-    "deepstack_merger_list",  # Qwen3-VL
-    "embed_vision",  # Gemma3n, Gemma4
-    "aligner",  # Janus
-    "qformer",  # BLIP-2
-    "query_tokens",
-    "language_projection",
-    "vision_projection",
-}
-_VISION = {"vision_tower", "vision_model", "visual", "vision_encoder", "vision_backbone"}
 
 
 def part_of(name: str) -> Part:
@@ -32,11 +17,11 @@ def part_of(name: str) -> Part:
     Qwen-VL's merger and the connectors of other families are the projector, wherever they are attached.
     """
     components = set(name.split("."))
-    if components & _PROJECTOR:
+    if components & PROJECTORS:
         return "projector"
-    if components & _VISION:
+    if components & TOWERS:
         return "vision tower"
-    if components & _HEAD:
+    if components & HEADS:
         return "head"
     return "language model"
 
@@ -55,7 +40,7 @@ def freeze_vision_tower(model: nn.Module) -> int:
         children = ", ".join(name for name, _ in model.named_children())
         raise ValueError(
             f"No parameter of {type(model).__name__} belongs to a vision tower (its children are: {children}; known "
-            f"names: {', '.join(sorted(_VISION))}). Set `freeze_vision_tower=False`, and freeze what you mean with "
+            f"names: {', '.join(sorted(TOWERS))}). Set `freeze_vision_tower=False`, and freeze what you mean with "
             "`requires_grad_(False)`."
         )
     for parameter in tower:

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from trl_vlm.data.encoding import encode
 from trl_vlm.data.images import MAX_IMAGE_PIXELS
 from trl_vlm.data.rows import Row, check_row
+from trl_vlm.models.families import family_of
 from trl_vlm.pairs.draws import Draws
 from trl_vlm.pairs.noise import Indexing, Overflow, check_noise, distorted_images
 from trl_vlm.pairs.reply_tokens import ReplyTokens, added_text
@@ -141,7 +142,7 @@ def greedy_guesses(model: nn.Module, batch: Mapping[str, Tensor], replies: Seque
     """
     device = model.device
     batch = {name: value.to(device) for name, value in batch.items()}
-    inputs = _with_replies(batch, replies, reply_type=1 if model.config.model_type == "paligemma" else 0)
+    inputs = _with_replies(batch, replies, reply_type=family_of(model.config).reply_type)
     longest = max(map(len, replies))
     logits = model(**inputs, logits_to_keep=longest + 1, use_cache=False).logits  # (B, longest + 1, V)
     guesses = logits[:, :-1].argmax(-1).tolist()

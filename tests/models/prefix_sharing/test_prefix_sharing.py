@@ -1,19 +1,24 @@
 """Sharing a prompt gives the hidden states, and the gradients, of computing it once per reply."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
+from transformers import LlamaForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from tests.families import FAMILIES, build, saved
 from tests.preference_rows import preference_row
 from trl_vlm.data.encoding import RewardCollator
 from trl_vlm.data.facts import JudgeTemplate
+from trl_vlm.models.families import IMAGE_INPUTS
 from trl_vlm.models.prefix_sharing.sharing import (
     ATTENTION,
     SHARED_PREFIX,
     SHARING_FAMILIES,
+    _Pack,
     packing,
     share_pairs,
     share_prefix,
@@ -23,6 +28,8 @@ from trl_vlm.models.reward_model import load_reward_model
 from trl_vlm.trainers.dpo.collator import PreferenceCollator
 
 SPECIAL_MASKS = ("gemma3", "paligemma", "qwen3_vl")
+# PaliGemma 2 has windows, which are shorter than the rows here.
+MORE_SHARING = ("gemma4", "llava_onevision", "paligemma2", "qwen3_vl_moe")
 
 
 def batches(processor, images=(1, 2, 0), extra: int = 0):
@@ -77,7 +84,7 @@ def sharp(family: str):
     return model.train(), processor
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_SHARING])
 def test_hidden_states_and_every_gradient_equal_the_plain_path_with_no_one_and_two_images(family):
     assert_sharing_changes_nothing(*sharp(family))
 
@@ -87,7 +94,7 @@ def test_four_replies_share_a_prompt_like_two(family):
     assert_sharing_changes_nothing(*sharp(family), images=(1, 1), extra=2)
 
 
-@pytest.mark.parametrize("family", ["llava", *SPECIAL_MASKS])
+@pytest.mark.parametrize("family", ["llava", *SPECIAL_MASKS, "paligemma2"])
 def test_eager_attention_equals_its_plain_path(family):
     model, processor = sharp(family)
     model.set_attn_implementation("eager")
@@ -124,8 +131,15 @@ def test_a_window_narrower_than_the_sequences_stays_in_force(kinds):
     assert_sharing_changes_nothing(model, processor, images=(1, 0))
 
 
-def test_the_window_test_would_notice_a_window_that_is_ignored():
-    model, processor = sharp("gemma3")
+def test_image_tokens_of_gemma4_may_see_each_other():
+    model, processor = sharp("gemma4")
+    model.config.get_text_config().use_bidirectional_attention = "vision"
+    assert_sharing_changes_nothing(model, processor, images=(1, 2))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "paligemma2"])
+def test_the_window_test_would_notice_a_window_that_is_ignored(family):
+    model, processor = sharp(family)
     plain, _ = batches(processor)
     wanted, _ = hidden_states_and_gradients(model, plain)
     model.config.get_text_config().sliding_window = 1000
@@ -222,16 +236,32 @@ def test_the_packing_of_two_rows_by_hand():
     ]
 
 
-def test_every_tested_family_is_on_and_others_say_why_not():
-    assert set(SHARING_FAMILIES) == set(FAMILIES)
+def test_every_family_that_is_on_is_tested_and_others_say_why_not():
+    tested = {build(family)[0].config.model_type for family in [*FAMILIES, *MORE_SHARING]}
+    assert set(SHARING_FAMILIES) == tested
     model, _ = build("llava")
     assert why_not_shareable(model.config) is None
     model.config.get_text_config()._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="'flash_attention_2' takes no mask .* attn_implementation='sdpa'"):
         share_prefix(model)
-    model.config.model_type = "other_vlm"
-    with pytest.raises(ValueError, match="other_vlm is not among the tested families"):
-        share_prefix(model)
+    model.config.get_text_config()._attn_implementation = "sdpa"
+    text_model = LlamaForCausalLM(model.config.get_text_config())
+    with pytest.raises(ValueError, match="llama is not among the tested families .* has no image tokens"):
+        share_prefix(text_model)
+    hybrid, _ = build("qwen3_5")
+    with pytest.raises(ValueError, match="layers of type linear_attention cannot keep the replies apart"):
+        share_prefix(hybrid)
+    experts, _ = build("qwen3_vl_moe")
+    experts.config.get_text_config().output_router_logits = True
+    with pytest.raises(ValueError, match="auxiliary loss of mixtures of experts counts every token"):
+        share_prefix(experts)
+
+
+def test_states_on_another_device_than_the_batch_are_unpacked_there():
+    pack = _Pack(is_proven=True)
+    pack.target = torch.tensor([[0, 1]])  # of the batch; the last layer is elsewhere
+    output = pack.unpack(None, (), SimpleNamespace(last_hidden_state=torch.empty(1, 3, 4, device="meta")))
+    assert output.last_hidden_state.shape == (1, 2, 4)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "paligemma"])
@@ -253,10 +283,10 @@ def test_a_reward_model_scores_pairs_as_without_sharing(family):
     gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
     assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert_equal_gradients(gradients, wanted_gradients)
-    assert all(2 * len(shared[name]) == len(batch[name]) for name in batch if name.startswith(("pixel", "image")))
+    assert all(2 * len(shared[name]) == len(batch[name]) for name in batch if name in IMAGE_INPUTS)
 
 
 def test_paligemma_shares_nothing_in_whole_conversations():
     model, _ = build("paligemma")
-    with pytest.raises(ValueError, match="PaliGemma reads a conversation that was encoded as a whole as one prompt"):
+    with pytest.raises(ValueError, match="paligemma reads a conversation that was encoded as a whole as one prompt"):
         share_pairs({}, model.config)

@@ -31,6 +31,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from trl_vlm.models import _transformers
 from trl_vlm.models.continuation.caches import share_out
+from trl_vlm.models.families import family_of
 from trl_vlm.models.generation import Sampler, ends_of_reply
 from trl_vlm.models.image_features import ImageFeatures
 from trl_vlm.models.image_tokens import image_token_id
@@ -213,10 +214,8 @@ def _rows(model: PreTrainedModel, batch: Mapping[str, Tensor], replies: Sequence
         return pad_sequence(rows, batch_first=True)
 
     ids = with_replies("input_ids")
-    # PaliGemma's type 0 is a prefix that sees all of itself; elsewhere 0 is text.
-    of_replies = 1 if config.model_type == "paligemma" else 0
     types = {
-        name: with_replies(name, of_replies)
+        name: with_replies(name, family_of(config).reply_type)
         for name, value in batch.items()
         if value.shape == batch["input_ids"].shape and name not in ("input_ids", "attention_mask")
     }

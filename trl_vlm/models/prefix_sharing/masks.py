@@ -3,11 +3,11 @@
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import Gemma3ForConditionalGeneration, PaliGemmaForConditionalGeneration, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-# Families in which prompt tokens see later ones: image tokens each other (Gemma3), the whole prompt (PaliGemma).
-OWN_MASKS = {"gemma3": Gemma3ForConditionalGeneration, "paligemma": PaliGemmaForConditionalGeneration}
+from trl_vlm.models.families import TOKEN_TYPES, family_of
 
 Masks = Tensor | dict[str, Tensor]
 
@@ -35,7 +35,7 @@ def packed_masks(config: PreTrainedConfig, packing: Packing, plain: dict[str, An
     Args:
         config: of the whole model.
         packing: as made by `prefix_sharing.packing`.
-        plain: the keyword arguments of the plain batch: `attention_mask` (N, T), `token_type_ids` or None.
+        plain: the keyword arguments of the plain batch: `attention_mask` (N, T), token types.
         dtype: of the model's activations; eager attention adds its masks.
 
     Returns:
@@ -44,7 +44,7 @@ def packed_masks(config: PreTrainedConfig, packing: Packing, plain: dict[str, An
         layers differ.
     """
     text = config.get_text_config()
-    if config.model_type in OWN_MASKS:
+    if family_of(config).own_masks is not None:
         masks = _own_masks(config, packing, plain)
     else:
         window = vars(text).get("sliding_window")
@@ -94,19 +94,17 @@ def _own_masks(config: PreTrainedConfig, packing: Packing, plain: dict[str, Any]
     attention_mask = plain["attention_mask"]
     # The functions read nothing but shape, dtype and device off the embeddings.
     nothing = torch.zeros(1, 1, 1, device=attention_mask.device).expand(*attention_mask.shape, 1)
-    masks = OWN_MASKS[config.model_type].create_masks_for_generate(
+    masks = getattr(transformers, family_of(config).own_masks).create_masks_for_generate(
         config=config,
         inputs_embeds=nothing,
         attention_mask=attention_mask,
         past_key_values=None,
         position_ids=None,
-        token_type_ids=plain.get("token_type_ids"),
+        **{name: plain[name] for name in TOKEN_TYPES if name in plain},
     )
     if not isinstance(masks, dict):
         return _gathered(masks, packing)
-    packed = {kind: _gathered(mask, packing) for kind, mask in masks.items()}
-    # PaliGemma's backbone takes one mask; its second generation has windows, which are wider than what it reads.
-    return packed if config.model_type == "gemma3" else packed["full_attention"]
+    return {kind: _gathered(mask, packing) for kind, mask in masks.items()}
 
 
 def _gathered(mask: Tensor | None, packing: Packing) -> Tensor:

@@ -10,7 +10,7 @@ The replies of a row are laid behind their common prompt, in one sequence:
 row given once and a tensor `shared_prefix` that says which sequences share a row, is packed on its way in, and the
 hidden states are unpacked on their way out to (N, T, H). So every head (TRL's fused LM head, a score head) reads what
 it would read without it, and equal losses and gradients follow; `tests/models/prefix_sharing` checks both for each
-family of `SHARING_FAMILIES`.
+family of `SHARING_FAMILIES`. Other families are tried on their first batch (`trial`).
 
 It works inside gradient checkpointing (a key-value cache would not: transformers drops the cache there), with LoRA
 and with ZeRO, because the model still runs once, on an ordinary batch.
@@ -25,47 +25,52 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from trl_vlm.models.prefix_sharing.masks import Packing, packed_masks
+from trl_vlm.models.families import SHARING_FAMILIES, family_of
+from trl_vlm.models.prefix_sharing.masks import Masks, Packing, packed_masks
+from trl_vlm.models.prefix_sharing.trial import gives_the_same, may_be_tried, plain_inputs
 
 # The batch key, (N, 2): for each sequence, the row that it belongs to and the length of its prompt.
 SHARED_PREFIX = "shared_prefix"
 # Optional second key, an int: the hidden states of earlier columns are not unpacked.
 FIRST_COLUMN = "shared_prefix_first_column"
+KEYS = (SHARED_PREFIX, FIRST_COLUMN)
 
-SHARING_FAMILIES = (
-    "gemma3",
-    "idefics3",
-    "internvl",
-    "llava",
-    "llava_next",
-    "paligemma",
-    "qwen2_5_vl",
-    "qwen2_vl",
-    "qwen3_vl",
-    "smolvlm",
-)
 ATTENTION = "trl_vlm_shared_prefix"
 
 
 def why_not_shareable(config: PreTrainedConfig) -> str | None:
-    """Why a model with this config takes the plain path, as one sentence; None if it can share prefixes."""
-    if config.model_type not in SHARING_FAMILIES:
-        return f"{config.model_type} is not among the tested families ({', '.join(SHARING_FAMILIES)})"
-    text = config.get_text_config()
+    """Why a model with this config takes the plain path, as one sentence; None if it can share prefixes.
+
+    A family that no test knows can be tried: its first batch is computed in both ways, see `trial`.
+    """
+    kind, text = config.model_type, config.get_text_config()
+    # hasattr: a model that reads images has this attribute under one of two names, and others have neither.
+    if not family_of(config).shares_prefix and not hasattr(config, "image_token_id"):
+        return f"{kind} is not among the tested families ({', '.join(SHARING_FAMILIES)}), and has no image tokens"
+    if not family_of(config).shares_prefix and not may_be_tried():
+        return (
+            f"{kind} is not among the tested families ({', '.join(SHARING_FAMILIES)}), and only a single process can "
+            "try it on its first batch"
+        )
     if text._attn_implementation not in ("sdpa", "eager", ATTENTION):
         return (
             f"attention {text._attn_implementation!r} takes no mask that keeps the replies apart; load the model with "
             "attn_implementation='sdpa'"
         )
     layers = set(vars(text).get("layer_types") or ()) - {"full_attention", "sliding_attention"}
-    return f"layers of type {', '.join(sorted(layers))} cannot keep the replies apart" if layers else None
+    if layers:
+        return f"layers of type {', '.join(sorted(layers))} cannot keep the replies apart"
+    if vars(text).get("output_router_logits"):
+        return "the auxiliary loss of mixtures of experts counts every token"
+    return None
 
 
 def share_prefix(model: PreTrainedModel) -> None:
     """Let the backbone of `model` compute a prompt once for all its replies; once is enough, twice does no harm.
 
     Args:
-        model: of one of `SHARING_FAMILIES`, with any head. A PEFT model gives its `get_base_model()`.
+        model: with any head, of one of `SHARING_FAMILIES`, or of another family that its first batch decides on. A
+            PEFT model gives its `get_base_model()`.
     """
     reason = why_not_shareable(model.config)
     if reason is not None:
@@ -75,8 +80,10 @@ def share_prefix(model: PreTrainedModel) -> None:
         return
     if model.config.get_text_config()._attn_implementation == "sdpa":
         model.set_attn_implementation({"text_config": ATTENTION})
-    pack = _Pack()
+    pack = _Pack(is_proven=True if family_of(model.config).shares_prefix else None)
     backbone.register_forward_pre_hook(pack, with_kwargs=True)
+    if family_of(model.config).one_mask:
+        backbone.language_model.register_forward_pre_hook(pack.masks_by_layer, with_kwargs=True)
     backbone.register_forward_hook(pack.unpack)
 
 
@@ -119,10 +126,10 @@ def packing(attention_mask: Tensor, shared_prefix: Tensor) -> Packing:
 
 def why_pairs_not_shareable(config: PreTrainedConfig) -> str | None:
     """As `why_not_shareable`, for sequences that a collator makes whole and `share_pairs` puts together."""
-    if config.model_type == "paligemma":
+    if family_of(config).prefix_is_bidirectional:
         return (
-            "PaliGemma reads a conversation that was encoded as a whole as one prompt, and all of it sees all of it; "
-            "two replies share nothing there"
+            f"{config.model_type} reads a conversation that was encoded as a whole as one prompt, and all of it sees "
+            "all of it; two replies share nothing there"
         )
     return why_not_shareable(config)
 
@@ -149,10 +156,8 @@ def share_pairs(batch: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[s
     pairs = len(ids) // 2
     differs = (ids[:pairs] != ids[pairs:]) | (attention_mask[:pairs] * attention_mask[pairs:] == 0)
     ends = torch.where(differs.any(1), differs.int().argmax(1), ids.size(1)).repeat(2)
-    shared = {
-        name: value[: len(value) // 2] if name.startswith(("pixel", "image")) else value
-        for name, value in batch.items()
-    }
+    # What has no entry per token belongs to the images.
+    shared = {name: value if value.shape == ids.shape else value[: len(value) // 2] for name, value in batch.items()}
     return shared | {SHARED_PREFIX: torch.stack([torch.arange(pairs).repeat(2), ends], dim=1)}
 
 
@@ -170,13 +175,23 @@ class _Piece(NamedTuple):
 class _Pack:
     """The hooks around a backbone: packs a batch that carries `SHARED_PREFIX`, and unpacks its hidden states."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_proven: bool | None) -> None:
+        self.is_proven = is_proven  # None: the first batch will tell
         self.target: Tensor | None = None
+        self.first_column = 0
+        self.masks: Masks | None = None
 
     def __call__(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if SHARED_PREFIX in kwargs and self.is_proven is None:
+            self.is_proven = True  # for the pass that is to prove it
+            self.is_proven = gives_the_same(backbone, kwargs, KEYS)
+        self.target, self.masks, self.first_column = None, None, 0  # also after a pass that failed
         if SHARED_PREFIX not in kwargs:
-            self.target = None
             return None
+        if not self.is_proven:
+            # The head reads columns from `FIRST_COLUMN` on.
+            self.first_column = kwargs.get(FIRST_COLUMN, 0)
+            return args, plain_inputs(kwargs, KEYS)
         plain = dict(kwargs)
         shared_prefix, first_column = plain.pop(SHARED_PREFIX), plain.pop(FIRST_COLUMN, 0)
         slots = packing(plain["attention_mask"], shared_prefix)
@@ -184,15 +199,24 @@ class _Pack:
         packed = {name: _pack(name, value, slots, plain) for name, value in plain.items()}
         packed["input_ids"] = packed["input_ids"].masked_fill(slots.segment < 0, _filler(backbone.config))
         packed["position_ids"] = _positions(backbone, slots, packed)
-        packed["attention_mask"] = packed_masks(backbone.config, slots, plain, backbone.dtype)
+        self.masks = packed_masks(backbone.config, slots, plain, backbone.dtype)
+        one_mask = family_of(backbone.config).one_mask and isinstance(self.masks, dict)
+        packed["attention_mask"] = self.masks["full_attention"] if one_mask else self.masks
         return args, packed
+
+    def masks_by_layer(self, language_model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        """Hand on the masks of all kinds of layers, where the backbone around `language_model` takes only one."""
+        return args, kwargs if self.masks is None else {**kwargs, "attention_mask": self.masks}
 
     def unpack(self, backbone: nn.Module, args: tuple, output: Any) -> Any:
         """Give `last_hidden_state` back as plain sequences, (B, L, H) -> (N, T, H)."""
         if self.target is not None:
             states = output.last_hidden_state.flatten(0, 1)
-            output.last_hidden_state = states[self.target]
-            self.target = None
+            # On several devices the last layer may lie on another one than the batch.
+            output.last_hidden_state = states[self.target.to(states.device)]
+        elif self.first_column:
+            output.last_hidden_state = output.last_hidden_state[:, self.first_column :]
+        self.target, self.masks, self.first_column = None, None, 0
         return output
 
 
@@ -210,11 +234,11 @@ def _filler(config: PreTrainedConfig) -> int:
 
 def _positions(backbone: nn.Module, slots: Packing, packed: dict[str, Any]) -> Tensor:
     """(B, L), or (3, B, L) for Qwen: the positions that the tokens have in their plain sequences."""
-    kind = backbone.config.model_type
-    if kind == "paligemma":
-        return slots.index + 1  # its positions count from 1
-    if not kind.startswith("qwen"):
-        return slots.index
+    family = family_of(backbone.config)
+    # hasattr: this method is what tells M-RoPE in a family that is not in the table.
+    has_grid = hasattr(backbone, "compute_3d_position_ids") if family.positions is None else family.positions == "grid"
+    if not has_grid:
+        return slots.index + family.first_position
     prompt = {name: packed[name][:, : slots.prefix] for name in ("input_ids", "mm_token_type_ids") if name in packed}
     is_prompt = slots.segment[:, : slots.prefix] == 0
     grid = backbone.compute_3d_position_ids(

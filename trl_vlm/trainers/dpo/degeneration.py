@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from trl_vlm.models.families import IMAGE_INPUTS
 from trl_vlm.models.generation import Policy, Reply, generated
 from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX
 from trl_vlm.trainers import _trl
@@ -77,7 +78,7 @@ class DegenerationWatch(TrainerCallback):
             if isinstance(value, Tensor) and value.shape == shape:
                 padding = trainer._tokenizer.pad_token_id if name == "input_ids" else 0
                 prompts[name] = _left_padded([value[row, :length] for row, length in enumerate(lengths)], padding)
-            elif name.startswith(("pixel", "image")):
+            elif name in IMAGE_INPUTS:
                 prompts[name] = value if shared else value[: len(value) // copies]
         return prompts
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from trl_vlm.data.encoding import encode
+from trl_vlm.models.families import IMAGE_INPUTS
 from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX
 from trl_vlm.pairs.draws import Draws
 from trl_vlm.pairs.noise import Overflow, distorted_images
@@ -113,7 +114,7 @@ def _likeliest(model: PreTrainedModel, inputs: dict[str, Any], noisy: dict[str, 
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.shape == shape and name != "labels":
             chosen[name] = value[:rows]
-        elif name.startswith(("pixel", "image")):
+        elif name in IMAGE_INPUTS:
             chosen[name] = value if images_come_once else value[: len(value) * rows // shape[0]]
     chosen["pixel_values"] = noisy["pixel_values"]
     states = model.base_model(**chosen, use_cache=False).last_hidden_state[:, :-1]

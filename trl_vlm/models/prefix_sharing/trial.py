@@ -1,0 +1,73 @@
+"""Families that no test knows: prefix sharing proves itself on the first batch, or stays off."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trl_vlm.models.generation import evaluating
+
+logger = logging.getLogger(__name__)
+
+# How far the hidden states of a reply's token may be apart, as a share of their norm. Rounding makes up to 1e-5 in
+# float32 and a few percent in bfloat16; a wrong position or mask makes more, in the layers behind it, or nothing.
+_TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# What a model raises that cannot read a packed batch at all.
+_CANNOT_READ = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+def may_be_tried() -> bool:
+    """Whether the first batch may decide: with several processes each would decide for itself, and they would part."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+
+
+def plain_inputs(inputs: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """A shared batch as it would be without sharing: with the images of its rows once for each sequence.
+
+    Args:
+        inputs: With `keys[0]`, (N, 2); its sequences are all rows' first ones, then all rows' second ones, and so on.
+        keys: Those that only a shared batch has.
+    """
+    rows, shape = inputs[keys[0]][:, 0], inputs["input_ids"].shape
+    copies = len(rows) // (int(rows.max()) + 1)
+    order = torch.arange(len(rows) // copies, device=rows.device).repeat(copies)
+    if not torch.equal(rows, order):
+        raise ValueError(f"The sequences of a shared batch belong to the rows {rows.tolist()}, not {order.tolist()}.")
+    per_image = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape != shape]
+    plain = {name: value for name, value in inputs.items() if name not in keys}
+    return plain | {name: torch.cat([plain[name]] * copies) for name in per_image if name in plain}
+
+
+def gives_the_same(backbone: nn.Module, inputs: dict[str, Any], keys: tuple[str, ...]) -> bool:
+    """Compute a batch in both ways, and say (and log) whether replies have the same hidden states in both.
+
+    From hidden states follow log-probabilities and scores alike, whatever head reads them.
+    """
+    plain, first = plain_inputs(inputs, keys), inputs.get(keys[1], 0)
+    # Caches are not needed, and dropout would draw another mask in each pass.
+    with evaluating(backbone):
+        wanted = backbone(**plain | {"use_cache": False}).last_hidden_state[:, first:].float()
+        try:
+            found = backbone(**inputs | {"use_cache": False}).last_hidden_state.float()
+        except torch.OutOfMemoryError:
+            raise
+        except _CANNOT_READ as error:
+            return _said(backbone, f"it cannot read replies behind a common prompt ({type(error).__name__}: {error})")
+    columns = torch.arange(plain["input_ids"].size(1), device=found.device)
+    is_reply = (columns >= inputs[keys[0]][:, 1:].to(found.device)) & plain["attention_mask"].bool().to(found.device)
+    distance = ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-6))[is_reply[:, first:]]
+    largest = distance.max().item() if len(distance) else 0.0
+    if largest <= _TOLERANCES.get(backbone.dtype, 1e-1):
+        logger.info("%s: shared prefixes give the same (largest error %.1e).", _name(backbone), largest)
+        return True
+    return _said(backbone, f"replies behind a common prompt come out differently (by {largest:.1%})")
+
+
+def _said(backbone: nn.Module, reason: str) -> bool:
+    logger.warning("%s: prompts are computed once per reply, not once per row: %s.", _name(backbone), reason)
+    return False
+
+
+def _name(backbone: nn.Module) -> str:
+    return backbone.config.model_type

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, ProcessorMixin
 
-from tests.families import FAMILIES, batch, build, image
+from tests.families import FAMILIES, _tokenizer, batch, build, image
 from trl_vlm.models.image_tokens import (
     check_image_tokens,
     features_per_row,
@@ -101,3 +101,54 @@ def test_counts_and_names_must_fit_the_batch():
 def test_a_config_without_images_is_refused():
     with pytest.raises(ValueError, match="LlamaConfig does not say which token stands for an image"):
         image_token_id(LlamaConfig())
+
+
+class TestGemma4:
+    """Its `image_seq_length` is the most that an image may have."""
+
+    def test_an_honest_batch_passes(self):
+        _, processor = build("gemma4")
+        rows = batch(processor, ROWS)
+        found = placeholders_per_row(rows["input_ids"], processor)
+        assert 0 < found[0] < processor.image_seq_length
+        check_image_tokens(rows, ROWS, processor, NAMES)
+
+    @pytest.mark.parametrize("kept, cut", [(1, True), (200, False)])
+    def test_too_few_and_too_many_placeholders_are_named(self, kept, cut):
+        _, processor = build("gemma4")
+        rows = batch(processor, ROWS)
+        rows["input_ids"][1] = 9
+        rows["input_ids"] = torch.cat([rows["input_ids"], torch.full((3, 100), 9)], 1)
+        rows["input_ids"][1, :kept] = image_token_id(processor)
+        remedy = "Its text was cut" if cut else "Its text holds placeholders"
+        with pytest.raises(ValueError, match=rf"row 8: .* have up to 70 features each. {remedy}"):
+            check_image_tokens(rows, ROWS, processor, NAMES)
+
+
+def stranger(pixels):
+    """The processor of a family that is not in the table, and a batch of two rows, the first with an image."""
+    _, processor = build("llava")
+    strange = type("StrangeProcessor", (ProcessorMixin,), {"__init__": lambda self: None})()
+    strange.tokenizer, strange.image_seq_length = processor.tokenizer, 100
+    ids = torch.tensor([[9, image_token_id(processor), 9], [9, 9, 9]])
+    return strange, {"input_ids": ids, **pixels}
+
+
+# LFM2-VL's mask is one of patches, and other families have keys of their own.
+@pytest.mark.parametrize("pixels", [{"pixel_attention_mask": torch.ones(1, 4)}, {"image_sizes": torch.ones(1, 2)}])
+def test_of_an_unknown_family_placeholders_and_images_need_only_come_together(pixels):
+    processor, rows = stranger({"pixel_values": torch.ones(1, 4, 12), **pixels})
+    assert features_per_row(rows, [1, 0], processor) is None
+    check_image_tokens(rows, [1, 0], processor, NAMES[:2])
+    with pytest.raises(ValueError, match=r"^row 7: its text has 1 image placeholders for 0 image\(s\)"):
+        check_image_tokens(rows, [0, 0], processor, NAMES[:2])
+    with pytest.raises(ValueError, match=r"^row 8: its text has 0 image placeholders for 1 image\(s\)"):
+        check_image_tokens(rows, [1, 1], processor, NAMES[:2])
+
+
+def test_ovis2_has_another_token_in_its_ids_than_its_processor_names():
+    tokenizer = _tokenizer("<image>", "<IMG_ATOM>")
+    kind = type("Ovis2Processor", (ProcessorMixin,), {"__init__": lambda self: None})
+    processor = kind()
+    processor.tokenizer, processor.image_token_id = tokenizer, tokenizer.convert_tokens_to_ids("<image>")
+    assert image_token_id(processor) == tokenizer.convert_tokens_to_ids("<IMG_ATOM>")

@@ -40,7 +40,7 @@ def make(
     options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     more = {
         name: options.pop(name)
-        for name in ("peft_config", "eval_dataset", "ref_model", "model", "pair_source", "callbacks")
+        for name in ("peft_config", "eval_dataset", "ref_model", "model", "pair_source", "pair_loss", "callbacks")
         if name in options
     }
     settings = {

@@ -47,7 +47,7 @@ def test_rows_are_not_changed(options):
         assert row.keys() == old.keys()
         assert all(row[key] == old[key] for key in row if key != "images")
     for key, value in first.items():
-        assert torch.equal(value, second[key]), key
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(second[key])), key
 
 
 def test_paths_bytes_and_single_images_are_loaded(tmp_path):

@@ -15,6 +15,7 @@ from tests.trainers.dpo.sources import Greedy
 from tests.trainers.dpo.test_averaged import OTHER, with_extra
 from tests.trainers.dpo.test_pair_sources import instructions
 from trl_vlm import DPOConfig, DPOTrainer
+from trl_vlm.trainers.dpo.collator import NUM_REPLIES
 from trl_vlm.trainers.dpo.distortion import DISTORTED
 
 SHORT = {"max_steps": 3, "per_device_train_batch_size": 3}
@@ -34,7 +35,7 @@ def batch_of(trainer):
 @torch.no_grad()
 def log_probs(model, batch):
     """(N, T - 1, V), of whole logits."""
-    inputs = {name: value for name, value in batch.items() if name not in ("completion_mask", DISTORTED)}
+    inputs = {name: value for name, value in batch.items() if name not in ("completion_mask", DISTORTED, NUM_REPLIES)}
     return model(**inputs, use_cache=False).logits[:, :-1].log_softmax(-1)
 
 
@@ -45,7 +46,7 @@ def loss_by_definition(policy, reference, batch, kind, beta=0.1):
         batch: without sharing: chosen, rejected and once more the chosen replies, with their pixels.
     """
     count = batch[DISTORTED]["rows"]
-    noisy = {name: value[: len(value) // 3] for name, value in batch.items() if name != DISTORTED}
+    noisy = {name: value[: len(value) // 3] for name, value in batch.items() if name not in (DISTORTED, NUM_REPLIES)}
     noisy["pixel_values"] = batch[DISTORTED]["pixel_values"]
     likeliest = {model: log_probs(model, noisy).argmax(-1) for model in (policy, reference)}
     scores = []
@@ -92,12 +93,16 @@ def test_without_noise_the_rejected_tokens_are_the_likeliest_ones(tmp_path):
     trainer.model.eval()
     batch = batch_of(trainer)
     assert torch.equal(batch[DISTORTED]["pixel_values"], batch["pixel_values"][: len(batch["pixel_values"]) // 3])
+    scores = []
+    for model in (trainer.model, trainer.ref_model):
+        fused = model.forward
+        model.forward = lambda *args, fused=fused, **kwargs: scores.append(fused(*args, **kwargs)) or scores[-1]
     loss = trainer.compute_loss(trainer.model, batch)
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
     is_reply = batch["completion_mask"][:3, 1:]
     largest = log_probs(trainer.ref_model, batch)[:3].amax(-1) * is_reply
-    for scored in trainer._replies.calls:  # policy and reference
-        assert_close(scored[6:], largest, rtol=1e-4, atol=1e-5)
+    for scored in scores[:2]:  # policy and reference
+        assert_close(scored.log_probs[6:].detach(), largest, rtol=1e-4, atol=1e-5)
 
 
 def test_noise_is_new_each_time_and_the_same_for_the_same_seed(tmp_path):

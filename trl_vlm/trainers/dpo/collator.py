@@ -17,6 +17,11 @@ from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX
 
 Row = dict[str, Any]
 
+# Batch keys, see `PreferenceCollator`.
+CHANGED = "changed_tokens"
+REFERENCE = "reference_log_probs"
+NUM_REPLIES = "num_replies"
+
 
 class ImagesOnce:
     """A processor for TRL's vision collator, which asks for each prompt and its images twice: it computes them once.
@@ -71,6 +76,7 @@ class PreferenceCollator:
         changed_tokens: (K - 1, 2 * P, T - 1), bool, with `segments`; one entry per pair of chosen and rejected, at the
             place of the log-probabilities that TRL computes, so token t is found at t - 1.
         reference_log_probs: (K * P, T - 1), with `reference`.
+        num_replies: K, where it is not 2.
 
     Args:
         collate: TRL's collator; for rows with images its `processor` is replaced.
@@ -107,13 +113,15 @@ class PreferenceCollator:
         if self.vision:
             self._check_images(batch, rows)
         self._check_replies(batch, rows)
+        if self.extra:
+            batch[NUM_REPLIES] = self.extra + 2
         if self.share:
             prompts = batch["attention_mask"].sum(1) - batch["completion_mask"].sum(1)
             batch[SHARED_PREFIX] = torch.stack([torch.arange(len(prompts)) % len(rows), prompts], dim=1)
         if self.segments is not None:
-            batch["changed_tokens"] = self._changed(batch, rows)
+            batch[CHANGED] = self._changed(batch, rows)
         if self.reference is not None:
-            batch["reference_log_probs"] = self._reference(batch, rows)
+            batch[REFERENCE] = self._reference(batch, rows)
         return batch
 
     def loaded(self, row: Row) -> Row:

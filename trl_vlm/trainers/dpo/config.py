@@ -103,6 +103,12 @@ class DPOConfig(PartOptions, trl.DPOConfig):
         },
     )
 
+    # A loss of one's own
+    reference_free: bool = field(
+        default=False,
+        metadata={"help": "The trainer's `pair_loss` reads no reference: none is loaded, copied or computed."},
+    )
+
     # Speed and memory
     share_prefix: bool = field(
         default=True,
@@ -150,6 +156,8 @@ class DPOConfig(PartOptions, trl.DPOConfig):
             self._check_dense()
         if self.reference_cache is not None:
             self._check_reference_cache()
+        if self.reference_free:
+            self._check_reference_free()
         if self.povid_loss is not None:
             self._check_povid_loss()
 
@@ -239,6 +247,13 @@ class DPOConfig(PartOptions, trl.DPOConfig):
         for name, (is_set, reason) in refused.items():
             if is_set:
                 raise ValueError(f"{name} does not go with `povid_loss`: {reason}. Unset one of the two.")
+
+    def _check_reference_free(self) -> None:
+        for name in ("reference_cache", "precompute_ref_log_probs", "sync_ref_model"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"`{name}` cannot be combined with `reference_free`: there is no reference. Unset it."
+                )
 
     def _check_reference_cache(self) -> None:
         for name in ("precompute_ref_log_probs", "sync_ref_model"):

@@ -86,19 +86,18 @@ class DistortedReplies:
         self.shared = shared
         self.tokens: Tensor | None = None
 
-    def labels(self, model: PreTrainedModel, inputs: dict[str, Any], noisy: dict[str, Any], is_policy: bool) -> Tensor:
+    def labels(self, model: PreTrainedModel, inputs: dict[str, Any], noisy: dict[str, Any]) -> Tensor:
         """Labels (N, T) for a forward with clean images.
 
         Args:
             model: policy or reference.
             inputs: of that forward, with `labels` (N, T): the first P sequences are the chosen replies, and so are
                 the last.
-            noisy: see `DISTORTED`.
-            is_policy: the policy comes before its reference.
+            noisy: see `DISTORTED`; with `is_reference` for the reference, which comes after the policy.
         """
         labels, rows = inputs["labels"], noisy["rows"]
         is_reply = labels[:rows, 1:] != -100
-        if is_policy or not self.shared:
+        if not (self.shared and noisy.get("is_reference")):
             self.tokens = _likeliest(model, inputs, noisy, is_reply)
         last = labels[-rows:].clone()
         last[:, 1:][is_reply] = self.tokens

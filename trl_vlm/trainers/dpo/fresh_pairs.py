@@ -196,8 +196,8 @@ class FreshPairs:
         self.collators: dict[int, PreferenceCollator] = {}
         self._step, self._micro_batch = -1, 0
 
-    def batch(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], int]:
-        """The batch of pairs for `rows`, and how many further rejected replies each row has in it."""
+    def batch(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """The batch of pairs for `rows`."""
         pairs = self._pairs(rows)
         decided = [pair for pair in pairs if pair is not None]
         extras = sorted({len(pair.get("rejected_extra") or ()) for pair in decided})
@@ -207,8 +207,8 @@ class FreshPairs:
         self._log(everywhere, kept)
         extra = self._extra(everywhere)
         if kept == 0:
-            return {**self.collated([without_replies(rows[0])]), WEIGHTLESS: True}, 0
-        return self.collated(decided[:kept], extra), extra
+            return {**self.collated([without_replies(rows[0])]), WEIGHTLESS: True}
+        return self.collated(decided[:kept], extra)
 
     def collated(self, pairs: Sequence[Row], extra: int = 0) -> dict[str, Tensor]:
         """The batch of these pairs, with so many further rejected replies each."""

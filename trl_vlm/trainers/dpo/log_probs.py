@@ -1,11 +1,12 @@
 """An adapter around TRL's fused forward: what a trainer reads as log-probabilities of replies.
 
-TRL hands every extra batch key to the model, policy and reference alike, and reads `log_probs` off its output. So the
-weights of Dense DPO and the shared prefix live here, and TRL's losses and metrics stay as they are.
+TRL reads `log_probs` off the output of a fused forward. So the weights of Dense DPO and the shared prefix live here,
+and TRL's losses and metrics stay as they are.
 """
 
 import functools
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,9 @@ from transformers import PreTrainedModel
 
 from trl_vlm.maths.segments import dense_score
 from trl_vlm.models.prefix_sharing.sharing import FIRST_COLUMN, SHARED_PREFIX
+from trl_vlm.trainers._trl import FusedCausalLMOutput
 from trl_vlm.trainers.dpo.distortion import DISTORTED, DistortedReplies
 
-CHANGED = "changed_tokens"
 # What TRL's fused head returns per token.
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 
@@ -62,44 +63,54 @@ class DenseScore:
         return torch.cat([first, log_probs[:, 1:]], dim=1)
 
 
-class ReplyLogProbs:
-    """Takes our batch keys out of a forward, and gives log-probabilities as TRL expects them, (N, T - 1).
+def sequences(
+    output: FusedCausalLMOutput, place: Tensor, is_reply: Tensor, score: Callable[..., Tensor] | None = None
+) -> FusedCausalLMOutput:
+    """Some sequences of a forward that was computed before, as TRL reads them.
 
-    One object serves policy and reference; `calls` holds what each forward since the last `clear` gave, unweighted
-    and without gradient.
+    Args:
+        output: of a fused forward.
+        place: (N,), which sequences.
+        is_reply: (N, T - 1), bool.
+        score: `DenseScore.apply` for these sequences.
     """
+    width = is_reply.size(1)  # prompt-learning adapters put virtual tokens before the others
+    some = type(output)(**{name: output[name][place, -width:] for name in PER_TOKEN if name in output})
+    some.aux_loss = output.aux_loss
+    if score is not None:
+        some.log_probs = score(some.log_probs, is_reply=is_reply)
+    return some
 
-    def __init__(self, dense: DenseScore | None, distortion: DistortedReplies | None = None):
-        self.dense, self.distortion = dense, distortion
-        self.calls: list[Tensor] = []
 
-    def attach(self, model: PreTrainedModel) -> None:
-        """Patch `model.forward`, after TRL has done so."""
-        fused = model.forward
+def attach(model: PreTrainedModel, distortion: DistortedReplies | None) -> None:
+    """Patch `model.forward`, after TRL has done so: its log-probabilities stay (N, T - 1) with a shared prefix.
 
-        # The signature stays that of the class: `generate` checks its arguments against it.
-        @functools.wraps(type(model).forward)
-        def forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-            return self._forward(model, fused, args, kwargs)
+    Args:
+        model: policy or reference.
+        distortion: chooses the last replies' tokens (POVID); one for policy and reference.
+    """
+    fused = model.forward
 
-        model.forward = types.MethodType(forward, model)
-
-    def _forward(self, model: PreTrainedModel, fused: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        is_changed, noisy = kwargs.pop(CHANGED, None), kwargs.pop(DISTORTED, None)
+    # The signature stays that of the class: `generate` checks its arguments against it.
+    @functools.wraps(type(model).forward)
+    def forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        noisy = kwargs.pop(DISTORTED, None)
         if not kwargs.get("fused_lm_head"):
             return fused(*args, **kwargs)
         if noisy is not None:
-            kwargs["labels"] = self.distortion.labels(model, kwargs, noisy, is_policy=not self.calls)
-        labels, first = kwargs["labels"], 0
-        if SHARED_PREFIX in kwargs:
-            # Columns before the first reply have no labels: no hidden state is copied there, nor read by the head.
-            first = max(int(kwargs[SHARED_PREFIX][:, 1].min()) - 1, 0)
-            kwargs |= {FIRST_COLUMN: first, "labels": labels[:, first:]}
-        output = fused(*args, **kwargs)
-        for name in PER_TOKEN:
-            if first and name in output:
-                output[name] = functional.pad(output[name], (first, 0))
-        self.calls.append(output.log_probs.detach())
-        if is_changed is not None:
-            output.log_probs = self.dense.apply(output.log_probs, is_changed, labels[:, 1:] != -100)
-        return output
+            kwargs["labels"] = distortion.labels(model, kwargs, noisy)
+        return _fused_on_shared_prefix(fused, args, kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _fused_on_shared_prefix(fused: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Columns before the first reply have no labels: no hidden state is copied there, nor read by the head."""
+    if SHARED_PREFIX not in kwargs:
+        return fused(*args, **kwargs)
+    first = max(int(kwargs[SHARED_PREFIX][:, 1].min()) - 1, 0)
+    output = fused(*args, **kwargs | {FIRST_COLUMN: first, "labels": kwargs["labels"][:, first:]})
+    for name in PER_TOKEN:
+        if name in output:
+            output[name] = functional.pad(output[name], (first, 0))
+    return output

@@ -43,16 +43,16 @@ def dense_metrics(ratios: Tensor, is_changed: Tensor, is_reply: Tensor, gather: 
     }
 
 
-def drift_metrics(ratios: Tensor, is_reply: Tensor, extra: int, gather: Gather) -> dict[str, float]:
+def drift_metrics(ratios: Tensor, is_reply: Tensor, num_replies: int, gather: Gather) -> dict[str, float]:
     """Mean log pi - log pi_ref per token, in nats, of the chosen and of the rejected replies.
 
     Args:
         ratios: (K * P, T).
         is_reply: (K * P, T), bool.
-        extra: K - 2.
+        num_replies: K.
         gather: over processes.
     """
-    rows = len(ratios) // (extra + 2)
+    rows = len(ratios) // num_replies
     drift = {}
     for name, place in (("chosen", slice(0, rows)), ("rejected", slice(rows, None))):
         total = torch.stack([masked_sum(ratios[place], is_reply[place]), is_reply[place].sum().float()])

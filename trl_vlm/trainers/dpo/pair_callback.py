@@ -176,7 +176,7 @@ def _check_trainer(trainer: Any, every_steps: int | None) -> None:
     args, dataset = trainer.args, trainer.train_dataset
     is_ours = isinstance(trainer, DPOTrainer)
     refused = {
-        "has a `pair_source`, which makes new pairs at every step": is_ours and trainer._fresh is not None,
+        "has a `pair_source`, which makes new pairs at every step": is_ours and trainer._pair_maker is not None,
         "has a `reference_cache`, which holds the log-probabilities of the first pairs": is_ours
         and args.reference_cache is not None,
         "trains on a stream, whose rows cannot be written back": not isinstance(dataset, Dataset),

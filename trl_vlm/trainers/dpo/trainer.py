@@ -19,20 +19,21 @@ from trl_vlm.trainers import _trl
 from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.dpo import fresh_pairs, setup
 from trl_vlm.trainers.dpo import metrics as dpo_metrics
-from trl_vlm.trainers.dpo.collator import PreferenceCollator, SegmentOptions
+from trl_vlm.trainers.dpo.collator import CHANGED, NUM_REPLIES, REFERENCE, PreferenceCollator, SegmentOptions
 from trl_vlm.trainers.dpo.config import LENGTH_NORMALIZED, DPOConfig
 from trl_vlm.trainers.dpo.degeneration import DegenerationWatch
-from trl_vlm.trainers.dpo.distortion import DistortedReplies, DistortingCollator
-from trl_vlm.trainers.dpo.fresh_pairs import WEIGHTLESS, FreshPairs, has_pair, without_replies
-from trl_vlm.trainers.dpo.log_probs import CHANGED, PER_TOKEN, DenseScore, ReplyLogProbs
+from trl_vlm.trainers.dpo.distortion import DISTORTED, DistortedReplies, DistortingCollator
+from trl_vlm.trainers.dpo.fresh_pairs import ABOUT_REPLIES, WEIGHTLESS, FreshPairs, has_pair, without_replies
+from trl_vlm.trainers.dpo.log_probs import DenseScore, attach, sequences
+from trl_vlm.trainers.dpo.pair_loss import NO_REFERENCE, PairLoss, check_pair_loss, mean_pair_loss
 from trl_vlm.trainers.dpo.reference_cache import filled_for
 from trl_vlm.trainers.ppo.rollout_rows import rollout_rows
 from trl_vlm.trainers.preparation import PreparedTrainer, complete_arguments, complete_processor, prepare_model
 
 logger = logging.getLogger(__name__)
 
-REFERENCE = "reference_log_probs"
-PAIR_KEYS = ("input_ids", "attention_mask", "completion_mask")
+# What TRL reads of a batch beside the model.
+NOT_FOR_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 
 class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
@@ -57,6 +58,8 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
         peft_config: as in TRL; `target_modules` may be "language-model" or "language-model-and-projector".
         pair_source: makes the pairs of every step with the current policy. Rows then need `prompt` and what the
             source reads: often `completion` (or `chosen`), never `rejected`.
+        pair_loss: takes the place of TRL's losses: the scores of chosen and rejected replies, (P,) each, of the
+            policy and then of the reference -> losses, (P,). With `reference_free` the reference's are None.
         kwargs: what a later TRL adds.
     """
 
@@ -76,10 +79,12 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
         peft_config: PeftConfig | None = None,
         *,
         pair_source: PairSource | None = None,
+        pair_loss: PairLoss | None = None,
         **kwargs: Any,
     ):
         args = complete_arguments(args, model, DPOConfig)
-        setup.refuse_unknown_reference(model, ref_model, peft_config, args)
+        if not args.reference_free:
+            setup.refuse_unknown_reference(model, ref_model, peft_config, args)
         processing_class = complete_processor(processing_class, model, args)
         if pair_source is None:
             train_dataset = setup.checked_pairs(train_dataset, "the training data", args.bad_pairs)
@@ -90,12 +95,13 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
             train_dataset = fresh_pairs.checked_rows(train_dataset, "train")
             eval_dataset = fresh_pairs.checked_rows(eval_dataset, "eval")
             args.remove_unused_columns = False  # a source may read any column
-        self._distorted = int(args.povid_loss is not None)  # one more rejected reply per row
-        self._extra = setup.extra_replies(train_dataset) + self._distorted
+        check_pair_loss(pair_loss, args, ref_model)
+        self._num_extra_rejected = setup.extra_replies(train_dataset)
         self._pairs_without_change = 0
+        self.pair_loss, self._is_reference_free = pair_loss, args.reference_free
         super().__init__(
             model,
-            ref_model=ref_model,
+            ref_model=NO_REFERENCE if args.reference_free else ref_model,
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -108,20 +114,19 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
             peft_config=complete_peft_config(peft_config, model, args),
             **kwargs,
         )
-        distortion = DistortedReplies(shared=args.povid_loss == "shared") if self._distorted else None
-        self._replies = ReplyLogProbs(self._dense_score(args), distortion)
+        self._dense = self._dense_score(args)
         self._refuse_what_does_not_combine(args, own_collator=data_collator is not None)
         if self._is_vlm or args.freeze_vision_tower:
             prepare_model(self._base_model, args)
         self._shares = self._set_up_forwards(own_collator=data_collator is not None)
         make_collator = functools.partial(self._preference_collator, self.data_collator)
-        self._fresh: FreshPairs | None = None
+        self._pair_maker: FreshPairs | None = None
         if pair_source is not None:
-            self._fresh, self.data_collator = FreshPairs(self, pair_source, make_collator), list
+            self._pair_maker, self.data_collator = FreshPairs(self, pair_source, make_collator), list
             self.train_dataset = rollout_rows(self.train_dataset, "train")
             self.eval_dataset = rollout_rows(self.eval_dataset, "eval")
         elif data_collator is None:
-            self.data_collator = make_collator(self._extra - self._distorted)
+            self.data_collator = make_collator(self._num_extra_rejected)
         if args.reference_cache is not None:
             self._fill_reference_cache()
         if args.degeneration_steps is not None:
@@ -132,11 +137,22 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
         """The model without PEFT's wrapper."""
         return self.model.get_base_model() if is_peft_model(self.model) else self.model
 
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference; None if it is the policy without its adapter, or on disk, or there is none."""
+        return self._ref_model
+
+    @ref_model.setter
+    def ref_model(self, model: nn.Module | None) -> None:
+        self._ref_model = None if model is NO_REFERENCE else model
+
     def _dense_score(self, args: DPOConfig) -> DenseScore | None:
         if args.dense_gamma is None:
             return None
         return DenseScore(
-            args.dense_gamma, args.dense_reduction, per_token=bool(LENGTH_NORMALIZED & set(args.loss_type))
+            args.dense_gamma,
+            args.dense_reduction,
+            per_token=self.pair_loss is None and bool(LENGTH_NORMALIZED & set(args.loss_type)),
         )
 
     def _segment_options(self, args: DPOConfig) -> SegmentOptions | None:
@@ -144,36 +160,40 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
 
     def _preference_collator(self, collate: Any, extra: int) -> PreferenceCollator | DistortingCollator:
         """TRL's collator with what we add, for rows with so many further rejected replies."""
-        args = self.args
+        args, with_noise = self.args, self.args.povid_loss is not None
         made = PreferenceCollator(
             copy.copy(collate),
             vision=self._is_vision_dataset,
             tokenizer=self._tokenizer,
-            extra=extra + self._distorted,
+            extra=extra + with_noise,  # one more rejected reply per row
             share=self._shares,
             segments=self._segment_options(args),
         )
-        if not self._distorted:
+        if not with_noise:
             return made
         return DistortingCollator(made, self.processing_class, args.noise_steps, args.noise_overflow)
 
     def _refuse_what_does_not_combine(self, args: DPOConfig, own_collator: bool) -> None:
         needs_collator = {
             "Dense DPO": args.dense_gamma is not None,
-            "`rejected_extra`": self._extra > self._distorted,
+            "`rejected_extra`": self._num_extra_rejected > 0,
             "`reference_cache`": args.reference_cache is not None,
             "`povid_loss`": args.povid_loss is not None,
         }
         for name, is_needed in needs_collator.items():
             if is_needed and own_collator:
                 raise ValueError(f"{name} needs the trainer's own collator. Leave out `data_collator`.")
-        if self._extra and (
-            args.precompute_ref_log_probs or self.aux_loss_enabled or self.compute_metrics is not None
-        ):
+        has_extra = self._num_extra_rejected > 0 or args.povid_loss is not None
+        if has_extra and (args.precompute_ref_log_probs or self.aux_loss_enabled or self.compute_metrics is not None):
             raise ValueError(
                 "`rejected_extra` (and `povid_loss`, which adds one) does not go with `precompute_ref_log_probs` (use "
                 "`reference_cache`), with the auxiliary loss of mixtures of experts, or with `compute_metrics`. Unset "
                 "it, or drop the column."
+            )
+        if self.pair_loss is not None and self.aux_loss_enabled:
+            raise ValueError(
+                "`pair_loss` cannot be combined with the auxiliary loss of mixtures of experts, which TRL adds to its "
+                "own losses. Set `router_aux_loss_coef=0.0`."
             )
         if args.reference_cache is not None and isinstance(self.train_dataset, IterableDataset):
             raise ValueError("`reference_cache` needs a dataset with rows by index, not a stream. Unset it.")
@@ -183,13 +203,14 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
     def _set_up_forwards(self, own_collator: bool) -> bool:
         """Put our adapter around TRL's fused forwards; returns whether they share prefixes."""
         models = [self._base_model]
+        distortion = None if self.args.povid_loss is None else DistortedReplies(self.args.povid_loss == "shared")
         if self.ref_model is not None:
             models.append(self.accelerator.unwrap_model(self.ref_model))
         reason = setup.why_no_shared_prefix(self, models, own_collator)
         if self.args.share_prefix and reason is not None and self._is_vlm and self.accelerator.is_main_process:
             logger.warning("Prompts are computed once per reply, not once per row: %s.", reason)
         for model in models:
-            self._replies.attach(model)
+            attach(model, distortion)
             if reason is None:
                 share_prefix(model)
         return reason is None
@@ -198,122 +219,122 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        ours = [
-            "rejected_extra",
-            "rejected_extra_ids",
-            "prompt",
-            "chosen",
-            "rejected",
-            "chosen_spans",
-            "rejected_spans",
-        ]
+        ours = ["prompt", *ABOUT_REPLIES, "rejected_extra_ids"]
         self._signature_columns += [column for column in ours if column not in self._signature_columns]
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        if self._distorted:  # rows with images are not prepared here
+        if args.povid_loss is not None:  # rows with images are not prepared here
             raise ValueError("`povid_loss` puts noise on images, and the rows have no column `images`. Unset it.")
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if not self._extra:
+        if not self._num_extra_rejected:
             return prepared
 
         def prepare(one: Any) -> Any:
             return super(DPOTrainer, self)._prepare_dataset(one, processing_class, args, dataset_name)
 
-        return setup.prepared_extras(dataset, prepared, prepare, self._extra, dataset_name)
+        return setup.prepared_extras(dataset, prepared, prepare, self._num_extra_rejected, dataset_name)
 
     def prompt_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch that begins with the prompts of `rows`, whatever replies follow."""
-        collate = self.data_collator if self._fresh is None else self._fresh.collated
+        collate = self.data_collator if self._pair_maker is None else self._pair_maker.collated
         has_replies = [not self._is_vision_dataset or has_pair(row) for row in rows]
         return collate([row if has else without_replies(row) for row, has in zip(rows, has_replies, strict=True)])
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
-        if self._fresh is not None and isinstance(inputs, list):
-            inputs, extra = self._fresh.batch(inputs)
-            self._extra = extra + self._distorted
+        if self._pair_maker is not None and isinstance(inputs, list):
+            inputs = self._pair_maker.batch(inputs)
         return super()._prepare_inputs(inputs)
 
     # Loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        self._replies.calls.clear()
+        """The mean of the losses of all pairs, from one forward of the policy and one of the reference."""
         inputs = dict(inputs)
-        if inputs.pop(WEIGHTLESS, False):
-            with self._metrics_as_they_are():
-                result = self._compute_loss(model, inputs, return_outputs)
-            return (0.0 * result[0], result[1]) if return_outputs else 0.0 * result
-        reference, is_changed = inputs.pop(REFERENCE, None), inputs.get(CHANGED)
-        if self._extra:
-            result = self._averaged_loss(model, inputs, reference, return_outputs)
+        is_weightless, num_replies = inputs.pop(WEIGHTLESS, False), inputs.pop(NUM_REPLIES, 2)
+        reference, is_changed = inputs.pop(REFERENCE, None), inputs.pop(CHANGED, None)
+        arguments = self._model_arguments(inputs)
+        policy = model(**arguments)
+        if is_weightless:
+            loss = 0.0 * policy.log_probs.sum()
         else:
-            if is_changed is not None:
-                inputs[CHANGED] = is_changed[0]
-            inputs |= {} if reference is None else self._reference_sums(inputs, reference, is_changed)
-            result = super()._compute_loss(model, inputs, return_outputs)
-        if reference is not None:
-            self._replies.calls.append(reference)
-        self._log_tokens(inputs["completion_mask"][:, 1:].bool(), is_changed)
-        return result
+            if reference is None and not (self._is_reference_free or self.precompute_ref_logps):
+                reference = self._reference_log_probs(self.ref_model or self.model, arguments)
+            loss = self._mean_over_pairs(policy, reference, inputs, is_changed, num_replies)
+            self._log_tokens(policy.log_probs.detach(), reference, inputs["completion_mask"], is_changed, num_replies)
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**{key: arguments[key] for key in arguments if key not in ("labels", "fused_lm_head")})
 
-    def _averaged_loss(
-        self, model: Any, inputs: dict[str, Any], reference: Tensor | None, return_outputs: bool
-    ) -> Any:
-        """Mean of TRL's losses over the pairs (chosen, each rejected reply); every reply is computed once.
+    def _model_arguments(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What a fused forward reads of a batch."""
+        arguments = {key: value for key, value in inputs.items() if key not in NOT_FOR_MODEL}
+        if self.aux_loss_enabled:
+            arguments["output_router_logits"] = True
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        return arguments | {"labels": labels, "use_cache": False, "fused_lm_head": True}
+
+    def _mean_over_pairs(
+        self,
+        policy: Any,
+        reference: Tensor | None,
+        inputs: dict[str, Any],
+        is_changed: Tensor | None,
+        num_replies: int,
+    ) -> Tensor:
+        """Mean of the losses over the pairs (chosen, each rejected reply) of a row; one pair weighs 1.
 
             w L(chosen, rejected) + (1 - w) / n * (sum over n extras of L(chosen, extra))
 
         Source: arXiv:2407.02477, equation 5, for n = 1.
         """
-        if return_outputs:
-            raise ValueError("`rejected_extra` has no logits to return. Evaluate with `prediction_loss_only=True`.")
-        is_changed = inputs.get(CHANGED)
-        arguments = {key: value for key, value in inputs.items() if key not in ("completion_mask", CHANGED)}
-        arguments |= {"use_cache": False, "fused_lm_head": True}
-        arguments["labels"] = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        policy = model(**arguments)
-        reference = self._reference_log_probs(arguments) if reference is None else reference
-        rows, tokens = len(inputs["input_ids"]) // (self._extra + 2), self._total_train_tokens
-        weights = [self.args.rejected_weight, *[(1 - self.args.rejected_weight) / self._extra] * self._extra]
+        rows, extra, first = len(inputs["input_ids"]) // num_replies, num_replies - 2, self.args.rejected_weight
+        weights = [first, *[(1 - first) / extra] * extra] if extra else [1.0]
         total = 0.0
-        for pair, weight in enumerate(weights):
-            place = torch.cat([torch.arange(rows), torch.arange(rows) + (pair + 1) * rows]).to(policy.log_probs.device)
-            chosen_and_rejected = {key: inputs[key][place] for key in PAIR_KEYS}
-            changed = None if is_changed is None else is_changed[pair : pair + 1]
-            sums = self._reference_sums(chosen_and_rejected, reference[place], changed)
-            computed = self._computed(policy, place, chosen_and_rejected, changed)
-            with self._reference_in_batch():
-                loss = super()._compute_loss(computed, {**chosen_and_rejected, **sums}, False)
-            total = total + weight * loss
-        self._count_tokens_once(tokens, inputs["attention_mask"])
+        with self._reference_in_batch():
+            for number, weight in enumerate(weights):
+                place = torch.cat([torch.arange(rows), torch.arange(rows) + (number + 1) * rows])
+                pair = inputs | {key: inputs[key][place] for key in ("input_ids", "completion_mask")}
+                # TRL only counts its tokens any more: those of the whole batch, and once.
+                pair["attention_mask"] = inputs["attention_mask"] * (number == 0)
+                changed = None if is_changed is None else is_changed[number]
+                total = total + weight * self._loss_of(pair, policy, reference, place, changed)
         return total
 
-    def _computed(self, output: Any, place: Tensor, pair: dict[str, Tensor], is_changed: Tensor | None) -> Any:
-        """A forward that was computed before, for TRL to call: `output` at the rows `place`."""
-        rows = type(output)(**{name: output[name][place] for name in PER_TOKEN if name in output})
-        if is_changed is not None:
-            is_reply = pair["completion_mask"][:, 1:].bool()
-            rows.log_probs = self._replies.dense.apply(rows.log_probs, is_changed[0], is_reply)
-        return lambda **_: rows
+    def _loss_of(
+        self, pair: dict[str, Any], policy: Any, reference: Tensor | None, place: Tensor, is_changed: Tensor | None
+    ) -> Tensor:
+        """TRL's loss of the sequences `place` of a batch, or that of `pair_loss`; TRL logs its metrics of both."""
+        is_reply = pair["completion_mask"][:, 1:].bool()
+        dense = None if is_changed is None else functools.partial(self._dense.apply, is_changed=is_changed)
+        output = sequences(policy, place, is_reply, dense)
+        if reference is not None:
+            log_probs = _trl.FusedCausalLMOutput(log_probs=reference.to(policy.log_probs.device))
+            scored = sequences(log_probs, place, is_reply, dense)
+            chosen, rejected = self.compute_ref_log_probs(lambda **_: scored, pair)
+            pair |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        if self.pair_loss is None:
+            return super()._compute_loss(lambda **_: output, pair, False)
+        scores = (*output.log_probs.sum(1).chunk(2), pair.get("ref_chosen_logps"), pair.get("ref_rejected_logps"))
+        if reference is None:
+            zeros = torch.zeros_like(scores[0], requires_grad=False)
+            pair |= {"ref_chosen_logps": zeros, "ref_rejected_logps": zeros}
+        with torch.no_grad():
+            super()._compute_loss(lambda **_: output, pair, False)
+        return mean_pair_loss(self.pair_loss, *scores)
 
-    def _reference_sums(
-        self, pair: dict[str, Tensor], log_probs: Tensor, is_changed: Tensor | None
-    ) -> dict[str, Tensor]:
-        """The reference part of a TRL batch, from log-probabilities per token; TRL's own code sums them up."""
-        log_probs = log_probs.to(self.accelerator.device)
-        output = _trl.FusedCausalLMOutput(log_probs=log_probs)
-        forward = self._computed(output, torch.arange(len(log_probs)), pair, is_changed)
-        chosen, rejected = self.compute_ref_log_probs(forward, {key: pair[key] for key in PAIR_KEYS})
-        return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-
-    def _reference_log_probs(self, arguments: dict[str, Any]) -> Tensor:
+    def _reference_log_probs(self, reference: Any, arguments: dict[str, Any]) -> Tensor:
         """(N, T - 1), from the reference model, or from the policy without its adapter, as TRL does."""
+        arguments = {key: value for key, value in arguments.items() if key != "output_router_logits"}
+        if DISTORTED in arguments:
+            arguments[DISTORTED] = arguments[DISTORTED] | {"is_reference": True}
         adapter = contextlib.nullcontext()
-        if self.ref_model is None:
+        if self.ref_model is None and is_peft_model(self.model):
             unwrapped = self.accelerator.unwrap_model(self.model)
             adapter = _trl.use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None)
         kwargs = self.args.gradient_checkpointing_kwargs
         with torch.no_grad(), _trl.disable_gradient_checkpointing(self.model, kwargs), adapter:
-            return (self.ref_model or self.model)(**arguments).log_probs
+            return reference(**arguments).log_probs
 
     @contextlib.contextmanager
     def _reference_in_batch(self) -> Any:
@@ -324,44 +345,31 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
         finally:
             self.precompute_ref_logps = before
 
-    @contextlib.contextmanager
-    def _metrics_as_they_are(self) -> Any:
-        """Leave out of the logs what a batch without weight would add."""
-        mode = "train" if self.model.training else "eval"
-        counts = self._total_train_tokens, self._pairs_without_change
-        before = {name: list(values) for name, values in self._metrics[mode].items()}
-        try:
-            yield
-        finally:
-            self._total_train_tokens, self._pairs_without_change = counts
-            self._metrics[mode].clear()
-            self._metrics[mode].update(before)
-
-    def _count_tokens_once(self, tokens_before: int, attention_mask: Tensor) -> None:
-        """TRL counted the chosen reply once per pair."""
-        if self.model.training:
-            tokens = self.accelerator.gather_for_metrics(attention_mask.sum()).sum().item()
-            self._total_train_tokens = tokens_before + tokens // self._tp_size
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-
-    def _log_tokens(self, is_reply: Tensor, is_changed: Tensor | None) -> None:
+    def _log_tokens(
+        self,
+        policy: Tensor,
+        reference: Tensor | None,
+        completion_mask: Tensor,
+        is_changed: Tensor | None,
+        num_replies: int,
+    ) -> None:
         """Log what TRL's metrics of whole replies do not show."""
-        policy, *references = self._replies.calls
         wants_drift = self.args.degeneration_steps is not None
-        if (is_changed is None and not wants_drift) or not references:
+        if (is_changed is None and not wants_drift) or reference is None:
             return
+        is_reply = completion_mask[:, 1:].bool()
         width = is_reply.size(1)
-        ratios = policy[:, -width:] - references[-1].to(policy.device)[:, -width:]
+        ratios = policy[:, -width:] - reference.to(policy.device)[:, -width:]
         metrics = self._metrics["train" if self.model.training else "eval"]
         gather = self.accelerator.gather
         if is_changed is not None:
-            found = dpo_metrics.dense_metrics(ratios, is_changed, is_reply, gather)
-            self._pairs_without_change += found.pop("dense/pairs_without_change")
+            dense = dpo_metrics.dense_metrics(ratios, is_changed, is_reply, gather)
+            self._pairs_without_change += dense.pop("dense/pairs_without_change")
             metrics["dense/pairs_without_change"] = [self._pairs_without_change]
-            for name, value in found.items():
+            for name, value in dense.items():
                 metrics[name].append(value)
         if wants_drift:
-            for name, value in dpo_metrics.drift_metrics(ratios, is_reply, self._extra, gather).items():
+            for name, value in dpo_metrics.drift_metrics(ratios, is_reply, num_replies, gather).items():
                 metrics[name].append(value)
 
     # Reference on disk
@@ -372,7 +380,8 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
 
     def _score_reference(self, reference: Any, batch: dict[str, Tensor]) -> Tensor:
         batch = self._prepare_inputs(batch)
-        self._replies.calls.clear()
-        batch.pop(CHANGED, None)  # the cache holds what no weighting has touched
-        self.compute_ref_log_probs(reference, batch)
-        return self._replies.calls.pop()[:, -(batch["input_ids"].size(1) - 1) :]
+        ours = (CHANGED, NUM_REPLIES)  # the cache holds what no weighting has touched
+        arguments = self._model_arguments({key: value for key, value in batch.items() if key not in ours})
+        with self.accelerator.autocast():
+            log_probs = self._reference_log_probs(reference, arguments)
+        return log_probs[:, -(batch["input_ids"].size(1) - 1) :]

@@ -1,0 +1,119 @@
+"""Options of the scripts: TRL's, a few of ours, and sentences in place of tracebacks where they are wrong."""
+
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+import trl
+from accelerate import PartialState
+from datasets.exceptions import DatasetsError
+from trl import ModelConfig, TrlParser, get_quantization_config
+
+
+@dataclass
+class ScriptArguments(trl.ScriptArguments):
+    """TRL's options of a script's data, those that TRL lacks, the size of a step, and a dry run."""
+
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub dataset."})
+    dataset_data_files: str | None = field(
+        default=None, metadata={"help": "Which files of a folder or hub dataset to read."}
+    )
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Rows to evaluate on, where they are not the split `dataset_test_split` of `dataset_name`."},
+    )
+    total_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs, rows or replies per optimizer step over all devices; sets `gradient_accumulation_steps`."
+        },
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Check everything, print the plan, and stop."})
+
+
+def hardware_defaults() -> dict[str, Any]:
+    """Values for options that are not given: bfloat16 on CUDA, float32 on the CPU."""
+    if torch.cuda.is_available():
+        return {"dtype": "bfloat16"}
+    return {"dtype": "float32"} if torch.accelerator.is_available() else {"bf16": False, "use_cpu": True}
+
+
+def script_parser(*configs: type, prog: str | None = None) -> TrlParser:
+    """Returns a parser of flags and YAML (`--config`) for the configuration classes, with `hardware_defaults`."""
+    parser = TrlParser(configs, prog=prog)
+    known = {entry.name for config in configs for entry in fields(config)}
+    parser.set_defaults(**{name: value for name, value in hardware_defaults().items() if name in known})
+    return parser
+
+
+def parsed(parser: TrlParser, arguments: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Returns one object for each of the parser's classes; ends the program with a sentence where an option is wrong.
+
+    With `--total_batch_size`, `gradient_accumulation_steps` follows from the number of processes.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with refusals():
+        try:
+            parts = parser.parse_args_and_config(arguments)
+            total = getattr(parts[0], "total_batch_size", None)
+            if total is None:
+                return parts
+            steps = accumulation(total, parts[1].per_device_train_batch_size, PartialState().num_processes)
+            return parser.parse_args_and_config([*arguments, "--gradient_accumulation_steps", str(steps)])
+        except ValueError as error:
+            raise ValueError(_with_suggestion(str(error), parser)) from error
+
+
+def accumulation(total: int, per_device: int, processes: int) -> int:
+    """Returns how many micro-batches make an optimizer step of `total`.
+
+    Raises:
+        ValueError: It does not divide.
+    """
+    micro_batch = per_device * processes
+    if total < 1 or total % micro_batch:
+        raise ValueError(
+            f"A batch of {total} cannot be divided into micro-batches of {per_device} on {processes} device(s). Give "
+            f"a multiple of {micro_batch}, or another number per device."
+        )
+    return total // micro_batch
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Ends the program with the message alone where an option or an input is refused."""
+    try:
+        yield
+    except (ValueError, OSError, DatasetsError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def model_arguments(model: ModelConfig, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Returns arguments of `from_pretrained`: revision, precision, attention, quantization."""
+    given = {
+        "revision": model.model_revision if model.model_revision != "main" else None,
+        "trust_remote_code": trust_remote_code or None,
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+        "quantization_config": get_quantization_config(model),
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _with_suggestion(message: str, parser: TrlParser) -> str:
+    """The message of TRL's parser about unknown options, with the options that are spelled alike."""
+    if "not used by the HfArgumentParser" not in message and "Unknown arguments from config" not in message:
+        return message
+    unknown = re.findall(r"--([\w-]+)", message) or [message]
+    known = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
+    lines = []
+    for name in dict.fromkeys(unknown):
+        close = difflib.get_close_matches(name, [option for option in known if "-" not in option], n=3, cutoff=0.5)
+        meant = f" Did you mean {' or '.join('--' + option for option in close)}?" if close else ""
+        lines.append(f"There is no option --{name}.{meant}")
+    return " ".join([*lines, "`--help` lists all options."])

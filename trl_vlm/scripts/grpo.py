@@ -1,0 +1,45 @@
+"""TRL's GRPO with rewards that read images and facts, with every option of `GRPOConfig`.
+
+    accelerate launch -m trl_vlm.scripts.grpo \
+        --model_name_or_path outputs/sft --reward_model_name_or_path outputs/reward --dataset_name prompts.parquet \
+        --output_dir outputs/grpo --use_peft --learning_rate 1e-5 --num_train_epochs 1 --total_batch_size 64
+
+Rows: `prompt`, `images`, and what the reward reads, such as `facts` (docs/data.md).
+"""
+
+from collections.abc import Sequence
+
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
+
+from trl_vlm.scripts.arguments import model_arguments, script_parser
+from trl_vlm.scripts.job import options_of, prepared
+from trl_vlm.scripts.rewards import RolloutArguments, check_rewards, rewards_of
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    """The script's options."""
+    return script_parser(RolloutArguments, GRPOConfig, ModelConfig, prog=prog)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains.
+
+    Args:
+        arguments: What follows the program's name; `sys.argv` if None.
+    """
+    script, training, model = options_of(make_parser(), arguments)
+    check_rewards(script)
+    job = prepared(script, training, model, purpose="ppo", unit="replies")
+    if job is None:
+        return
+    trainer = GRPOTrainer(
+        model.model_name_or_path,
+        reward_funcs=rewards_of(script, batch_size=training.per_device_train_batch_size, **model_arguments(model)),
+        processing_class=job.processor,
+        **job.trainer_arguments,
+    )
+    job.train(trainer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""What every training script does around its trainer: read options, check inputs, print the plan, train, save."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from transformers import ProcessorMixin, Trainer, TrainingArguments
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from trl_vlm.models.loading import load_generative_processor
+from trl_vlm.scripts.arguments import ScriptArguments, model_arguments, parsed, refusals
+from trl_vlm.scripts.inputs import (
+    bytes_to_write,
+    check_first_row,
+    check_folder,
+    check_model,
+    identity,
+    rows_of,
+)
+from trl_vlm.scripts.plan import Plan, plan_of
+from trl_vlm.scripts.run_folder import RunFolder, shaping_settings
+
+logger = logging.getLogger(__name__)
+
+Rows = Dataset | IterableDataset
+
+
+@dataclass
+class Job:
+    """A training whose options and inputs have been checked.
+
+    Attributes:
+        script: Options of the script.
+        training: Options of the trainer; `model_init_kwargs` are filled in.
+        model: Options of the model.
+        processor: The model's processor.
+        train_dataset: Rows to train on.
+        eval_dataset: Rows to evaluate on, if `eval_strategy` asks for any.
+        folder: The output folder with the settings that shape the result.
+        plan: How long it will take.
+    """
+
+    script: Any
+    training: Any
+    model: ModelConfig
+    processor: ProcessorMixin
+    train_dataset: Rows
+    eval_dataset: Rows | None
+    folder: RunFolder
+    plan: Plan
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """What every trainer is given."""
+        return {
+            "args": self.training,
+            "train_dataset": self.train_dataset,
+            "eval_dataset": self.eval_dataset,
+            "peft_config": get_peft_config(self.model),
+        }
+
+    def train(self, trainer: Trainer) -> None:
+        """Trains, going on where an earlier run of the same configuration stopped, saves, and pushes if asked to."""
+        self.folder.train(trainer)
+        logger.info("Saved to %s", self.folder.path)
+        if self.training.push_to_hub:
+            trainer.push_to_hub(dataset_name=self.script.dataset_name)
+
+
+def options_of(parser: TrlParser, arguments: Sequence[str] | None) -> tuple[Any, Any, ModelConfig]:
+    """Returns script, training and model options; a wrong one ends the program with a sentence."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    script, training, model = parsed(parser, arguments)
+    return script, training, model
+
+
+def prepared(
+    script: ScriptArguments, training: TrainingArguments, model: ModelConfig, *, purpose: str, unit: str
+) -> Job | None:
+    """Returns the job, with everything checked and the plan printed; None if there is nothing to train.
+
+    There is nothing to train if the folder holds the finished run of these options, or with `--dry_run`. A wrong
+    input ends the program with a sentence.
+
+    Args:
+        script: Options of the script.
+        training: Options of the trainer.
+        model: Options of the model.
+        purpose: What the rows are for: a key of `data.checks.PURPOSES`.
+        unit: What a step takes, for the plan.
+    """
+    with refusals():
+        job = _checked(script, training, model, purpose, unit)
+    if PartialState().is_main_process:
+        logger.info("%s: %s", training.output_dir, job.plan)
+        for remark in remarks(training, model):
+            logger.warning(remark)
+    if job.folder.is_done:
+        logger.info("%s holds the finished run of these options: nothing to do.", job.folder.path)
+        return None
+    if script.dry_run:
+        logger.info("A dry run: everything was checked, nothing is trained.")
+        return None
+    return job
+
+
+def remarks(training: TrainingArguments, model: ModelConfig) -> list[str]:
+    """Returns what is allowed and probably not meant."""
+    default = type(training).__dataclass_fields__["learning_rate"].default
+    if model.use_peft and training.learning_rate == default:
+        return [
+            f"The learning rate is {default:g}, the default for training all weights. LoRA needs about ten times as "
+            f"much: `--learning_rate {10 * default:g}`."
+        ]
+    return []
+
+
+def _checked(script: ScriptArguments, training: TrainingArguments, model: ModelConfig, purpose: str, unit: str) -> Job:
+    if not model.model_name_or_path:
+        raise ValueError("`--model_name_or_path` is missing: a folder or a hub id.")
+    check_model(model.model_name_or_path)
+    trust = getattr(training, "trust_remote_code", False)
+    training.model_init_kwargs = model_arguments(model, trust_remote_code=trust) | (training.model_init_kwargs or {})
+    processor = load_generative_processor(model.model_name_or_path)
+    rows, held_out = _rows(script, training, purpose, processor)
+    plan = plan_of(training, len(rows) if isinstance(rows, Dataset) else None, unit)
+    data = identity(script.dataset_name, rows, **_choice(script), split=script.dataset_train_split)
+    options = {"dataset_name", "dataset_config", "dataset_revision", "dataset_data_files", "dataset_train_split"}
+    settings = shaping_settings(script, training, model)
+    settings = {name: value for name, value in settings.items() if name not in options} | {"dataset": data}
+    folder = RunFolder(training.output_dir, settings)
+    folder.check()
+    check_folder(training.output_dir, _needed_bytes(training, model, plan))
+    return Job(script, training, model, processor, rows, held_out, folder, plan)
+
+
+def _rows(
+    script: ScriptArguments, training: TrainingArguments, purpose: str, processor: ProcessorMixin
+) -> tuple[Rows, Rows | None]:
+    streaming, choice = script.dataset_streaming, _choice(script)
+    split = None if script.dataset_train_split == "train" else script.dataset_train_split
+    rows = rows_of(script.dataset_name, "dataset_name", streaming=streaming, split=split, **choice)
+    check_first_row(rows, purpose, "dataset_name", processor)
+    if training.eval_strategy == "no":
+        return rows, None
+    if script.eval_dataset_name is None:
+        option, location, split = "dataset_test_split", script.dataset_name, script.dataset_test_split
+    else:
+        option, location, split, choice = "eval_dataset_name", script.eval_dataset_name, None, {}
+    held_out = rows_of(location, option, streaming=streaming, split=split, **choice)
+    check_first_row(held_out, purpose, option, processor)
+    return rows, held_out
+
+
+def _choice(script: ScriptArguments) -> dict[str, str | None]:
+    """Which part of the dataset is meant, but for the split."""
+    return {
+        "config": script.dataset_config,
+        "revision": script.dataset_revision,
+        "data_files": script.dataset_data_files,
+    }
+
+
+def _needed_bytes(training: TrainingArguments, model: ModelConfig, plan: Plan) -> int:
+    """About how many bytes the run will write."""
+    interval = training.save_steps if training.save_strategy == "steps" else None
+    written = 1 if interval is None else max(1, plan.steps // max(1, int(interval)))
+    kept = min(written, (training.save_total_limit or written) + 1)
+    return bytes_to_write(model.model_name_or_path, adapter=model.use_peft, checkpoints=kept)

@@ -1,0 +1,72 @@
+"""Rewards of the scripts that sample replies: a reward model's folder, functions by their name, or both."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl_vlm.rewards import RewardModelReward
+from trl_vlm.scripts.arguments import ScriptArguments, refusals
+from trl_vlm.scripts.inputs import check_model
+
+
+@dataclass
+class RolloutArguments(ScriptArguments):
+    """Options of the reward."""
+
+    reward_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or hub id of a reward model that reads images and facts (`trl_vlm.scripts.reward`)."
+        },
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further TRL reward functions, as `module.name`; modules beside you are found."},
+    )
+
+
+def check_rewards(script: RolloutArguments) -> None:
+    """Ends the program with a sentence if there is no reward, or it cannot be found."""
+    with refusals():
+        if script.reward_model_name_or_path is None and not script.reward_funcs:
+            raise ValueError(
+                "There is no reward: give `--reward_model_name_or_path` (a reward model's folder), `--reward_funcs` "
+                "(functions as module.name), or both."
+            )
+        if script.reward_model_name_or_path is not None:
+            check_model(script.reward_model_name_or_path, "reward_model_name_or_path")
+        for name in script.reward_funcs or ():
+            function_named(name)
+
+
+def rewards_of(script: RolloutArguments, **options: Any) -> list[Callable[..., list[float]]]:
+    """Returns the reward functions that the options name.
+
+    Args:
+        script: The options.
+        options: Arguments of `RewardModelReward`, such as `batch_size` and `dtype`.
+    """
+    rewards: list[Callable[..., list[float]]] = []
+    if script.reward_model_name_or_path is not None:
+        rewards.append(RewardModelReward(script.reward_model_name_or_path, **options))
+    return rewards + [function_named(name) for name in script.reward_funcs or ()]
+
+
+def function_named(name: str) -> Callable[..., list[float]]:
+    """Returns the function `module.name`; modules of the working folder are found.
+
+    Raises:
+        ValueError: There is no such module or function.
+    """
+    module, _, function = name.rpartition(".")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"`--reward_funcs` names {name!r}, which cannot be found ({error}). Write module.name."
+        ) from error

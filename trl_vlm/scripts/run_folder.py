@@ -1,0 +1,161 @@
+"""A folder belongs to one configuration: what shapes its result is written beside it, and compared on resume."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Collection, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import Trainer, TrainingArguments
+
+from trl_vlm.data.io.atomic import write_whole
+from trl_vlm.models.checkpoints import last_complete_checkpoint
+
+logger = logging.getLogger(__name__)
+
+SETTINGS, DONE, HISTORY = "settings.json", "done.json", "history.json"
+
+# What a training may be continued with in another way: where it writes, what it reports, how work is laid out. The
+# batch of a step counts as a whole, and not how devices and micro-batches share it.
+FREE = {
+    *("output_dir", "resume_from_checkpoint", "run_name", "project", "trackio_space_id", "report_to", "disable_tqdm"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("steps_per_generation", "gradient_checkpointing", "gradient_checkpointing_kwargs", "use_cpu", "deepspeed"),
+    *("local_rank", "accelerator_config", "parallelism_config", "skip_memory_metrics", "dataset_num_proc"),
+    *("do_train", "do_eval", "do_predict", "total_batch_size", "dry_run", "eval_dataset_name", "dataset_test_split"),
+    *(
+        "model_init_kwargs",
+        "prediction_loss_only",
+        "batch_eval_metrics",
+        "ignore_data_skip",
+        "torch_empty_cache_steps",
+    ),
+}
+FREE_PREFIXES = (
+    *("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "dataloader_", "ddp_", "fsdp", "torch_compile"),
+    *("vllm_", "include_", "reference_cache", "degeneration_", "trackio_", "num_completions_to_print"),
+)
+
+
+class RunFolder:
+    """A folder of one training, or of a stage.
+
+    Args:
+        path: The folder.
+        settings: What shapes the result; values that JSON holds.
+    """
+
+    def __init__(self, path: str | PathLike, settings: Mapping[str, Any]):
+        self.path = Path(path)
+        self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings), default=str))
+
+    def check(self) -> None:
+        """Refuses a folder that was begun with other settings.
+
+        Raises:
+            ValueError: They differ, or they are not known; the message names the differences.
+        """
+        file = self.path / SETTINGS
+        if file.exists():
+            differences = differing(json.loads(file.read_text(encoding="utf-8")), self.settings)
+            if differences:
+                raise ValueError(
+                    f"{self.path} was begun with other settings: {'; '.join(differences)}. Give the same ones, or "
+                    "another `--output_dir`."
+                )
+        elif self.is_done or last_complete_checkpoint(self.path) is not None:
+            raise ValueError(
+                f"{self.path} holds a run without {SETTINGS}: nobody can tell whether its settings were these. Give "
+                "another `--output_dir`, or delete it."
+            )
+
+    def claim(self) -> None:
+        """Checks, and writes down the settings if nobody has."""
+        self.check()
+        if PartialState().is_main_process and not (self.path / SETTINGS).exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / SETTINGS, self.settings)
+        PartialState().wait_for_everyone()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether a run in this folder has ended."""
+        return (self.path / DONE).exists()
+
+    def finish(self, **about: Any) -> None:
+        """Marks the run as ended."""
+        if PartialState().is_main_process:
+            write_json(self.path / DONE, about)
+        PartialState().wait_for_everyone()
+
+    def train(self, trainer: Trainer) -> None:
+        """Trains from the last complete checkpoint, saves model and log, and marks the run as ended."""
+        self.claim()
+        trainer.train(resume_from_checkpoint=self.checkpoint(trainer.args))
+        trainer.save_model(str(self.path))
+        trainer.accelerator.wait_for_everyone()
+        if trainer.accelerator.is_main_process:
+            write_json(self.path / HISTORY, trainer.state.log_history)
+        self.finish(steps=trainer.state.global_step)
+        trainer.accelerator.free_memory()
+
+    def checkpoint(self, args: TrainingArguments | None = None) -> str | None:
+        """The checkpoint to go on from: the given one, else the last complete one of this folder."""
+        given = getattr(args, "resume_from_checkpoint", None)
+        if given in (None, "True", "true", True):
+            given = last_complete_checkpoint(self.path)
+        if given is not None:
+            logger.info("Going on from %s", given)
+        return given
+
+    def history(self) -> list[dict[str, Any]]:
+        """The trainer's log; [] if nothing was trained here."""
+        return history(self.path)
+
+
+def history(folder: str | PathLike) -> list[dict[str, Any]]:
+    """The trainer's log of a folder that `RunFolder.train` made; [] for any other."""
+    path = Path(folder, HISTORY)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON, whole or not at all."""
+    write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def shaping_settings(*configs: Any, also: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns what of configurations shapes a result: every field but those of `FREE`.
+
+    Args:
+        configs: Dataclasses; of `TrainingArguments`, the batch of a step on all devices is added.
+        also: Further settings, such as the number of rows.
+    """
+    settings: dict[str, Any] = {}
+    for config in configs:
+        values = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config) if entry.init}
+        settings |= {name: value for name, value in values.items() if not _is_free(name)}
+        if isinstance(config, TrainingArguments):
+            per_process = config.per_device_train_batch_size * config.gradient_accumulation_steps
+            settings["batch of a step"] = per_process * PartialState().num_processes
+    return settings | dict(also or {})
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
+    """Returns what differs, as "name: before, now: value"; names that only one of the two has are left out.
+
+    A new release may bring a new option; that is no other configuration.
+    """
+    shared = [name for name in now if name in before and name not in free]
+    return [
+        f"`{name}` was {json.dumps(before[name])} and is now {json.dumps(now[name])}"
+        for name in shared
+        if before[name] != now[name]
+    ]
+
+
+def _is_free(name: str) -> bool:
+    return name in FREE or name.startswith(FREE_PREFIXES)

@@ -110,18 +110,18 @@ def test_check_says_what_is_wrong_where_with_exit_code_one(world, capsys):
     assert cli.main(command) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("row 1, column 'chosen': the reply is empty.")
-    assert lines[1].startswith("row 2, column 'rejected': it says the same as 'chosen'.")
-    assert lines[2:4] == ["1 x chosen: the reply is empty", "1 x rejected: it says the same as …"]
-    assert lines[4] == "3 rows with 3 images for reward: 2 rows are bad"
+    assert lines[1].startswith("warning: row 2, column 'rejected': it says the same as 'chosen'.")
+    assert lines[2:4] == ["1 x chosen: the reply is empty", "1 x rejected: the replies are the same"]
+    assert lines[4] == "3 rows with 3 images for reward: 1 rows are bad"
     assert cli.main([*command, "--limit", "1"]) == 0
 
 
 def test_check_reports_to_programs_as_json(world, capsys):
     assert cli.main(["check", broken_rows(world), "--for", "dpo", "--json", "--no-images", "--max-problems", "1"]) == 1
     report = json.loads(capsys.readouterr().out)
-    assert (report["good"], report["rows"], report["bad_rows"], report["images"]) == (False, 3, 2, 3)
+    assert (report["good"], report["rows"], report["bad_rows"], report["images"]) == (False, 3, 1, 3)
     assert [(problem["row"], problem["column"]) for problem in report["problems"]] == [(1, "chosen")]
-    assert report["counts"] == {"chosen: the reply is empty": 1, "rejected: it says the same as …": 1}
+    assert report["counts"] == {"chosen: the reply is empty": 1, "rejected: the replies are the same": 1}
 
 
 def test_check_finds_a_file_that_is_not_there(capsys):

@@ -4,7 +4,9 @@ import math
 import pytest
 from PIL import Image
 
-from trl_vlm.data.checks import check_dataset, kind_of, row_problems
+from trl_vlm.data.checks import check_dataset, row_faults
+from trl_vlm.data.errors import RowError
+from trl_vlm.data.rows import PURPOSES, check_row
 
 
 def user(text):
@@ -58,6 +60,13 @@ def faults(row, purpose="dpo"):
         {"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]},
         {"rejected_extra": []},
         {"answer": "B", "facts": []},
+        {"prompt": [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, user("What?")]},
+        {"chosen": [{"role": "assistant", "content": [{"type": "text", "text": "A cup.", "image": None}]}]},
+        {
+            "prompt": [
+                {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]}
+            ]
+        },
         {"chosen_spans": [[2, 5]], "rejected_spans": []},
     ],
 )
@@ -68,7 +77,7 @@ def test_good_rows_have_no_faults(purpose, changes):
 @pytest.mark.parametrize(
     ("changes", "column", "fault"),
     [
-        ({"chosen": None}, "chosen", "missing. The row has the columns"),
+        ({"chosen": None}, "chosen", "it is missing or None. The row has the columns"),
         ({"prompt": "What is it?"}, "prompt", "it is a str. It must be a list of messages"),
         ({"prompt": []}, "prompt", "the list of messages is empty"),
         ({"prompt": [user("What?"), assistant("A cup.")]}, "prompt", "it ends on the assistant's turn"),
@@ -111,7 +120,7 @@ def test_good_rows_have_no_faults(purpose, changes):
         (
             {"prompt": [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]},
             "images",
-            "the row has 1 images, and its prompt has places for 0",
+            "the row has 1 image(s), and its prompt has places for 0",
         ),
     ],
 )
@@ -128,18 +137,18 @@ def test_one_row_can_have_several_faults_and_all_are_counted():
     assert [(problem.row, problem.column) for problem in report.problems] == [(1, "chosen"), (1, "facts")]
     assert report.counts == {
         "chosen: the reply is empty": 2,
-        "facts: … is not a fact": 1,
-        "images: image …: there is no image file …": 1,
+        "facts: not a fact": 1,
+        "images: no image file": 1,
     }
 
 
 def test_the_purpose_decides_which_columns_are_needed():
     prompt_only = {"prompt": [user("What?")]}
-    assert row_problems(prompt_only, "ppo") == []
-    assert [problem.column for problem in row_problems(prompt_only, "dpo")] == ["chosen", "rejected"]
-    assert [problem.column for problem in row_problems(prompt_only, "reward")] == ["chosen", "rejected"]
-    assert [problem.column for problem in row_problems(prompt_only, "sft", index=7)] == ["completion"]
-    assert row_problems({**prompt_only, "completion": [assistant("A cup.")]}, "sft") == []
+    assert row_faults(prompt_only, "ppo") == []
+    assert [problem.column for problem in row_faults(prompt_only, "dpo")] == ["chosen", "rejected"]
+    assert [problem.column for problem in row_faults(prompt_only, "reward")] == ["chosen", "rejected"]
+    assert [problem.column for problem in row_faults(prompt_only, "sft")] == ["completion"]
+    assert row_faults({**prompt_only, "completion": [assistant("A cup.")]}, "sft") == []
     with pytest.raises(ValueError, match="must be one of dpo, reward, ppo, sft"):
         check_dataset([prompt_only], "rlhf")
 
@@ -157,6 +166,56 @@ def test_a_data_set_without_rows_is_not_good():
     assert not check_dataset([], "ppo").is_good
 
 
-def test_faults_are_counted_by_what_they_have_in_common():
-    assert kind_of("image 3: there is no image file 'a.png'. Check it.") == "image …: there is no image file …"
-    assert kind_of("the reply is empty") == "the reply is empty"
+def test_what_trainers_take_is_a_warning_and_leaves_the_row_good():
+    same, going_on = pair(rejected=[assistant("A cup.")]), pair(prompt=[user("What?"), assistant("It is")])
+    report = check_dataset([same, going_on, pair(prompt=[user("")])], "dpo")
+    assert report.is_good and report.bad_rows == 0
+    assert [problem.is_warning for problem in report.problems] == [True] * 3
+    assert report.counts == {
+        "rejected: the replies are the same": 1,
+        "prompt: the wrong speaker is last": 1,
+        "prompt: the last question is empty": 1,
+    }
+
+
+def test_a_fault_in_a_column_that_the_purpose_does_not_read_is_a_warning():
+    row = pair(facts="It is a cup.", margin="0.5", chosen_spans=[[0, 99]], rejected_extra="x")
+    bad = {
+        purpose: {p.column for p in check_dataset([row], purpose).problems if not p.is_warning} for purpose in PURPOSES
+    }
+    assert bad["dpo"] == {"chosen_spans", "rejected_extra"}
+    assert bad["reward"] == {"facts", "margin"}
+    assert bad["ppo"] == {"facts"}
+    assert bad["sft"] == {"completion"}
+
+
+def test_every_row_needs_as_many_further_replies_as_the_first():
+    other = [[assistant("A fork.")], [assistant("A knife.")]]
+    report = check_dataset([pair(), pair(rejected_extra=other), pair(rejected_extra=None)], "dpo")
+    assert [(p.row, p.reason) for p in report.problems] == [
+        (1, "it holds 2 replies, and the first row's 1. Every row needs as many."),
+        (2, "it holds 0 replies, and the first row's 1. Every row needs as many."),
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."},
+        {"chosen": "The sky is blue.", "rejected": "The sky is green."},
+        {"chosen": [user("What?"), assistant("A cup.")], "rejected": [user("What?"), assistant("A fork.")]},
+    ],
+    ids=["strings", "strings without a prompt", "messages without a prompt"],
+)
+@pytest.mark.parametrize("purpose", ["dpo", "reward"])
+def test_text_rows_have_the_forms_that_trl_takes(row, purpose):
+    assert row_faults(row, purpose) == []
+
+
+def test_the_first_fault_is_an_error_with_a_kind_and_the_name_of_the_row():
+    with pytest.raises(RowError, match="train row 3, column 'chosen': the reply is empty") as caught:
+        check_row(pair(chosen=[assistant("")]), "dpo", name="train row 3")
+    assert caught.value.kind == "the reply is empty"
+    with pytest.raises(TypeError, match="train row 3, column 'margin': '0.5' is not a number"):
+        check_row(pair(margin="0.5"), "reward", name="train row 3")
+    check_row(pair(rejected=[assistant("A cup.")], answer=3), "dpo", name="train row 3")  # warnings are no errors

@@ -7,8 +7,6 @@ from trl_vlm.data.messages import message_text
 from trl_vlm.data.named_rows import check_rows, named_rows
 from trl_vlm.data.rows import row_images
 
-REQUIRED = ("chosen", "rejected")
-
 
 def test_images_come_from_either_column():
     assert row_images({"images": ["a", "b"]}, "row 0") == ["a", "b"]
@@ -25,19 +23,19 @@ def test_contradictory_image_columns_are_errors():
 
 def test_good_rows_pass_in_every_container():
     rows = [preference_row(seed, images=seed) for seed in range(3)]
-    check_rows(rows, REQUIRED, name="train")
-    check_rows(preference_rows(), REQUIRED, name="train")
-    check_rows(IterableDataset.from_generator(lambda: iter(rows)), REQUIRED, name="train")
+    check_rows(rows, "reward", name="train")
+    check_rows(preference_rows(), "reward", name="train")
+    check_rows(IterableDataset.from_generator(lambda: iter(rows)), "reward", name="train")
 
 
 def test_an_empty_dataset_is_an_error():
     with pytest.raises(ValueError, match="The eval dataset is empty"):
-        check_rows(preference_rows().select([]), REQUIRED, name="eval")
+        check_rows(preference_rows().select([]), "reward", name="eval")
 
 
 def test_a_missing_column_is_an_error_that_lists_what_there_is():
     with pytest.raises(ValueError, match=r"train dataset lacks the column\(s\) \['rejected'\]"):
-        check_rows(preference_rows().remove_columns("rejected"), REQUIRED, name="train")
+        check_rows(preference_rows().remove_columns("rejected"), "reward", name="train")
 
 
 @pytest.mark.parametrize(
@@ -45,7 +43,7 @@ def test_a_missing_column_is_an_error_that_lists_what_there_is():
     [
         ({"chosen": [{"role": "assistant", "content": " \n"}]}, ValueError, "'chosen': the reply is empty"),
         ({"rejected": []}, ValueError, "'rejected': the list of messages is empty"),
-        ({"rejected": None}, ValueError, "'rejected' is missing or None"),
+        ({"rejected": None}, ValueError, "'rejected': it is missing or None"),
         ({"chosen": "a cat"}, TypeError, "'chosen': it is a str"),
         ({"prompt": [{"role": "narrator", "content": "Hm."}]}, ValueError, "'prompt': .* is not a message"),
         ({"prompt": [{"role": "user", "content": 3}]}, TypeError, "'prompt': the content of the user turn is a int"),
@@ -57,7 +55,7 @@ def test_a_missing_column_is_an_error_that_lists_what_there_is():
 def test_a_bad_row_is_an_error_that_names_the_row_and_the_column(changes, error, message):
     rows = [preference_row(0), preference_row(1, **changes)]
     with pytest.raises(error, match=f"train row 1.*{message}"):
-        check_rows(rows, REQUIRED, name="train")
+        check_rows(rows, "reward", name="train")
 
 
 def test_text_is_read_from_strings_and_from_parts():

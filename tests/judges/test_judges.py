@@ -150,7 +150,7 @@ def test_equal_and_missing_rewards_decide_nothing():
 
 def test_a_reward_that_is_no_number_names_the_reply():
     judge = RewardJudge(lambda prompts, completions, **_: [float("nan")] * len(completions))
-    with pytest.raises(ValueError, match=r"returned nan for row 0 \(reply 'a'\)"):
+    with pytest.raises(ValueError, match=r"returned nan for row 7 \(reply 'a'\)"):
         judge.prefer([Comparison(ROW, "a", "b")])
     with pytest.raises(TypeError, match="needs a function"):
         RewardJudge("a folder")

@@ -42,7 +42,7 @@ def test_offline_gives_the_rows_own_pairs():
     pairs = DatasetPairs()(rows)
     assert [pair["chosen"] for pair in pairs] == [reply("good")] * 2
     assert {pair["pair_source"] for pair in pairs} == {"dataset"} and "pair_source" not in rows[0]
-    with pytest.raises(ValueError, match="row 1: the column 'rejected' is missing"):
+    with pytest.raises(ValueError, match="row 1, column 'rejected': it is missing"):
         DatasetPairs()([make_rows(1)[0], {"chosen": reply("good")}])
 
 

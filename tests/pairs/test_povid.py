@@ -99,7 +99,7 @@ def test_the_rows_own_rejected_reply_may_stay_first(policy):
         assert [pair["rejected"] for pair in both] == [reply("bad")] * 3
         assert [pair["rejected_extra"] for pair in both] == [[pair["rejected"]] for pair in noisy]
     rows[1]["rejected"] = None
-    with pytest.raises(ValueError, match="train row 1: the column 'rejected' is missing"):
+    with pytest.raises(ValueError, match="train row 1, column 'rejected': it is missing"):
         POVID(keep_rejected=True)(rows, policy)
 
 

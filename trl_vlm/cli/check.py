@@ -56,7 +56,10 @@ def check_json(report: CheckReport) -> dict[str, Any]:
 
 def check_text(report: CheckReport, purpose: str) -> str:
     """The report for people."""
-    lines = [f"row {problem.row}, column {problem.column!r}: {problem.reason}" for problem in report.problems]
+    lines = [
+        f"{'warning: ' * problem.is_warning}row {problem.row}, column {problem.column!r}: {problem.reason}"
+        for problem in report.problems
+    ]
     unlisted = report.counts.total() - len(report.problems)
     if unlisted:
         lines.append(f"... and {unlisted} more problems (--max-problems)")

@@ -1,41 +1,36 @@
-"""Validation of a whole data set before a run: every row, every fault, instead of the first one an hour in."""
+"""Validation of a whole dataset before a run: every row, every fault, instead of the first one an hour in."""
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trl_vlm.data.errors import RowError
+from trl_vlm.data.faults import Fault
 from trl_vlm.data.images import load_image
-from trl_vlm.data.messages import message_text
-from trl_vlm.data.rows import MESSAGE_COLUMNS, REPLY_COLUMNS, Row, check_row, row_images
+from trl_vlm.data.messages import CONTROL_TOKENS
+from trl_vlm.data.rows import PURPOSES, Row, faults, row_images
 
-# The columns that each use of a data set needs.
-PURPOSES = {
-    "dpo": ("prompt", "chosen", "rejected"),
-    "reward": ("prompt", "chosen", "rejected"),
-    "ppo": ("prompt",),
-    "sft": ("prompt", "completion"),
-}
-# What processors put where an image is. As text in a message they make more image tokens than there are features.
-IMAGE_MENTIONS = (
-    "<image>",
-    "<|image_pad|>",
-    "<image_soft_token>",
-    "<start_of_image>",
-    "<IMG_CONTEXT>",
-    "<|image|>",
-)
-NUMBER_COLUMNS = ("length_weight", "margin")
+OTHER_NUMBER = "another number of replies than in the first row"
 
 
 class Problem(NamedTuple):
-    """One fault: the number of the row, the column, and what is wrong."""
+    """One fault of one row.
+
+    Args:
+        row: Its number.
+        column: Where it is.
+        reason: What is wrong with it, and what to do.
+        kind: The same in the few words that faults are counted by.
+        is_warning: Trainers take the row; it is probably not what was meant.
+    """
 
     row: int
     column: str
     reason: str
+    kind: str
+    is_warning: bool
 
 
 @dataclass
@@ -44,10 +39,10 @@ class CheckReport:
 
     Args:
         rows: Rows seen.
-        bad_rows: Rows with at least one fault.
-        images: Images loaded.
-        counts: Faults by column and kind.
-        problems: The first faults, in the order of the rows.
+        bad_rows: Rows with at least one fault that is not a mere warning.
+        images: Images of all rows.
+        counts: Faults and warnings by column and kind.
+        problems: The first faults and warnings, in the order of the rows.
     """
 
     rows: int = 0
@@ -70,7 +65,10 @@ def check_dataset(
     images: Path | None = None,
     max_problems: int | None = None,
 ) -> CheckReport:
-    """Checks every row and collects what is wrong.
+    """Checks every row and collects what is wrong, by the rules of the trainers.
+
+    What trainers take is good, but for text with tokens that a tokenizer reads as the end of a turn or the like:
+    reward models are trained and asked without them.
 
     Args:
         rows: The rows, images undecoded.
@@ -81,152 +79,41 @@ def check_dataset(
     """
     if purpose not in PURPOSES:
         raise ValueError(f"`purpose` is {purpose!r}; it must be one of {', '.join(PURPOSES)}.")
-    report = CheckReport()
+    report, extra_replies = CheckReport(), None
     for index, row in enumerate(rows):
-        problems = row_problems(row, purpose, index=index)
-        problems += image_problems(row, index=index, load_images=load_images, folder=images)
+        found = row_faults(row, purpose, load_images=load_images, folder=images)
+        if purpose == "dpo":
+            count = _extra_replies(row)
+            extra_replies = count if extra_replies is None else extra_replies
+            if count is not None and count != extra_replies:
+                reason = f"it holds {count} replies, and the first row's {extra_replies}. Every row needs as many."
+                found.append(Fault("rejected_extra", OTHER_NUMBER, reason))
         report.rows += 1
-        report.bad_rows += bool(problems)
+        report.bad_rows += not all(fault.is_warning for fault in found)
         report.images += image_count(row)
-        report.counts.update(f"{problem.column}: {kind_of(problem.reason)}" for problem in problems)
-        report.problems += problems[: None if max_problems is None else max_problems - len(report.problems)]
+        report.counts.update(f"{fault.column}: {fault.kind}" for fault in found)
+        kept = found[: None if max_problems is None else max_problems - len(report.problems)]
+        report.problems += [Problem(index, f.column, f.reason, f.kind, f.is_warning) for f in kept]
     return report
 
 
-def row_problems(row: Row, purpose: str, *, index: int = 0) -> list[Problem]:
-    """All faults of a row but those of its images; see `PURPOSES` for `purpose`."""
-    problems = []
-    for column in PURPOSES[purpose]:
-        if row.get(column) is None:
-            problems.append(Problem(index, column, f"missing. The row has the columns {sorted(row)}."))
-    for column in (*MESSAGE_COLUMNS, "facts", *NUMBER_COLUMNS):
-        if row.get(column) is not None:
-            reasons = contract_faults(row, column) or column_faults(row, column)
-            problems += [Problem(index, column, reason) for reason in reasons]
-    if row.get("answer") is not None and not (isinstance(row["answer"], str) and row["answer"].strip()):
-        problems.append(Problem(index, "answer", f"{row['answer']!r} is not a gold answer: a string, or None."))
-    problems += [Problem(index, "rejected_extra", reason) for reason in extra_reply_faults(row)]
-    for column in ("chosen", "rejected"):
-        problems += [Problem(index, f"{column}_spans", reason) for reason in span_faults(row, column)]
-    return problems + [Problem(index, "rejected", reason) for reason in equal_reply_faults(row, row.get("rejected"))]
+def row_faults(row: Row, purpose: str, *, load_images: bool = True, folder: Path | None = None) -> list[Fault]:
+    """All faults of a row, those of its images among them; see `PURPOSES` for `purpose`."""
+    found = list(faults(row, purpose, control_tokens=CONTROL_TOKENS))
+    return found + list(image_file_faults(row, folder)) if load_images else found
 
 
-def contract_faults(row: Row, column: str) -> list[str]:
-    """What `check_row` has to say about one column alone."""
-    if column in NUMBER_COLUMNS and (isinstance(row[column], bool) or not isinstance(row[column], int | float)):
-        return [f"{row[column]!r} is not a number."]
+def image_file_faults(row: Row, folder: Path | None = None) -> Iterator[Fault]:
+    """Faults of the images themselves: files that are missing, damaged, too large or no images."""
     try:
-        # `margin` is the one number that `check_row` knows; every number must be finite like it.
-        check_row({"margin" if column in NUMBER_COLUMNS else column: row[column]}, (), name="row")
-    except (ValueError, TypeError) as error:
-        return [re.sub(r"^row(, column '\w+')?: ", "", str(error))]
-    return []
-
-
-def column_faults(row: Row, column: str) -> list[str]:
-    """Faults of a well-formed column: speakers in the wrong places, no question, text that stands for an image."""
-    if column not in MESSAGE_COLUMNS:
-        return []
-    messages, faults = row[column], []
-    last = messages[-1]["role"]
-    if column in REPLY_COLUMNS and last != "assistant":
-        faults.append(f"the reply is the {last}'s. Its last message must be the assistant's.")
-    if column == "prompt":
-        if last not in ("user", "tool"):
-            faults.append(f"it ends on the {last}'s turn. A prompt ends on the user's, so that the assistant replies.")
-        elif not message_text(messages[-1]).strip():
-            faults.append("the last question is empty. Fill it in, or drop the row.")
-    for message in messages:
-        for mention in IMAGE_MENTIONS:
-            if mention in message_text(message):
-                faults.append(
-                    f"the {message['role']}'s text has a literal {mention}, which is read as one more image. "
-                    "Take it out: images of the `images` column are put at the first user turn."
-                )
-    return faults
-
-
-def extra_reply_faults(row: Row) -> list[str]:
-    """Faults of `rejected_extra`, a list of further rejected replies."""
-    extra = row.get("rejected_extra")
-    if extra is None:
-        return []
-    if not isinstance(extra, list | tuple):
-        return [f"it is a {type(extra).__name__}. It must be a list of replies, each a list of messages."]
-    faults = []
-    for number, reply in enumerate(extra):
-        as_row = {"rejected": reply}
-        found = ["it is None."] if reply is None else contract_faults(as_row, "rejected")
-        found = found or column_faults(as_row, "rejected") + equal_reply_faults(row, reply)
-        faults += [f"reply {number}: {reason}" for reason in found]
-    return faults
-
-
-def span_faults(row: Row, column: str) -> list[str]:
-    """Faults of `<column>_spans`: pairs (first character, one behind the last) of the reply's text."""
-    spans = row.get(f"{column}_spans")
-    if spans is None:
-        return []
-    try:
-        length = len(message_text(row[column][-1]))
-        outside = [(first, last) for first, last in spans if not 0 <= first < last <= length]
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError):
-        return ["it is not a list of pairs (first character, one behind the last) beside a reply."]
-    return [f"the span {span} is not inside the reply of {length} characters." for span in outside]
-
-
-def equal_reply_faults(row: Row, rejected: Any) -> list[str]:
-    """A fault if `rejected` says the same as `chosen`: such a pair teaches nothing."""
-    try:
-        same = reply_text(row.get("chosen")) == reply_text(rejected)
-    except (TypeError, AttributeError):  # no replies at all, which has been reported
-        return []
-    return ["it says the same as 'chosen'. Drop the row: such a pair teaches nothing."] if same else []
-
-
-def reply_text(reply: Any) -> str:
-    """The text of a reply; raises `TypeError` or `AttributeError` for what is no list of messages."""
-    if not isinstance(reply, list | tuple):
-        raise TypeError("no list of messages")
-    return "".join(message_text(message) for message in reply).strip()
-
-
-def image_problems(row: Row, *, index: int, load_images: bool, folder: Path | None = None) -> list[Problem]:
-    """Faults of a row's images: both columns filled, a file that is not there or not whole, placeholders to spare."""
-    column = "image" if row.get("images") is None else "images"
-    try:
-        values = row_images(row, f"row {index}")
-    except (ValueError, TypeError) as error:
-        return [Problem(index, column, str(error).removeprefix(f"row {index}: "))]
-    problems = [Problem(index, column, reason) for reason in placeholder_faults(row, len(values))]
+        values = row_images(row, "row")
+    except RowError:
+        return  # a fault of the columns, which has been reported
     for number, value in enumerate(values):
-        if not load_images:
-            continue
         try:
             load_image(located(value, folder), name=f"image {number}")
-        except (ValueError, TypeError) as error:
-            problems.append(Problem(index, column, str(error)))
-    return problems
-
-
-def placeholder_faults(row: Row, count: int) -> list[str]:
-    """A fault if the images have no user turn to go to, or if structured content asks for another number of them."""
-    prompt = row.get("prompt")
-    if not isinstance(prompt, list | tuple) or not all(isinstance(message, Mapping) for message in prompt):
-        return []
-    structured = [message["content"] for message in prompt if isinstance(message.get("content"), list | tuple)]
-    if structured:
-        asked = sum(is_placeholder(part) for parts in structured for part in parts)
-        if asked != count:
-            return [f"the row has {count} images, and its prompt has places for {asked}."]
-    elif count and not any(message.get("role") == "user" for message in prompt):
-        return ["the row has images, and its prompt has no user turn to put them at."]
-    return []
-
-
-def is_placeholder(part: Any) -> bool:
-    """True for a content part that an image of the `images` column goes into."""
-    return isinstance(part, Mapping) and part.get("type") == "image" and part.get("image") is None
+        except RowError as error:
+            yield Fault("images" if row.get("image") is None else "image", error.kind, str(error))
 
 
 def located(value: Any, folder: Path | None) -> Any:
@@ -240,12 +127,13 @@ def located(value: Any, folder: Path | None) -> Any:
 
 def image_count(row: Row) -> int:
     """How many images a row has, 0 where that cannot be told."""
-    images = row.get("images")
-    if isinstance(images, Sequence) and not isinstance(images, str):
-        return len(images)
-    return int(row.get("image") is not None)
+    try:
+        return len(row_images(row, "row"))
+    except RowError:
+        return 0
 
 
-def kind_of(reason: str) -> str:
-    """A reason's first sentence without what is special to one row, to count by."""
-    return re.sub(r"'[^']*'|\"[^\"]*\"|\b\d[\d,]*\b", "…", reason.split(". ")[0]).removesuffix(".")
+def _extra_replies(row: Row) -> int | None:
+    """How many further rejected replies a row has; None where that cannot be told, which is a fault of its own."""
+    extra = row.get("rejected_extra")
+    return len(extra) if isinstance(extra, list | tuple) else 0 if extra is None else None

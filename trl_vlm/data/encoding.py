@@ -10,15 +10,18 @@ from torch import Tensor
 from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from trl_vlm.data.facts import JudgeTemplate, Message, judge_messages, shuffled_facts
+from trl_vlm.data.errors import RowError, as_row_errors
+from trl_vlm.data.facts import JudgeTemplate, judge_messages, shuffled_facts
 from trl_vlm.data.images import MAX_IMAGE_PIXELS, load_image
-from trl_vlm.data.rows import ROW_NAME, Row, check_row, row_images
-from trl_vlm.models.image_tokens import check_image_tokens
+from trl_vlm.data.messages import Conversation, without_empty_keys
+from trl_vlm.data.rows import Row, check_row, name_of, row_images
+from trl_vlm.models.image_tokens import check_image_tokens, image_tokens
+from trl_vlm.models.processors import control_tokens
 
 
 def encode(
     processor: ProcessorMixin,
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[Conversation],
     images: Sequence[Sequence[Any]],
     *,
     continue_final_message: bool = False,
@@ -51,7 +54,7 @@ def encode(
         an image.
 
     Raises:
-        ValueError: Images and placeholders do not match, a row is longer than `max_length`, or an image is bad.
+        RowError: Images and placeholders do not match, a row is longer than `max_length`, or an image is bad.
     """
     names = list(names) if names is not None else [f"row {index} of the batch" for index in range(len(conversations))]
     images = [
@@ -77,7 +80,8 @@ def encode(
         settings["pad_to_multiple_of"] = pad_to_multiple_of
     batch = _processed(processor, texts, images, names, settings)
     _check_lengths(batch["attention_mask"], max_length, names)
-    check_image_tokens(batch, [len(row) for row in images], processor, names)
+    with as_row_errors():
+        check_image_tokens(batch, [len(row) for row in images], processor, names)
     return batch
 
 
@@ -95,7 +99,7 @@ def prompt_batches(
         names: What errors call the rows; by default they are numbered.
 
     Raises:
-        ValueError: A row's image is broken or does not match its placeholders; the error names the row.
+        RowError: A row's image is broken or does not match its placeholders; the error names the row.
     """
     for start in range(0, len(rows), batch_size):
         places = range(start, min(start + batch_size, len(rows)))
@@ -123,7 +127,7 @@ class RewardCollator:
             `Trainer` counts pairs.
 
     Raises:
-        ValueError: A row breaks the row contract, or is longer than `max_length`.
+        RowError: A row breaks the row contract, or is longer than `max_length`.
 
     Example:
         >>> collator = RewardCollator(processor, JudgeTemplate())
@@ -139,6 +143,11 @@ class RewardCollator:
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     max_pixels: int | None = MAX_IMAGE_PIXELS
+
+    def __post_init__(self) -> None:
+        """Looks up which tokens a text must not spell out."""
+        self._image_tokens = image_tokens(self.processor)
+        self._control_tokens = control_tokens(self.processor)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Returns the batch of `rows`, which are not modified."""
@@ -162,10 +171,10 @@ class RewardCollator:
         unlimited = replace(self, max_length=None)
         return int(unlimited([row])["attention_mask"].sum(-1).max())
 
-    def _pair(self, row: Row, place: int) -> tuple[str, list[Any], list[Message], list[Message]]:
+    def _pair(self, row: Row, place: int) -> tuple[str, list[Any], Conversation, Conversation]:
         """Name, decoded images, chosen and rejected conversation of a row."""
-        name = row.get(ROW_NAME) or f"row {place} of the batch"
-        check_row(row, ("chosen", "rejected"), name=name)
+        name = name_of(row, place, " of the batch")
+        check_row(row, "reward", name=name, image_tokens=self._image_tokens, with_images=True)
         images = [
             load_image(image, name=f"{name}, image {index}", max_pixels=self.max_pixels)
             for index, image in enumerate(row_images(row, name))
@@ -173,28 +182,22 @@ class RewardCollator:
         # Drawn once, so that the order says nothing about which candidate is better.
         facts = shuffled_facts(row.get("facts"), self.seed)
         prompt = row.get("prompt") or []
-        chosen, rejected = (judge_messages(prompt, row[side], facts, self.template) for side in ("chosen", "rejected"))
+        chosen, rejected = (
+            judge_messages(prompt, row[side], facts, self.template, control_tokens=self._control_tokens)
+            for side in ("chosen", "rejected")
+        )
         return name, images, chosen, rejected
 
 
-def _with_placeholders(conversation: Sequence[Message], images: int, name: str) -> list[Message]:
+def _with_placeholders(conversation: Conversation, images: int, name: str) -> list[dict[str, Any]]:
     """The conversation in parts, with one placeholder per image."""
     try:
-        return prepare_multimodal_messages([_without_nones(message) for message in conversation], [None] * images)
+        return prepare_multimodal_messages(without_empty_keys(conversation), [None] * images)
     except ValueError as error:
-        raise ValueError(
+        raise RowError(
             f"{name}: {error} Give as many images as the messages hold {{'type': 'image'}} parts; plain string "
             "content needs none, but it needs a user turn to put the images into."
         ) from error
-
-
-def _without_nones(message: Message) -> Message:
-    """The message as it was before Arrow filled up its parts: every key of one part comes back in all, as None."""
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return message
-    parts = [{key: value for key, value in part.items() if value is not None} for part in content]
-    return {**message, "content": parts}
 
 
 def _needs_bos(processor: ProcessorMixin, texts: Sequence[str]) -> bool:
@@ -220,7 +223,7 @@ def _processed(
         if len(texts) > 1:
             for text, row, name in zip(texts, images, names, strict=True):
                 _processed(processor, [text], [row], [name], settings)
-        raise ValueError(
+        raise RowError(
             f"{', '.join(names)}: the processor refuses {'it' if len(names) == 1 else 'them together'} ({error}). "
             "A text that spells the image token out counts as an image: take it out of the messages, or give the row "
             "as many images as they name."
@@ -233,7 +236,7 @@ def _check_lengths(attention_mask: Tensor, max_length: int | None, names: Sequen
     lengths = attention_mask.sum(-1)
     for length, name in zip(lengths.tolist(), names, strict=True):
         if length > max_length:
-            raise ValueError(
+            raise RowError(
                 f"{name}: it has {length} tokens, image tokens included, and `max_length` is {max_length}. "
                 "Nothing is cut off here, since that would lose image tokens or the judge turn. Set `max_length` to "
                 f"at least {length} (or None), use smaller images, or drop such rows (`drop_too_long_rows=True` in "

@@ -1,5 +1,8 @@
 """What is raised for a row that cannot be used, and for nothing else."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class RowError(ValueError):
     """A row breaks the row contract, or one of its images is bad; the message names the row and the remedy.
@@ -18,3 +21,14 @@ class RowError(ValueError):
 
 class RowTypeError(RowError, TypeError):
     """A row holds a value of the wrong type."""
+
+
+@contextmanager
+def as_row_errors() -> Iterator[None]:
+    """Within this context a `ValueError` is about a row, and leaves it as a `RowError`."""
+    try:
+        yield
+    except RowError:
+        raise
+    except ValueError as error:
+        raise RowError(str(error)) from error

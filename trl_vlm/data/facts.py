@@ -13,9 +13,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-JUDGE_TEMPLATE_FILE = "judge_template.json"
+from trl_vlm.data.messages import (
+    Conversation,
+    content_parts,
+    in_parts,
+    is_image_place,
+    messages_without_control_tokens,
+    without_control_tokens,
+)
 
-Message = dict[str, Any]
+JUDGE_TEMPLATE_FILE = "judge_template.json"
 
 _REQUEST = """Judge the reply you have just given to me, by four questions.
 1. Accuracy: does the picture bear out everything it says, without inventing or contradicting anything?{facts}
@@ -116,15 +123,25 @@ class JudgeTemplate:
 
 
 def judge_messages(
-    prompt: Sequence[Message], reply: Sequence[Message], facts: Sequence[str] | None, template: JudgeTemplate
-) -> list[Message]:
+    prompt: Conversation,
+    reply: Conversation,
+    facts: Sequence[str] | None,
+    template: JudgeTemplate,
+    *,
+    control_tokens: Sequence[str] = (),
+) -> list[dict[str, Any]]:
     """Returns the conversation that a reward model reads: prompt, reply, judge turn.
+
+    Reward training and scoring both come here, so that they read one reply alike. A text that spells out a token with
+    a meaning of its own, such as the end of a turn, could end its turn and judge itself: those are taken out.
 
     Args:
         prompt: Messages before the reply; not modified.
         reply: The reply's messages (one assistant turn, as a rule); not modified.
         facts: What is known about the picture, in the order in which it is to be shown; None or empty: nothing.
         template: The words of the judge turn.
+        control_tokens: What is taken out of the text of prompt, reply and facts: the tokens that mean something to
+            the processor (`trl_vlm.models.processors.control_tokens`).
 
     Returns:
         A new list. Its last message is the unfinished opening, to be rendered with `continue_final_message=True`,
@@ -136,18 +153,25 @@ def judge_messages(
         >>> [message["content"] for message in judge_messages(prompt, reply, ["a cup", "a table"], short)]
         ['what?', 'a cup', 'judge . facts : - a cup ; - a table .', 'it is']
     """
-    messages = [*prompt, *reply]
+    messages = messages_without_control_tokens([*prompt, *reply], control_tokens)
+    facts = [without_control_tokens(fact, control_tokens) for fact in facts or ()]
+    # TRL puts all images into the first user turn that is a string. Where messages hold the places of images, no turn
+    # may be a string, and the judge turn never that first one.
+    parts = content_parts(messages)
+    if any(map(is_image_place, parts)):
+        messages = [in_parts(message) for message in messages]
     if template.facts_first:
         messages = _after_facts(messages, facts_block(facts, template))
     request = template.request.replace("{facts}", facts_block(facts, template), 1).rstrip()
     if request:
-        messages.append({"role": "user", "content": request})
+        judge_turn = [{"role": "user", "content": request}]
         if template.opening:
-            messages.append({"role": "assistant", "content": template.opening})
+            judge_turn.append({"role": "assistant", "content": template.opening})
+        messages += map(in_parts, judge_turn) if parts else judge_turn
     return messages
 
 
-def _after_facts(messages: list[Message], block: str) -> list[Message]:
+def _after_facts(messages: list[dict[str, Any]], block: str) -> list[dict[str, Any]]:
     """The messages with the block before the text of their first user turn, which is copied."""
     if not block:
         return messages

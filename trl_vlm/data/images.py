@@ -37,6 +37,18 @@ DECODER_ERRORS = (
     struct.error,
     zlib.error,
 )
+LONGEST_PATH = 300  # of a path that is believed to be one
+
+# Kinds of faults, to count them by.
+NO_FILE = "no image file"
+NO_IMAGE = "not an image"
+DAMAGED = "a damaged image"
+EMPTY = "an empty image"
+TOO_LARGE = "an image with too many pixels"
+UNKNOWN_RANGE = "an image in an unknown range"
+ADDRESS = "an address in place of an image"
+WRONG_TYPE = "wrong type"
+
 DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # one channel of more than 8 bits
 
 
@@ -67,16 +79,18 @@ def load_image(value: Any, *, name: str, max_pixels: int | None = MAX_IMAGE_PIXE
     except RowError:
         raise
     except Image.DecompressionBombError as error:
-        raise RowError(f"{name}: {error}. Scale the image down before training.", "too large") from error
+        raise RowError(f"{name}: {error}. Scale the image down before training.", TOO_LARGE) from error
     except UnidentifiedImageError as error:
         raise RowError(
             f"{name}: {_origin(value)} is not an image that Pillow can read. Remove or replace the file. "
-            f"Formats: {', '.join(FORMATS)}."
+            f"Formats: {', '.join(FORMATS)}.",
+            NO_IMAGE,
         ) from error
     except DECODER_ERRORS as error:
         raise RowError(
             f"{name}: {_origin(value)} cannot be decoded ({error}); the file is damaged or cut short. "
-            "Download it again, or remove the row."
+            "Download it again, or remove the row.",
+            DAMAGED,
         ) from error
 
 
@@ -107,7 +121,8 @@ def as_rgb(image: Image.Image, name: str) -> Image.Image:
     elif not (low >= 0 and high <= 255):  # also with a NaN
         raise RowError(
             f"{name}: the values of the image run from {low:g} to {high:g} (mode {image.mode!r}), a range that does "
-            "not say what is black and what is white. Save it with 8 bits per channel, as PNG or JPEG."
+            "not say what is black and what is white. Save it with 8 bits per channel, as PNG or JPEG.",
+            UNKNOWN_RANGE,
         )
     return Image.fromarray((values + 0.5).astype(np.uint8)).convert("RGB")
 
@@ -125,17 +140,19 @@ def _opened(value: Any, name: str) -> Image.Image:
         else:
             raise RowError(
                 f"{name}: the image dictionary has neither 'bytes' nor 'path' (keys: {sorted(map(str, value))}). "
-                "Fill one of the two, or leave the image out of the row's list."
+                "Fill one of the two, or leave the image out of the row's list.",
+                NO_FILE,
             )
     if isinstance(value, bytes | bytearray):
         if not value:
-            raise RowError(f"{name}: the image has zero bytes. Remove the row, or store the image again.")
+            raise RowError(f"{name}: the image has zero bytes. Remove the row, or store the image again.", EMPTY)
         return open_image(io.BytesIO(value))
     if isinstance(value, str | PathLike):
         return _opened_file(value, name)
     raise RowTypeError(
         f"{name}: an image came as {type(value).__name__}. "
-        "Pass a PIL image, a path, the bytes of an image file, or {'bytes': ..., 'path': ...}."
+        "Pass a PIL image, a path, the bytes of an image file, or {'bytes': ..., 'path': ...}.",
+        WRONG_TYPE,
     )
 
 
@@ -143,16 +160,26 @@ def _opened_file(path: str | PathLike, name: str) -> Image.Image:
     if IS_ADDRESS.match(str(path)):
         raise RowError(
             f"{name}: {str(path)[:200]!r} is an address, and training opens no network connection. "
-            "Download the images first and put their paths into the row."
+            "Download the images first and put their paths into the row.",
+            ADDRESS,
         )
     file = Path(path)
     if not is_file(file):
+        if len(str(path)) > LONGEST_PATH:
+            raise RowError(
+                f"{name}: there is no image file {str(path)[:40]!r}..., of {len(str(path))} characters. If this is an "
+                "image in base64, decode it (`base64.b64decode`) and put the bytes into the row.",
+                NO_FILE,
+            )
         raise RowError(
             f"{name}: there is no image file {str(path)[:400]!r}. "
-            "Relative paths start at the working directory; check the path, or remove the row."
+            "Relative paths start at the working directory; check the path, or remove the row.",
+            NO_FILE,
         )
     if file.stat().st_size == 0:
-        raise RowError(f"{name}: the image file {str(path)!r} has zero bytes. Download it again, or remove the row.")
+        raise RowError(
+            f"{name}: the image file {str(path)!r} has zero bytes. Download it again, or remove the row.", EMPTY
+        )
     return open_image(file)
 
 
@@ -169,18 +196,20 @@ def _check_format(image: Image.Image, name: str) -> None:
     if image.format is not None and image.format not in FORMATS and isinstance(image, ImageFile.ImageFile):
         raise RowError(
             f"{name}: the image is a file of the format {image.format}, which is not decoded here. "
-            f"Save it as one of {', '.join(FORMATS)}."
+            f"Save it as one of {', '.join(FORMATS)}.",
+            NO_IMAGE,
         )
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int | None) -> None:
     width, height = image.size
     if width * height == 0:
-        raise RowError(f"{name}: the image measures {width} x {height} pixels. Remove or replace it.")
+        raise RowError(f"{name}: the image measures {width} x {height} pixels. Remove or replace it.", EMPTY)
     if max_pixels is not None and width * height > max_pixels:
         raise RowError(
             f"{name}: the image measures {width} x {height} = {width * height:,} pixels, more than the limit of "
-            f"{max_pixels:,}. Scale it down, or raise the limit (`max_image_pixels`)."
+            f"{max_pixels:,}. Scale it down, or raise the limit (`max_image_pixels`).",
+            TOO_LARGE,
         )
 
 

@@ -8,52 +8,68 @@ from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 from datasets.fingerprint import Hasher
 
-from trl_vlm.data.rows import IMAGE_COLUMNS, ROW_NAME, Row, check_row
+from trl_vlm.data.rows import IMAGE_COLUMNS, ROW_NAME, Row, check_row, required_columns
 
 
-def check_rows(dataset: Dataset | IterableDataset | Sequence[Row], required: Iterable[str], *, name: str) -> None:
+def check_rows(
+    dataset: Dataset | IterableDataset | Sequence[Row],
+    purpose: str,
+    *,
+    name: str,
+    image_tokens: Iterable[str] = (),
+    with_images: bool | None = None,
+) -> None:
     """Checks columns, and every row of a dataset that has a length, without decoding images.
 
     A streamed dataset is checked by its columns only, where they are known; its rows are checked batch by batch.
 
     Args:
         dataset: The rows.
-        required: Columns that must be there.
+        purpose: What they are for: a key of `PURPOSES`.
         name: What the dataset is called in errors, for example "train".
+        image_tokens: What stands for an image in the text of the model at hand.
+        with_images: Whether rows are read with images; None: if the dataset has a column of them.
 
     Raises:
-        ValueError: The dataset is empty, a column is missing, or a row breaks the contract.
-        TypeError: A value of a row has the wrong type.
+        ValueError: The dataset is empty, or a column is missing.
+        RowError: A row breaks the contract.
     """
-    required = list(required)
     columns = dataset.column_names if isinstance(dataset, Dataset | IterableDataset) else None
     if columns is not None:
-        _check_columns(columns, required, name)
+        with_images = has_images(dataset) if with_images is None else with_images
+        _check_columns(columns, required_columns(purpose, with_images), name)
     if isinstance(dataset, IterableDataset):
         return
     if len(dataset) == 0:
         raise ValueError(f"The {name} dataset is empty. Check the path, the split and the filters it came through.")
     if isinstance(dataset, Dataset):
-        # Iterating would decode the images; their number is checked against the placeholders at collation.
-        dataset = dataset.remove_columns([column for column in IMAGE_COLUMNS if column in dataset.column_names])
+        # Iterating would read and decode the images; they are checked, and counted, where a batch is made.
+        dataset = dataset.select_columns([c for c in dataset.column_names if not _holds_images(dataset.features[c])])
     for index, row in enumerate(dataset):
-        check_row(row, required, name=f"{name} row {index}")
+        check_row(row, purpose, name=f"{name} row {index}", image_tokens=image_tokens, with_images=with_images)
+
+
+def has_images(dataset: Dataset | IterableDataset) -> bool:
+    """Whether a dataset has a column of images; also if its columns are not known."""
+    columns = dataset.column_names
+    return columns is None or any(column in columns for column in IMAGE_COLUMNS)
 
 
 class NamedRows:
     """A dataset whose rows say what they are called ("train row 12", in the column `row_name`) and decode no image.
 
-    Decoding then happens where a batch is made, and a broken file is reported by its row. The table is not copied,
-    which `add_column` and `cast_column` would do for a shuffled dataset or a list of images.
+    Decoding then happens where a batch is made: a broken file is reported by its row, and an address that stands in
+    the place of a file is never opened. The table is not copied, which `add_column` and `cast_column` would do for a
+    shuffled dataset or a list of images. `named_rows` makes them.
 
     Args:
-        dataset: The rows.
+        dataset: The rows, undecoded.
         name: What the dataset is called in errors.
         numbers: Which rows to keep; None keeps all.
     """
 
     def __init__(self, dataset: Dataset, name: str, numbers: Sequence[int] | None = None):
-        self.rows = _relabelled(dataset)
+        self.rows = dataset
         self.name = name
         self.numbers = range(len(dataset)) if numbers is None else list(numbers)
 
@@ -70,14 +86,43 @@ class NamedRows:
         return {**self.rows[number], ROW_NAME: f"{self.name} row {number}"}
 
 
-def named_rows(dataset: Dataset | IterableDataset, name: str) -> "NamedRows | IterableDataset":
-    """Returns the dataset with `row_name` and without decoding of images; a streamed one stays streamed."""
+def named_rows(
+    dataset: Dataset | IterableDataset, name: str, undecoded_columns: Sequence[str] | None = None
+) -> "NamedRows | IterableDataset":
+    """Returns the dataset with `row_name` and without decoding of images; a streamed one stays streamed.
+
+    Args:
+        dataset: The rows.
+        name: What the dataset is called in errors.
+        undecoded_columns: Where images stay undecoded; None: everywhere.
+    """
+    dataset = undecoded(dataset, undecoded_columns)
     if isinstance(dataset, Dataset):
         return NamedRows(dataset, name)
-    for column in IMAGE_COLUMNS:
-        if column in (dataset.features or ()):
-            dataset = dataset.cast_column(column, _undecoded(dataset.features[column]))
     return dataset.map(lambda _, index: {ROW_NAME: f"{name} row {index}"}, with_indices=True)
+
+
+def undecoded(dataset: Dataset | IterableDataset, columns: Sequence[str] | None = None) -> Dataset | IterableDataset:
+    """Returns the same rows, whose images come as {"bytes", "path"}; nothing is copied.
+
+    `datasets` would decode every image that a row is read with, and open paths that are addresses.
+    """
+    features = dataset.features or {}
+    chosen = [c for c in features if _holds_images(features[c]) and (columns is None or c in columns)]
+    if isinstance(dataset, IterableDataset):
+        for column in chosen:
+            dataset = dataset.cast_column(column, _undecoded(features[column]))
+        return dataset
+    if not chosen:
+        return dataset
+    info = dataset.info.copy()
+    info.features = Features({**features, **{column: _undecoded(features[column]) for column in chosen}})
+    # The order of a shuffled dataset, and its identity, have no public names; `cast_column` and `cast` would write
+    # a list of images to a new table. A test watches for it.
+    fingerprint = Hasher.hash([dataset._fingerprint, "undecoded"])
+    return Dataset(
+        dataset.data, info=info, split=dataset.split, indices_table=dataset._indices, fingerprint=fingerprint
+    )
 
 
 def _undecoded(feature: Any) -> Any:
@@ -86,24 +131,17 @@ def _undecoded(feature: Any) -> Any:
         return ImageFeature(decode=False)
     if isinstance(feature, ListFeature):
         return ListFeature(_undecoded(feature.feature))
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
     return feature
 
 
-def _relabelled(dataset: Dataset) -> Dataset:
-    """The same table with undecoded image columns."""
-    info = dataset.info.copy()
-    info.features = Features(
-        {
-            column: _undecoded(feature) if column in IMAGE_COLUMNS else feature
-            for column, feature in dataset.features.items()
-        }
-    )
-    # The order of a shuffled dataset, and its identity, have no public names; `cast_column` and `cast` would write
-    # a list of images to a new table. A test watches for it.
-    fingerprint = Hasher.hash([dataset._fingerprint, "undecoded"])
-    return Dataset(
-        dataset.data, info=info, split=dataset.split, indices_table=dataset._indices, fingerprint=fingerprint
-    )
+def _holds_images(feature: Any) -> bool:
+    if isinstance(feature, ListFeature):
+        return _holds_images(feature.feature)
+    if isinstance(feature, dict):
+        return any(map(_holds_images, feature.values()))
+    return isinstance(feature, ImageFeature)
 
 
 def _check_columns(columns: Sequence[str], required: Sequence[str], name: str) -> None:

@@ -1,22 +1,75 @@
-"""The row contract: which columns a dataset may have, and errors that name the row and the column.
+"""What a row is, and what is wrong with it: the one place that trainers, sources of pairs and `trl-vlm check` ask.
 
-Images are not decoded here; that happens where a batch is made (`trl_vlm.data.images`).
+`faults` says everything that is wrong with a row. `check_row` raises the first fault that a trainer could not live
+with, under the row's name. Images are not decoded here; that happens where a batch is made (`trl_vlm.data.images`).
 """
 
-import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-from trl_vlm.data.errors import RowError, RowTypeError
-from trl_vlm.data.messages import message_text
+from trl_vlm.data.faults import (
+    COLUMNS,
+    EMPTY_REPLY,
+    IMAGE_COLUMNS,
+    IMAGE_IN_MESSAGE,
+    IMAGE_PLACES,
+    MALFORMED,
+    MESSAGE_COLUMNS,
+    MISSING,
+    REPLY_COLUMNS,
+    SAME_REPLY,
+    SPAN_COLUMNS,
+    TWO_IMAGE_COLUMNS,
+    WRONG_TYPE,
+    Fault,
+    Reading,
+    column_faults,
+    span_faults,
+    text_faults,
+)
+from trl_vlm.data.messages import IMAGE_TOKENS, Conversation, content_parts, is_same_reply, place_fault
 
-Row = Mapping[str, Any]
+Row: TypeAlias = Mapping[str, Any]
 
-ROLES = ("system", "user", "assistant", "tool")
-ROW_NAME = "row_name"  # the column that carries what a row is called in errors
-IMAGE_COLUMNS = ("images", "image")
-MESSAGE_COLUMNS = ("prompt", "chosen", "rejected", "completion")
-REPLY_COLUMNS = ("chosen", "rejected", "completion")
+ROW_NAME = "row_name"  # the column that says what a row is called in errors
+ALL_REPLY_COLUMNS = (*REPLY_COLUMNS, "rejected_extra")
+# A pair, and what is said about it: a new pair brings its own.
+PAIR_COLUMNS = ("chosen", "rejected", "rejected_extra", *SPAN_COLUMNS)
+# What is said about a pair beside its two replies, and is stale once they are others.
+ABOUT_PAIR_COLUMNS = ("rejected_extra", *SPAN_COLUMNS, "margin")
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What a dataset is used for.
+
+    Args:
+        required: Columns that every row needs.
+        reads: Columns that are read if they are there, beside the images; a fault in any other is a warning.
+    """
+
+    required: tuple[str, ...]
+    reads: tuple[str, ...]
+
+
+PURPOSES = {
+    "dpo": Purpose(("prompt", "chosen", "rejected"), ("prompt", *PAIR_COLUMNS)),
+    "reward": Purpose(("chosen", "rejected"), ("prompt", "chosen", "rejected", "facts", "margin")),
+    "ppo": Purpose(("prompt",), ("prompt", "facts", "length_weight")),
+    "sft": Purpose(("prompt", "completion"), ("prompt", "completion")),
+}
+
+
+def name_of(row: Row, index: int, where: str = "") -> str:
+    """Returns what a row is called in errors, and known by to its random draws: its name, else its place.
+
+    Args:
+        row: A row of a dataset.
+        index: Its place.
+        where: What it is a place in, for example " of the batch".
+    """
+    return row.get(ROW_NAME) or f"row {index}{where}"
 
 
 def row_images(row: Row, name: str) -> list[Any]:
@@ -27,72 +80,176 @@ def row_images(row: Row, name: str) -> list[Any]:
         name: What the row is called in errors, for example "row 12".
 
     Raises:
-        ValueError: The row has both columns filled.
-        TypeError: `images` is no list.
+        RowError: The row has both columns filled, or `images` is no list.
     """
-    images, image = row.get("images"), row.get("image")
-    if images is not None and image is not None:
-        raise RowError(f"{name}: both 'images' and 'image' are filled. Keep the list in 'images' and drop 'image'.")
-    if image is not None:
-        return [image]
-    if images is None:
-        return []
-    if not isinstance(images, list | tuple):
-        raise RowTypeError(
-            f"{name}: 'images' is a {type(images).__name__}. It must be a list, [] for a row without; "
-            "a single image goes into the column 'image'."
-        )
-    return list(images)
+    fault = _image_column_fault(row)
+    if fault is not None:
+        raise fault.error(name)
+    if row.get("image") is not None:
+        return [row["image"]]
+    return list(row.get("images") or ())
 
 
-def check_row(row: Row, required: Iterable[str], *, name: str) -> None:
-    """Checks one row: required columns, messages, replies that say something, facts, margin.
+def check_row(
+    row: Row, purpose: str, *, name: str, image_tokens: Iterable[str] = (), with_images: bool | None = None
+) -> None:
+    """Raises the first fault of a row that is not a mere warning; see `faults`.
+
+    Args:
+        row: A row of a dataset.
+        purpose: What it is for.
+        name: What it is called in errors.
+        image_tokens: What stands for an image in the text of the model at hand.
+        with_images: Whether rows have images; None: whether this one has a column of them.
 
     Raises:
-        ValueError, TypeError: Naming the row and the column.
+        RowError: Naming the row and the column; a `RowTypeError` for a value of the wrong type.
     """
-    for column in required:
-        if row.get(column) is None:
-            raise RowError(f"{name}: the column {column!r} is missing or None. It has {sorted(row)}.")
-    for column in MESSAGE_COLUMNS:
-        if row.get(column) is not None:
-            _check_messages(row[column], f"{name}, column {column!r}")
-    for column in REPLY_COLUMNS:
-        if row.get(column) is not None and not message_text(row[column][-1]).strip():
-            raise RowError(f"{name}, column {column!r}: the reply is empty. Drop the row, or fill the reply in.")
-    _check_facts(row.get("facts"), name)
-    margin = row.get("margin")
-    if margin is not None and not math.isfinite(margin):
-        raise RowError(f"{name}, column 'margin': {margin} is not a finite number. Use 0.0 for no margin.")
+    for fault in faults(row, purpose, image_tokens=image_tokens, control_tokens=(), with_images=with_images):
+        if not fault.is_warning:
+            raise fault.error(name)
 
 
-def _check_messages(messages: Any, name: str) -> None:
-    if isinstance(messages, str) or not isinstance(messages, list | tuple):
-        raise RowTypeError(
-            f"{name}: it is a {type(messages).__name__}. It must be a list of messages, "
-            'for example [{"role": "user", "content": "What is this?"}].'
-        )
-    if not messages:
-        raise RowError(f"{name}: the list of messages is empty. It needs at least one message.")
-    for message in messages:
-        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-            raise RowError(
-                f"{name}: {message!r} is not a message. It needs a 'role' ({', '.join(ROLES)}) and 'content'."
-            )
-        if not isinstance(message.get("content"), str | list | tuple):
-            raise RowTypeError(
-                f"{name}: the content of the {message['role']} turn is a {type(message.get('content')).__name__}. "
-                "It must be a string, or a list of parts such as {'type': 'text', 'text': ...}."
-            )
+def check_columns(row: Row, columns: Sequence[str], *, name: str) -> None:
+    """Raises the first fault in columns of messages that must be there.
+
+    Raises:
+        RowError: Naming the row and the column.
+    """
+    for column in columns:
+        for fault in _required_faults(row, (column,)) or column_faults(row, column, Reading(True)):
+            if not fault.is_warning:
+                raise fault.error(name)
 
 
-def _check_facts(facts: Any, name: str) -> None:
-    if facts is None:
+def faults(
+    row: Row,
+    purpose: str,
+    *,
+    image_tokens: Iterable[str] = IMAGE_TOKENS,
+    control_tokens: Iterable[str] = (),
+    with_images: bool | None = None,
+) -> Iterator[Fault]:
+    """Everything that is wrong with a row, but for what only decoding its images can tell.
+
+    Rows without a column of images go to TRL's own text trainers, which take more: plain strings, other speakers.
+
+    Args:
+        row: A row of a dataset.
+        purpose: What it is for: a key of `PURPOSES`.
+        image_tokens: What stands for an image in the text of the models in question.
+        control_tokens: What else means something to their tokenizers; it is reported where it stands in a text.
+        with_images: Whether rows have images; None: whether this one has a column of them.
+    """
+    if with_images is None:
+        with_images = any(column in row for column in IMAGE_COLUMNS)
+    reading = Reading(with_images, tuple(image_tokens), tuple(control_tokens))
+    yield from _required_faults(row, required_columns(purpose, with_images))
+    if _is_plain_text(row, purpose, with_images):
+        yield from _plain_text_faults(row, purpose)
         return
-    if isinstance(facts, str) or not isinstance(facts, list | tuple):
-        raise RowTypeError(f"{name}, column 'facts': it is a {type(facts).__name__}. It must be a list of strings.")
-    for fact in facts:
-        if not isinstance(fact, str) or not fact.strip():
-            raise RowError(
-                f"{name}, column 'facts': {fact!r} is not a fact. Each one is a string that says something."
-            )
+    reads = PURPOSES[purpose].reads
+    is_well_formed = True
+    for column in COLUMNS:
+        if row.get(column) is None:
+            continue
+        for fault in column_faults(row, column, reading):
+            if column in reads:
+                is_well_formed &= fault.kind not in MALFORMED
+                yield fault
+            else:
+                yield fault._replace(is_warning=True)
+    if is_well_formed:
+        yield from _same_reply_faults(row, reads)
+    if with_images:
+        yield from _image_faults(row, purpose, is_well_formed)
+
+
+def required_columns(purpose: str, with_images: bool) -> tuple[str, ...]:
+    """The columns that every row needs."""
+    required = PURPOSES[purpose].required
+    # From text rows TRL's DPO takes the prompt off the replies, if there is no such column.
+    return required if with_images or purpose != "dpo" else tuple(c for c in required if c != "prompt")
+
+
+def _required_faults(row: Row, columns: Sequence[str]) -> list[Fault]:
+    reason = f"it is missing or None. The row has the columns {sorted(map(str, row))}."
+    return [Fault(column, MISSING, reason) for column in columns if row.get(column) is None]
+
+
+def _is_plain_text(row: Row, purpose: str, with_images: bool) -> bool:
+    """Whether a row is TRL's format without messages, which every text trainer takes, and DPO also with images."""
+    if with_images and purpose != "dpo":
+        return False
+    return all(isinstance(row.get(column), str) for column in required_columns(purpose, with_images))
+
+
+def _plain_text_faults(row: Row, purpose: str) -> Iterator[Fault]:
+    for column in MESSAGE_COLUMNS:
+        text = row.get(column)
+        if column not in PURPOSES[purpose].reads or not isinstance(text, str):
+            continue
+        if column in REPLY_COLUMNS and not text.strip():
+            yield Fault(column, EMPTY_REPLY, "the reply is empty. Drop the row, or fill the reply in.")
+        yield from text_faults(text, column, "the text", Reading(False))
+    for column in SPAN_COLUMNS:
+        if purpose == "dpo" and row.get(column) is not None:
+            yield from span_faults(row, column)
+    yield from _same_reply_faults(row, PURPOSES[purpose].reads)
+
+
+def _same_reply_faults(row: Row, reads: Sequence[str]) -> Iterator[Fault]:
+    """Warnings of rejected replies, well-formed ones, that say the same as the chosen one."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if "rejected" not in reads or chosen is None or rejected is None:
+        return
+    reason = "it says the same as 'chosen'. Drop the row: such a pair teaches nothing."
+    if is_same_reply(chosen, rejected):
+        yield Fault("rejected", SAME_REPLY, reason, is_warning=True)
+    for number, reply in enumerate(row.get("rejected_extra") or () if "rejected_extra" in reads else ()):
+        if is_same_reply(chosen, reply):
+            yield Fault("rejected_extra", SAME_REPLY, f"reply {number}: {reason}", is_warning=True)
+
+
+# Images
+
+
+def _image_column_fault(row: Row) -> Fault | None:
+    images, image = row.get("images"), row.get("image")
+    if images is not None and image is not None:
+        reason = "both 'images' and 'image' are filled. Keep the list in 'images' and drop 'image'."
+        return Fault("images", TWO_IMAGE_COLUMNS, reason)
+    if image is None and images is not None and not isinstance(images, list | tuple):
+        return Fault(
+            "images",
+            WRONG_TYPE,
+            f"'images' is a {type(images).__name__}. It must be a list, [] for a row without; "
+            "a single image goes into the column 'image'.",
+        )
+    return None
+
+
+def _image_faults(row: Row, purpose: str, is_well_formed: bool) -> Iterator[Fault]:
+    """Faults of the columns of images, and of the places that the messages have for them."""
+    if not any(column in row for column in IMAGE_COLUMNS):
+        return  # left out of the check
+    fault = _image_column_fault(row)
+    if fault is not None:
+        yield fault
+        return
+    column = "images" if row.get("image") is None else "image"
+    conversations = [row["prompt"]] if row.get("prompt") is not None else _implicit_prompts(row, purpose)
+    for conversation in conversations if is_well_formed else ():
+        if purpose != "ppo" and any(part.get("image") is not None for part in content_parts(conversation)):
+            reason = "a message holds an image itself. Put it into the column 'images', and leave {'type': 'image'}."
+            yield Fault(column, IMAGE_IN_MESSAGE, reason)
+            return
+        reason = place_fault(conversation, len(row_images(row, "row")))
+        if reason is not None:
+            yield Fault(column, IMAGE_PLACES, reason)
+            return
+
+
+def _implicit_prompts(row: Row, purpose: str) -> list[Conversation]:
+    """The conversations of a row whose replies begin with the prompt."""
+    return [row[side] for side in REPLY_COLUMNS if side in PURPOSES[purpose].required and row.get(side)]

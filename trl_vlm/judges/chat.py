@@ -9,6 +9,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from trl_vlm.data.encoding import prompt_batches
+from trl_vlm.data.messages import without_control_tokens
 from trl_vlm.models.generation import Policy, generated
 from trl_vlm.models.loading import load_generative_model, load_generative_processor
 from trl_vlm.models.processors import control_tokens
@@ -91,9 +92,10 @@ class LocalChat:
         # transformers sets `hf_device_map` on models that it placed itself, quantised ones among them.
         if getattr(self.model, "hf_device_map", None) is None:
             self.model.to(PartialState().device)
+        texts = [without_control_tokens(request.text, self._control_tokens) for request in requests]
         rows = [
-            {"prompt": [{"role": "user", "content": self._harmless(request.text)}], "images": list(request.images)}
-            for request in requests
+            {"prompt": [{"role": "user", "content": text}], "images": list(request.images)}
+            for text, request in zip(texts, requests, strict=True)
         ]
         names = [request.name for request in requests]
         replies = generated(
@@ -104,13 +106,6 @@ class LocalChat:
             synced_gpus=False,
         )
         return [answer(reply.text) if reply.is_finished else Answer(None, CUT_OFF) for reply in replies]
-
-    def _harmless(self, text: str) -> str:
-        """The text without tokens that mean something to the processor: replies may spell them out."""
-        for token in self._control_tokens:
-            # A space, since the two halves around a removed token could make another one.
-            text = text.replace(token, " ")
-        return text
 
 
 def answer(text: str | None) -> Answer:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import ProcessorMixin
 
+from trl_vlm.data.errors import RowError
 from trl_vlm.data.facts import JudgeTemplate, facts_block
 from trl_vlm.data.messages import message_text
 from trl_vlm.data.rows import ROW_NAME, Row, row_images
@@ -117,7 +118,7 @@ class PairwiseJudge:
         if reply:
             text += f"\nThis response is known to be right:\n{message_text(reply[-1]).strip()}"
         if not text:
-            raise ValueError(
+            raise RowError(
                 f"{name}: `show_ground_truth` is set, and the row has neither `facts` nor a reference reply "
                 "(`completion` or `chosen`). Fill one of them, or unset the option."
             )

@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from trl_vlm.data.rows import Row
+from trl_vlm.data.rows import ALL_REPLY_COLUMNS, ROW_NAME, Row
 from trl_vlm.judges.judge import Comparison, Verdict
 from trl_vlm.rewards.checks import finite_rewards, is_asynchronous, reward_name
 from trl_vlm.rewards.replies import RewardFunction
-
-NO_COLUMNS = ("prompt", "chosen", "rejected", "rejected_extra", "completion")
 
 
 class RewardJudge:
@@ -51,10 +49,10 @@ class RewardJudge:
     def _scores(self, replies: Sequence[tuple[Row, str]]) -> list[float | None]:
         rows = [row for row, _ in replies]
         completions = [[{"role": "assistant", "content": reply}] for _, reply in replies]
-        names = {column for row in rows for column in row if column not in NO_COLUMNS}
+        names = {column for row in rows for column in row if column not in ("prompt", *ALL_REPLY_COLUMNS)}
         columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in sorted(names)}
         values = self.reward_func(prompts=[row["prompt"] for row in rows], completions=completions, **columns)
-        return finite_rewards(values, reward_name(self.reward_func), completions)
+        return finite_rewards(values, reward_name(self.reward_func), completions, columns.get(ROW_NAME))
 
     def _verdict(self, first: float | None, second: float | None) -> Verdict:
         text = f"{first} : {second}"

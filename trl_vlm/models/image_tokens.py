@@ -5,8 +5,10 @@ A placeholder is a token id of the text at whose place the model puts one image 
 package ends with `check_image_tokens`.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig, ProcessorMixin
@@ -32,6 +34,20 @@ def image_token_id(source: PreTrainedConfig | ProcessorMixin) -> int:
         f"{type(source).__name__} does not say which token stands for an image: it has neither `image_token_id` nor "
         "`image_token_index`. Is it the config or processor of a vision-language model?"
     )
+
+
+def image_tokens(processor: Any) -> tuple[str, ...]:
+    """What stands for an image in a text that this processor reads; none for a tokenizer.
+
+    A text that spells one of them out has one more image, or one more placeholder.
+    """
+    if not isinstance(processor, ProcessorMixin):
+        return ()
+    # getattr: Gemma3 writes images as `boi_token`, which becomes many of the placeholder; others have one token.
+    found = [getattr(processor, name, None) for name in ("image_token", "boi_token")]
+    with contextlib.suppress(ValueError):  # a family whose processor does not say
+        found.append(processor.tokenizer.convert_ids_to_tokens(image_token_id(processor)))
+    return tuple(dict.fromkeys(token for token in found if isinstance(token, str)))
 
 
 def image_token_mask(input_ids: Tensor, source: PreTrainedConfig | ProcessorMixin) -> Tensor:

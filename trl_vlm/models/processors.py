@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoProcessor, PaliGemmaProcessor, Processo
 from transformers.utils import is_torchvision_available
 
 from trl_vlm.models import _transformers
+from trl_vlm.models.image_tokens import image_tokens
 
 
 def load_processor(path: str | PathLike, **kwargs: Any) -> ProcessorMixin:
@@ -62,6 +63,7 @@ def control_tokens(processor: ProcessorMixin) -> list[str]:
     """Special tokens and image placeholders, longest first: what text from elsewhere must not spell out."""
     added = processor.tokenizer.added_tokens_decoder.values()
     special = {token.content for token in added if token.special} | set(processor.tokenizer.all_special_tokens)
+    special |= set(image_tokens(processor))
     return sorted(special, key=len, reverse=True)
 
 

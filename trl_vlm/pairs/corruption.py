@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar
 
-from trl_vlm.data.rows import Row, row_images
+from trl_vlm.data.rows import Row, name_of, row_images
 from trl_vlm.judges.chat import Answer, Chat, Request
 from trl_vlm.judges.options import WriterOptions
 from trl_vlm.judges.pairwise import request_text
 from trl_vlm.pairs.samples import preference_row
-from trl_vlm.pairs.source import Policy, reference_reply, row_key
+from trl_vlm.pairs.source import Policy, reference_reply
 
 UNCHANGED = "the reply came back unchanged"
 NOT_REWRITTEN = "the answer holds no rewritten reply"
@@ -73,7 +73,7 @@ class Corrupted:
 
     def __call__(self, rows: Sequence[Row], policy: Policy | None = None, round: int = 0) -> list[Row | None]:
         """Returns a preference row per row, or None; `round` changes nothing."""
-        names = [row_key(row, index) for index, row in enumerate(rows)]
+        names = [name_of(row, index) for index, row in enumerate(rows)]
         references = [reference_reply(row, name).strip() for row, name in zip(rows, names, strict=True)]
         requests = [
             Request(

@@ -17,7 +17,7 @@ class Draws(NamedTuple):
     Args:
         seed: The source's seed.
         round: Number of the refresh, see `PairSource`.
-        row: The row's key, see `trl_vlm.pairs.source.row_key`.
+        row: The row's key, see `trl_vlm.data.rows.name_of`.
     """
 
     seed: int

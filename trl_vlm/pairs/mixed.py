@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar
 
-from trl_vlm.data.rows import ROW_NAME, Row, check_row
-from trl_vlm.pairs.source import PairSource, Policy, reference_reply, row_draws, row_key
+from trl_vlm.data.errors import RowError
+from trl_vlm.data.rows import ROW_NAME, Row, check_columns, name_of
+from trl_vlm.pairs.source import PairSource, Policy, reference_reply, row_draws
 
 
 @dataclass(eq=False)
@@ -26,7 +27,7 @@ class DatasetPairs:
         for index, row in enumerate(rows):
             chosen = row["chosen"] if row.get("chosen") is not None else row.get("completion")
             pair = {**row, "chosen": chosen, "pair_source": self.name}
-            check_row(pair, ["chosen", "rejected"], name=row_key(row, index))
+            check_columns(pair, ["chosen", "rejected"], name=name_of(row, index))
             pairs.append(pair)
         return pairs
 
@@ -121,7 +122,7 @@ class CombinedRejected:
     def _pair(self, first: Row, second: Row, name: str) -> Row:
         chosen, other = (reference_reply({"chosen": pair["chosen"]}, name).strip() for pair in (first, second))
         if chosen != other:
-            raise ValueError(
+            raise RowError(
                 f"{name}: the two sources chose different replies, {chosen[:60]!r} and {other[:60]!r}. The averaged "
                 "loss has one chosen reply: combine sources that keep the row's own, such as BDHS, POVID and "
                 "DatasetPairs."
@@ -141,4 +142,4 @@ def _dropped(*sources: PairSource) -> Counter[str]:
 
 def _named(rows: Sequence[Row]) -> list[Row]:
     """Rows that carry their names: their draws must not depend on which others a source sees."""
-    return [{**row, ROW_NAME: row_key(row, index)} for index, row in enumerate(rows)]
+    return [{**row, ROW_NAME: name_of(row, index)} for index, row in enumerate(rows)]

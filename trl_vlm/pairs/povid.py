@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from trl_vlm.data.encoding import encode
+from trl_vlm.data.errors import RowError
 from trl_vlm.data.images import MAX_IMAGE_PIXELS
-from trl_vlm.data.rows import Row, check_row
+from trl_vlm.data.rows import Row, check_columns, name_of
 from trl_vlm.models.families import family_of
 from trl_vlm.pairs.draws import Draws
 from trl_vlm.pairs.noise import Indexing, Overflow, check_noise, distorted_images
 from trl_vlm.pairs.reply_tokens import ReplyTokens, added_text
 from trl_vlm.pairs.samples import EMPTY_SAMPLE, SAME_AS_REFERENCE, preference_row
-from trl_vlm.pairs.source import Policy, images_of, reference_reply, row_draws, row_key
+from trl_vlm.pairs.source import Policy, images_of, reference_reply, row_draws
 
 
 @dataclass(eq=False, kw_only=True)
@@ -86,9 +87,9 @@ class POVID:
         """
         if not rows:
             return []
-        names = [row_key(row, index) for index, row in enumerate(rows)]
+        names = [name_of(row, index) for index, row in enumerate(rows)]
         for row, name in zip(rows, names, strict=True):
-            check_row(row, ["rejected"] if self.keep_rejected else [], name=name)
+            check_columns(row, ["rejected"] if self.keep_rejected else [], name=name)
         replies = [
             ReplyTokens.of(policy.processor, reference_reply(row, name).strip())
             for row, name in zip(rows, names, strict=True)
@@ -111,7 +112,7 @@ class POVID:
     def _noised_images(self, row: Row, name: str, draws: Draws) -> list[Image]:
         images = images_of(row, name, self.max_image_pixels)
         if not images:
-            raise ValueError(
+            raise RowError(
                 f"{name}: it has no image that noise could be added to. Drop rows without images, or take their pairs "
                 "from another source."
             )

@@ -6,13 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from trl_vlm.data.encoding import prompt_batches
-from trl_vlm.data.rows import Row
+from trl_vlm.data.rows import ABOUT_PAIR_COLUMNS, Row, name_of
 from trl_vlm.models.generation import Reply, generated
 from trl_vlm.pairs.draws import GumbelSampler
-from trl_vlm.pairs.source import Policy, reference_reply, row_draws, row_key
-
-# Columns that describe the old replies and become stale.
-ABOUT_OLD_REPLIES = ("rejected_extra", "chosen_spans", "rejected_spans", "margin")
+from trl_vlm.pairs.source import Policy, reference_reply, row_draws
 
 EMPTY_SAMPLE = "the sample is empty"
 SAME_AS_REFERENCE = "the sample is the reference reply"
@@ -37,7 +34,7 @@ def sampled_replies(
     """
     # Each row stands as often as it has replies: with `num_return_sequences`, LLaVA mixes up the images of a row that
     # has several.
-    repeated = [(row, row_key(row, index)) for index, row in enumerate(rows) for _ in range(replies)]
+    repeated = [(row, name_of(row, index)) for index, row in enumerate(rows) for _ in range(replies)]
     draws = [row_draws(row, index, seed, round) for index, row in enumerate(rows)]
     seeds = [draw.seed_of("reply", reply) for draw in draws for reply in range(replies)]
     names = [name for _, name in repeated]
@@ -56,7 +53,7 @@ def preference_row(row: Row, chosen: str, rejected: str, **metadata: Any) -> dic
         rejected: Text of the worse one.
         metadata: What the source reports, for columns `pair_<name>`.
     """
-    kept = {column: value for column, value in row.items() if column not in ABOUT_OLD_REPLIES}
+    kept = {column: value for column, value in row.items() if column not in ABOUT_PAIR_COLUMNS}
     replies = {
         side: [{"role": "assistant", "content": text}] for side, text in (("chosen", chosen), ("rejected", rejected))
     }
@@ -98,7 +95,7 @@ class SelfSamples:
 
     def __call__(self, rows: Sequence[Row], policy: Policy, round: int = 0) -> list[Row | None]:
         """Returns a preference row per row; None where the sample is empty or says the same as the reference."""
-        references = [reference_reply(row, row_key(row, index)) for index, row in enumerate(rows)]
+        references = [reference_reply(row, name_of(row, index)) for index, row in enumerate(rows)]
         samples = sampled_replies(
             rows,
             policy,

@@ -5,9 +5,10 @@ from typing import Protocol
 
 from PIL.Image import Image
 
+from trl_vlm.data.errors import RowError
 from trl_vlm.data.images import load_image
 from trl_vlm.data.messages import message_text
-from trl_vlm.data.rows import ROW_NAME, Row, check_row, row_images
+from trl_vlm.data.rows import Row, check_columns, name_of, row_images
 from trl_vlm.models.generation import Policy
 from trl_vlm.pairs.draws import Draws
 
@@ -36,35 +37,26 @@ class PairSource(Protocol):
         ...
 
 
-def row_key(row: Row, index: int) -> str:
-    """Returns what a row is called in errors and known by to its random draws: its name, else its index in the batch.
-
-    Without names, the draws of a row depend on its index in the batch.
-    """
-    return row.get(ROW_NAME) or f"row {index}"
-
-
 def row_draws(row: Row, index: int, seed: int, round: int) -> Draws:
-    """Returns the random draws of a row."""
-    return Draws(seed, round, row_key(row, index))
+    """Returns the random draws of a row; without a name they depend on its index in the batch."""
+    return Draws(seed, round, name_of(row, index))
 
 
 def reference_reply(row: Row, name: str) -> str:
     """Returns the text of the reference reply y+: the row's `completion`, or else its `chosen`.
 
     Raises:
-        ValueError: The row has neither, the reply is empty, or it is more than one assistant message.
-        TypeError: It is not a list of messages.
+        RowError: The row has neither, the reply is empty, or it is no list of one assistant message.
     """
     column = "completion" if row.get("completion") is not None else "chosen"
     if row.get(column) is None:
-        raise ValueError(
+        raise RowError(
             f"{name}: there is no reference reply. It needs the column 'completion' or 'chosen', with one assistant "
             f"message; it has {sorted(row)}."
         )
-    check_row({column: row[column]}, [column], name=name)
+    check_columns(row, [column], name=name)
     if len(row[column]) != 1 or row[column][0]["role"] != "assistant":
-        raise ValueError(
+        raise RowError(
             f"{name}, column {column!r}: it has the turns {[message['role'] for message in row[column]]}. A reference "
             "reply is one assistant message; put the turns before it into 'prompt'."
         )
@@ -75,9 +67,9 @@ def images_of(row: Row, name: str, max_pixels: int | None) -> list[Image]:
     """Returns the decoded images of a row that has a prompt, [] if it has none.
 
     Raises:
-        ValueError, TypeError: There is no prompt, or an image is bad; the error names the row.
+        RowError: There is no prompt, or an image is bad; the error names the row.
     """
-    check_row(row, ["prompt"], name=name)
+    check_columns(row, ["prompt"], name=name)
     return [
         load_image(image, name=f"{name}, image {number}", max_pixels=max_pixels)
         for number, image in enumerate(row_images(row, name))

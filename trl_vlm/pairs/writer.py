@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Features, Image, List
 from tqdm.auto import tqdm
 
+from trl_vlm.data.errors import RowError
 from trl_vlm.data.io.card import write_card
 from trl_vlm.data.io.image_files import stored_image
 from trl_vlm.data.io.output import Output
@@ -156,7 +157,7 @@ class PairWriter:
         try:
             rows = [self._loaded(name, row) for name, row in named]
             made = self.source(rows, self.policy)
-        except ValueError as error:
+        except RowError as error:
             if not self.skip_bad:
                 raise
             if len(named) == 1:
@@ -177,7 +178,7 @@ class PairWriter:
         try:
             return [stored_image(image, folder=folder, embed=self.embed_images) for image in row_images(row, name)]
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise RowError(f"{name}: {error}") from error
 
     def _save(self, output: Output, rows: Sequence[Named], outcomes: Sequence[Outcome]) -> None:
         """Writes the pairs of a block, and counts the rows without one."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from trl_vlm.data.rows import ROW_NAME
 from trl_vlm.rewards.replies import RewardFunction, name_row
 
 
@@ -26,13 +27,16 @@ def is_asynchronous(reward_func: Callable) -> bool:
     return inspect.iscoroutinefunction(reward_func) or inspect.iscoroutinefunction(type(reward_func).__call__)
 
 
-def finite_rewards(values: Any, name: str, completions: Sequence) -> list[float | None]:
+def finite_rewards(
+    values: Any, name: str, completions: Sequence, row_name: Sequence[str] | None = None
+) -> list[float | None]:
     """A reward function's output as a list of finite numbers; `None` ("does not apply to this row") stays.
 
     Args:
         values: What the reward function returned: a list, tuple, array or tensor with one value per reply.
         name: The reward function's name.
         completions: The replies that were scored.
+        row_name: What errors call the rows; by default their places.
 
     Raises:
         TypeError: If the output is no sequence or a value is no number.
@@ -51,40 +55,42 @@ def finite_rewards(values: Any, name: str, completions: Sequence) -> list[float 
             "exactly one number per reply, `None` where the function does not apply."
         )
     return [
-        _finite_reward(value, name, row, reply)
+        _finite_reward(value, name, name_row(row, reply, row_name))
         for row, (value, reply) in enumerate(zip(values, completions, strict=True))
     ]
 
 
-def _finite_reward(value: Any, name: str, row: int, completion: Any) -> float | None:
+def _finite_reward(value: Any, name: str, row: str) -> float | None:
     if value is None:
         return None
     if not isinstance(value, Real) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
         raise TypeError(
-            f"the reward function `{name}` returned {value!r} for {name_row(row, completion)}. Return a number, or "
+            f"the reward function `{name}` returned {value!r} for {row}. Return a number, or "
             "`None` where the function does not apply."
         )
     number = float(value)
     if not math.isfinite(number):
         raise ValueError(
-            f"the reward function `{name}` returned {number} for {name_row(row, completion)}. A reward must be "
+            f"the reward function `{name}` returned {number} for {row}. A reward must be "
             "finite: mend the function or drop the row, or return `None` where the function does not apply."
         )
     return number
 
 
-def wrapped(reward_func: RewardFunction, after: Callable[[Any, Sequence], list]) -> RewardFunction:
-    """`reward_func` with `after(values, completions)` applied to its output; name, signature and `async` stay."""
+def wrapped(
+    reward_func: RewardFunction, after: Callable[[Any, Sequence, Sequence[str] | None], list]
+) -> RewardFunction:
+    """`reward_func` with `after(values, completions, row_name)` applied to its output; all else stays."""
     if is_asynchronous(reward_func):
 
         async def call(*args: Any, **kwargs: Any) -> list:
             pending: Awaitable = reward_func(*args, **kwargs)
-            return after(await pending, _completions(args, kwargs))
+            return after(await pending, _completions(args, kwargs), kwargs.get(ROW_NAME))
 
     else:
 
         def call(*args: Any, **kwargs: Any) -> list:
-            return after(reward_func(*args, **kwargs), _completions(args, kwargs))
+            return after(reward_func(*args, **kwargs), _completions(args, kwargs), kwargs.get(ROW_NAME))
 
     call.__name__ = call.__qualname__ = reward_name(reward_func)
     call.__doc__ = reward_func.__doc__
@@ -119,5 +125,7 @@ def checked(reward_func: Any) -> Any:
     return wrapped(reward_func, partial(_checked_values, name=reward_name(reward_func)))
 
 
-def _checked_values(values: Any, completions: Sequence, name: str) -> list[float | None]:
-    return finite_rewards(values, name, completions)
+def _checked_values(
+    values: Any, completions: Sequence, row_name: Sequence[str] | None, name: str
+) -> list[float | None]:
+    return finite_rewards(values, name, completions, row_name)

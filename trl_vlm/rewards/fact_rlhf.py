@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
+from trl_vlm.data.rows import ROW_NAME
 from trl_vlm.rewards.checks import finite_rewards, is_asynchronous, reward_name
 from trl_vlm.rewards.ends import MissingEndPenalty, cut_after_first, question_mark_ids
 from trl_vlm.rewards.length import LengthTerm
@@ -95,11 +96,12 @@ class FactRLHFReward:
 
     def _scores(self, columns: dict[str, Any]) -> list[float]:
         name = reward_name(self.reward_model)
-        scores = finite_rewards(self.reward_model(**columns), name, columns["completions"])
+        completions, names = columns["completions"], columns.get(ROW_NAME)
+        scores = finite_rewards(self.reward_model(**columns), name, completions, names)
         for row, score in enumerate(scores):
             if score is None:
                 raise ValueError(
-                    f"`{name}` returned None for {name_row(row, columns['completions'][row])}: the Fact-RLHF "
+                    f"`{name}` returned None for {name_row(row, completions[row], names)}: the Fact-RLHF "
                     "reward needs a score for every reply."
                 )
         return scores

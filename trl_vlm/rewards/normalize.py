@@ -103,5 +103,7 @@ def normalized(reward_func: RewardFunction, statistics: RewardStatistics) -> Rew
 normalised = normalized  # the former name
 
 
-def _z_scores(values: Any, completions: Sequence, name: str, statistics: RewardStatistics) -> list[float | None]:
-    return [statistics.score(reward) for reward in finite_rewards(values, name, completions)]
+def _z_scores(
+    values: Any, completions: Sequence, row_name: Sequence[str] | None, name: str, statistics: RewardStatistics
+) -> list[float | None]:
+    return [statistics.score(reward) for reward in finite_rewards(values, name, completions, row_name)]

@@ -1,10 +1,9 @@
 """Reading what TRL hands to a reward function: replies as text, and rows by name."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
-Message: TypeAlias = dict[str, Any]
-Conversation: TypeAlias = list[Message]
+from trl_vlm.data.messages import reply_text
 
 _SHOWN_CHARACTERS = 60
 
@@ -17,31 +16,27 @@ class RewardFunction(Protocol):
         ...
 
 
-def content_text(content: str | list[dict[str, Any]] | None) -> str:
-    """The text of a message's content: a string, or TRL's list of blocks whose images and videos are left out."""
-    if content is None:  # an assistant turn that only calls tools
-        return ""
-    if isinstance(content, str):
-        return content
-    return "".join(block["text"] for block in content if block["type"] == "text")
+def row_names(names: Sequence[str] | None, rows: int) -> list[str]:
+    """What errors call the rows of a rollout: the column `row_name`, or their places."""
+    return [f"row {row}" for row in range(rows)] if names is None else list(names)
 
 
-def reply_text(completion: str | Conversation) -> str:
-    """The text that the policy wrote: the assistant turns of a completion, joined by newlines."""
-    if isinstance(completion, str):
-        return completion
-    return "\n".join(content_text(turn.get("content")) for turn in completion if turn["role"] == "assistant")
+def name_row(row: int, completion: Any, names: Sequence[str] | None = None) -> str:
+    """`train row 3 (reply 'There is a ...')`, for error messages; never fails, whatever the completion is.
 
-
-def name_row(row: int, completion: Any) -> str:
-    """`row 3 (reply 'There is a ...')`, for error messages; never fails, whatever the completion is."""
+    Args:
+        row: Its place in the rollout.
+        completion: The reply.
+        names: The column `row_name`, if there is one.
+    """
     try:
         text = reply_text(completion)
     except (TypeError, KeyError, AttributeError):
         text = repr(completion)
     if len(text) > _SHOWN_CHARACTERS:
         text = f"{text[:_SHOWN_CHARACTERS]}..."
-    return f"row {row} (reply {text!r})"
+    name = f"row {row}" if names is None else names[row]
+    return f"{name} (reply {text!r})"
 
 
 def column_values(name: str, column: Sequence | None, rows: int, default: Any) -> list:

@@ -14,12 +14,13 @@ from transformers.utils import cached_file
 
 from trl_vlm.data.encoding import encode
 from trl_vlm.data.facts import JUDGE_TEMPLATE_FILE, JudgeTemplate, judge_messages
+from trl_vlm.data.messages import Conversation, content_parts, message_text, reply_text, without_empty_keys
 from trl_vlm.models.generation import evaluating
 from trl_vlm.models.processors import control_tokens, load_processor
 from trl_vlm.models.reward_model import load_reward_model
 from trl_vlm.models.unsharded import is_sharded, unsharded_loading
 from trl_vlm.rewards.checks import finite_rewards
-from trl_vlm.rewards.replies import Conversation, Message, column_values, content_text, reply_text
+from trl_vlm.rewards.replies import column_values, row_names
 
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "token")
 
@@ -107,6 +108,7 @@ class RewardModelReward:
         images: Sequence[Sequence[Any] | None] | None = None,
         image: Sequence[Any] | None = None,
         facts: Sequence[Sequence[str] | None] | None = None,
+        row_name: Sequence[str] | None = None,
         **columns: Any,
     ) -> list[float]:
         """The score of each reply.
@@ -118,6 +120,7 @@ class RewardModelReward:
             images: Images of each row, for prompts that do not hold them.
             image: The one image of each row, instead of `images`.
             facts: Facts of each row; None or [] for a row without.
+            row_name: What errors call the rows.
             columns: Not read.
 
         Raises:
@@ -125,61 +128,52 @@ class RewardModelReward:
             TypeError: If prompts, replies or facts have the wrong form.
         """
         rows = len(completions)
+        names = row_names(row_name, rows)
+        places = [f"{name} of the rollout" for name in names] if row_name is None else names
         row_images = _images_of_rows(images, image, rows)
         row_facts = column_values("facts", facts, rows, default=())
         inputs = [
-            self._input(row, *values)
-            for row, values in enumerate(zip(prompts, completions, row_images, row_facts, strict=True))
+            self._input(*values) for values in zip(names, prompts, completions, row_images, row_facts, strict=True)
         ]
         scores: list[float] = []
         with self._ready_to_score():
             for start in range(0, rows, self.batch_size):
-                scores += self._scores(inputs[start : start + self.batch_size], start)
+                batch = slice(start, start + self.batch_size)
+                scores += self._scores(inputs[batch], places[batch])
         if self.empty_reply_score is not None:
             scores = [
                 score if reply_text(completion).strip() else self.empty_reply_score
                 for score, completion in zip(scores, completions, strict=True)
             ]
-        return finite_rewards(scores, self.__name__, completions)
+        return finite_rewards(scores, self.__name__, completions, row_name)
 
     def _input(
-        self, row: int, prompt: Any, completion: Any, images: list[Any], facts: Sequence[str]
-    ) -> tuple[list[Message], list[Any]]:
+        self, row: str, prompt: Any, completion: Any, images: list[Any], facts: Sequence[str]
+    ) -> tuple[Conversation, list[Any]]:
         """The judged conversation of one row, and its images in the order of their placeholders."""
         for part, value in (("prompt", prompt), ("reply", completion)):
             if isinstance(value, str):
                 raise TypeError(
-                    f"row {row}: the {part} is a plain string. The reward model judges conversations: pass a list of "
+                    f"{row}: the {part} is a plain string. The reward model judges conversations: pass a list of "
                     'messages, for example [{"role": "user", "content": "What is in the picture?"}].'
                 )
         if isinstance(facts, str) or not all(isinstance(fact, str) for fact in facts):
-            raise TypeError(f"row {row}: `facts` is {facts!r}. Pass a list of strings, one per fact, or None.")
+            raise TypeError(f"{row}: `facts` is {facts!r}. Pass a list of strings, one per fact, or None.")
         prompt, found = _without_images(prompt)
-        reply = [self._harmless(turn) for turn in completion]
         # A completion without any turn is an empty reply: the judge turn must not follow the user's.
+        reply = [{"role": turn["role"], "content": message_text(turn)} for turn in completion]
         reply = reply or [{"role": "assistant", "content": ""}]
-        messages = judge_messages(prompt, reply, facts, self.template)
-        if any(isinstance(message["content"], list) for message in messages):
-            # All or none: TRL puts placeholders for all images before each first user turn that is a string.
-            messages = [{**message, "content": _blocks(message["content"])} for message in messages]
+        messages = judge_messages(prompt, reply, facts, self.template, control_tokens=self._control_tokens)
         return messages, found or images
 
-    def _harmless(self, turn: Message) -> Message:
-        """A reply's turn without the tokens that mean something to the processor."""
-        text = content_text(turn.get("content"))
-        for token in self._control_tokens:
-            # A space, since the two halves around a removed token could make another one.
-            text = text.replace(token, " ")
-        return {"role": turn["role"], "content": text}
-
-    def _scores(self, inputs: list[tuple[list[Message], list[Any]]], first_row: int) -> list[float]:
+    def _scores(self, inputs: Sequence[tuple[Conversation, list[Any]]], names: Sequence[str]) -> list[float]:
         batch = encode(
             self.processor,
             [messages for messages, _ in inputs],
             [images for _, images in inputs],
             continue_final_message=bool(self.template.opening),
             max_length=self.max_length,
-            names=[f"row {first_row + row} of the rollout" for row in range(len(inputs))],
+            names=names,
         )
         device = next(self.model.parameters()).device
         logits = self.model(**{key: value.to(device) for key, value in batch.items()}).logits  # (B, 1)
@@ -220,27 +214,16 @@ def _images_of_rows(images: Sequence | None, image: Sequence | None, rows: int) 
     return [[] if one is None else [one] for one in column_values("image", image, rows, default=None)]
 
 
-def _without_images(prompt: Conversation) -> tuple[list[Message], list[Any]]:
-    """A prompt whose image blocks are bare placeholders, and the images that they held."""
-    found: list[Any] = []
-    messages = []
-    for message in prompt:
-        if isinstance(message.get("content"), list):
-            blocks = message["content"]
-            # Arrow fills every block up to the same keys, so a placeholder may hold `image: None`.
-            found += [
-                block["image"] for block in blocks if block["type"] == "image" and block.get("image") is not None
-            ]
-            message = {**message, "content": [_bare(block) for block in blocks]}
-        elif message.get("content") is None:
-            message = {**message, "content": ""}
-        messages.append(message)
-    return messages, found
+def _without_images(prompt: Conversation) -> tuple[Conversation, list[Any]]:
+    """A prompt whose image parts are bare placeholders, and the images that they held."""
+    # Arrow fills every part up to the same keys, so a placeholder may hold `image: None`.
+    prompt = without_empty_keys(prompt)
+    found = [part["image"] for part in content_parts(prompt) if part["type"] == "image" and "image" in part]
+    return [_with_bare_places(message) for message in prompt], found
 
 
-def _bare(block: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "image"} if block["type"] == "image" else block
-
-
-def _blocks(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+def _with_bare_places(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, list):
+        content = [{"type": "image"} if part["type"] == "image" else part for part in content]
+    return {**message, "content": "" if content is None else content}

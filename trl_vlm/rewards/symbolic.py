@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from trl_vlm.data.answers import option_letter, plain_text, yes_or_no
-from trl_vlm.rewards.replies import column_values, reply_text
+from trl_vlm.data.messages import reply_text
+from trl_vlm.rewards.replies import column_values, row_names
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,12 @@ class SymbolicCorrectness:
             raise ValueError(f"`rule` is {self.rule!r}; choose one of {', '.join(map(repr, _RULES))}.")
 
     def __call__(
-        self, prompts: list, completions: list, answer: Sequence[str | None] | None = None, **columns: Any
+        self,
+        prompts: list,
+        completions: list,
+        answer: Sequence[str | None] | None = None,
+        row_name: Sequence[str] | None = None,
+        **columns: Any,
     ) -> list[float]:
         """The correctness of each reply, between -0.5 and 1.
 
@@ -51,18 +57,19 @@ class SymbolicCorrectness:
                 "for rows without a gold answer). Add it, or leave this reward out."
             )
         score = _RULES[self.rule]
+        names = row_names(row_name, len(completions))
         golds = column_values("answer", answer, len(completions), default=None)
         return [
-            0.0 if gold is None else score(reply_text(completion), _gold_answer(gold, row))
-            for row, (completion, gold) in enumerate(zip(completions, golds, strict=True))
+            0.0 if gold is None else score(reply_text(completion), _gold_answer(gold, name))
+            for completion, gold, name in zip(completions, golds, names, strict=True)
         ]
 
 
-def _gold_answer(gold: Any, row: int) -> str:
+def _gold_answer(gold: Any, name: str) -> str:
     """A gold answer with "Yes." written as "yes" and "(b)" as "B"."""
     if not isinstance(gold, str) or not gold.strip():
         raise TypeError(
-            f'row {row}: the gold `answer` is {gold!r}. Give "yes", "no", an option\'s letter or a text, and None '
+            f'{name}: the gold `answer` is {gold!r}. Give "yes", "no", an option\'s letter or a text, and None '
             "where there is no gold answer."
         )
     text = plain_text(gold)

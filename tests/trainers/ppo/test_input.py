@@ -179,8 +179,8 @@ def trainer(answers, tmp_path_factory):
 @pytest.mark.parametrize(
     "give, message",
     [
-        (lambda replies: [1.0, math.nan], r"the reward function `reward` returned nan for row 1 \(reply"),
-        (lambda replies: [math.inf, 1.0], r"`reward` returned inf for row 0"),
+        (lambda replies: [1.0, math.nan], r"the reward function `reward` returned nan for train row 1 \(reply"),
+        (lambda replies: [math.inf, 1.0], r"`reward` returned inf for train row 0"),
         (lambda replies: [1.0], "`reward` returned 1 values for 2 replies"),
         (lambda replies: [None, 1.0], "1 of 2 replies have no reward: .* for reply 0 of the rollout"),
     ],
@@ -205,15 +205,15 @@ def changed(**columns):
         ({"images": ["no/such/file.png"]}, "train row 1, image 0"),
         (
             {"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]},
-            r"train row 1: its prompt has 2 image placeholders for 1 image\(s\)",
+            r"train row 1: the row has 1 image\(s\), and its prompt has places for 2",
         ),
         (
             {"prompt": [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]},
-            r"train row 1: its prompt has 0 image placeholders for 1 image\(s\)",
+            r"train row 1: the row has 1 image\(s\), and its prompt has places for 0",
         ),
         (
             {"prompt": [{"role": "user", "content": "<image>\nWhat?"}]},
-            "train row 1: the text of its prompt holds '<image>', which stands for an image",
+            "train row 1, column 'prompt': the user's text has a literal <image>, which is read as one more image",
         ),
         ({"image": families.image()}, "train row 1: both 'images' and 'image' are filled"),
     ],

@@ -70,7 +70,7 @@ def clean_text(value: Any, what: str) -> str:
     return text
 
 
-def reply_text(value: Any, what: str = "reply") -> str:
+def clean_reply(value: Any, what: str = "reply") -> str:
     """A reply's text: not empty, and without a literal image placeholder, which would be read as an image."""
     text = clean_text(value, what)
     if IMAGE_MENTION in text:
@@ -119,7 +119,7 @@ def turns(conversation: Any, what: str = "conversations") -> list[Message]:
         if messages and messages[-1]["role"] == role:
             raise BadRecord(f"{what} has one speaker twice in a row", f"turns {len(messages) - 1} and {len(messages)}")
         is_first_question = role == "user" and not any(message["role"] == "user" for message in messages)
-        text = question_text(value) if is_first_question else reply_text(value, f"turn of {what}")
+        text = question_text(value) if is_first_question else clean_reply(value, f"turn of {what}")
         messages.append({"role": role, "content": text})
     return messages
 
@@ -150,7 +150,7 @@ def prompt_row(image: Any, prompt: list[Message], **extra: Any) -> Row:
 
 def preference_row(image: Any, prompt: list[Message], chosen: Any, rejected: Any, **extra: Any) -> Row:
     """A preference row; raises `BadRecord` for an empty reply, for equal replies, and without an image."""
-    chosen, rejected = reply_text(chosen, "chosen reply"), reply_text(rejected, "rejected reply")
+    chosen, rejected = clean_reply(chosen, "chosen reply"), clean_reply(rejected, "rejected reply")
     if chosen == rejected:
         raise BadRecord("chosen and rejected are the same", repr(chosen[:60]))
     row = prompt_row(image, prompt)

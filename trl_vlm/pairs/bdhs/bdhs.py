@@ -12,8 +12,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from trl_vlm.data.encoding import encode
+from trl_vlm.data.errors import RowError
 from trl_vlm.data.images import MAX_IMAGE_PIXELS
-from trl_vlm.data.rows import Row
+from trl_vlm.data.rows import Row, name_of
 from trl_vlm.models.continuation.continuations import Continuations, Job
 from trl_vlm.models.image_tokens import image_token_mask
 from trl_vlm.models.masked_images import draw_hidden
@@ -23,7 +24,7 @@ from trl_vlm.pairs.draws import Draws, GumbelSampler
 from trl_vlm.pairs.noise import Overflow, check_noise, distorted_images
 from trl_vlm.pairs.reply_tokens import ReplyTokens, added_text
 from trl_vlm.pairs.samples import EMPTY_SAMPLE, SAME_AS_REFERENCE, check_sampling, preference_row
-from trl_vlm.pairs.source import Policy, images_of, reference_reply, row_draws, row_key
+from trl_vlm.pairs.source import Policy, images_of, reference_reply, row_draws
 
 
 @dataclass(eq=False)
@@ -138,10 +139,10 @@ class BDHS:
         return pairs
 
     def _reference(self, row: Row, index: int, policy: Policy, round: int) -> "_Reference":
-        name = row_key(row, index)
+        name = name_of(row, index)
         images = images_of(row, name, self.max_image_pixels)
         if not images:
-            raise ValueError(
+            raise RowError(
                 f"{name}: it has no image, and BDHS hides images from the model. Drop rows without images, or take "
                 "their pairs from another source."
             )

@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from transformers import TrainerCallback
 
-from trl_vlm.data.named_rows import NamedRows, check_rows
+from trl_vlm.data.named_rows import check_rows, named_rows
 from trl_vlm.data.rows import Row
 from trl_vlm.pairs.source import PairSource
 from trl_vlm.trainers.dpo.fresh_pairs import (
@@ -105,10 +105,10 @@ class PairSourceCallback(TrainerCallback):
         _check_trainer(trainer, every_steps)
         refuse_virtual_tokens(trainer.model)
         dataset = trainer.train_dataset
-        check_rows(dataset, required=["prompt"], name="train")
+        check_rows(dataset, "ppo", name="train")
         self.source, self.trainer, self.every_steps = source, trainer, every_steps
         self.batch_size = batch_size or trainer.args.per_device_train_batch_size
-        self.rows = NamedRows(dataset, "train")
+        self.rows = named_rows(dataset, "train")
         self.extra = extra_replies(dataset)
         self.has_own = {"chosen", "rejected"} <= set(dataset.column_names)
         self.refreshed = trainer.train_dataset = RefreshedRows(dataset)

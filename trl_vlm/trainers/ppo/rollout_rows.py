@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import ProcessorMixin, Trainer
+from transformers import Trainer
 
+from trl_vlm.data.faults import IMAGE_COLUMNS
 from trl_vlm.data.images import load_image
-from trl_vlm.data.messages import message_text
+from trl_vlm.data.messages import without_empty_keys
 from trl_vlm.data.named_rows import check_rows, named_rows
-from trl_vlm.data.rows import ROW_NAME, row_images
-from trl_vlm.models.image_tokens import image_token_id
+from trl_vlm.data.rows import ROW_NAME, check_row, name_of, row_images
+from trl_vlm.models.image_tokens import image_tokens
 
 Rows = Dataset | IterableDataset
 # What a forward pass needs beside token ids, under the names that TRL gives them in a rollout.
@@ -30,22 +31,28 @@ IMAGE_INPUTS = (
 _PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
 
-def check_rollout_rows(dataset: Rows | dict[str, Rows] | None, name: str) -> None:
+def check_rollout_rows(dataset: Rows | dict[str, Rows] | None, name: str, processor: Any = None) -> None:
     """Check that every row has a prompt and keeps the row contract; TRL says what is wrong with other types.
 
+    Args:
+        dataset: The rows, or several datasets by name.
+        name: What it is called in errors.
+        processor: The policy's, which knows what stands for an image in a text.
+
     Raises:
-        ValueError, TypeError: a column is missing, a row breaks the contract, or there is no row.
+        ValueError: A column is missing, a row breaks the contract, or there is no row.
     """
     for key, rows in dataset.items() if isinstance(dataset, dict) else [(name, dataset)]:
         if isinstance(rows, Dataset | IterableDataset):
-            check_rows(rows, required=["prompt"], name=key)
+            check_rows(rows, "ppo", name=key, image_tokens=image_tokens(processor))
 
 
 def rollout_rows(dataset: Any, name: str) -> Any:
     """The dataset with named rows and images that are decoded where a rollout needs them."""
     if isinstance(dataset, dict):
         return {key: rollout_rows(rows, key) for key, rows in dataset.items()}
-    return dataset if dataset is None else named_rows(dataset, name)
+    # Whatever other images a row has are for the reward functions, decoded.
+    return dataset if dataset is None else named_rows(dataset, name, undecoded_columns=IMAGE_COLUMNS)
 
 
 def check_enough_rows(dataset: Any, prompts: int) -> None:
@@ -66,29 +73,26 @@ def prepared_rows(rows: Sequence[dict[str, Any]], processor: Any) -> list[dict[s
     """The rows of a rollout as TRL takes them: images decoded, as many as the prompt has places for.
 
     Args:
-        rows: what the data loader hands over.
-        processor: the policy's processor or tokenizer.
+        rows: What the data loader hands over.
+        processor: The policy's processor or tokenizer.
 
     Raises:
-        ValueError: naming the row.
+        RowError: Naming the row.
     """
-    token = None
-    if isinstance(processor, ProcessorMixin):
-        token = processor.tokenizer.convert_ids_to_tokens(image_token_id(processor))
-    return [_prepared_row(row, token) for row in rows]
+    tokens = image_tokens(processor)
+    return [_prepared_row(row, index, tokens) for index, row in enumerate(rows)]
 
 
-def _prepared_row(row: dict[str, Any], image_token: str | None) -> dict[str, Any]:
-    row = dict(row)
-    name = row.pop(ROW_NAME, "a row")
-    if isinstance(row.get("prompt"), list):
-        row["prompt"] = [_without_empty_keys(message) for message in row["prompt"]]
-    if "image" not in row and "images" not in row:
-        return row
-    images = row_images(row, name)
-    row.pop("image", None)
-    row["images"] = [load_image(image, name=f"{name}, image {index}") for index, image in enumerate(images)]
-    _check_places(row["prompt"], len(images), image_token, name)
+def _prepared_row(row: dict[str, Any], index: int, tokens: Sequence[str]) -> dict[str, Any]:
+    row, name = dict(row), name_of(row, index, " of the rollout")
+    row[ROW_NAME] = name  # for the reward functions
+    check_row(row, "ppo", name=name, image_tokens=tokens)
+    if isinstance(row["prompt"], list):
+        row["prompt"] = without_empty_keys(row["prompt"])
+    if "image" in row or "images" in row:
+        images = row_images(row, name)
+        row.pop("image", None)
+        row["images"] = [load_image(image, name=f"{name}, image {number}") for number, image in enumerate(images)]
     return row
 
 
@@ -110,32 +114,6 @@ def refuse_mixed_rows(rows: Sequence[dict[str, Any]], trainer: Trainer) -> None:
         raise RuntimeError(
             f"{with_images} of the {every} rows of a rollout have images. Under DeepSpeed and FSDP all processes must "
             "run the vision tower together. Train on rows with and without images in separate runs, or under DDP."
-        )
-
-
-def _without_empty_keys(message: dict[str, Any]) -> dict[str, Any]:
-    """Arrow gives every part of a message the keys of all parts; TRL takes `image: None` for an image."""
-    if not isinstance(message.get("content"), list):
-        return message
-    parts = [{key: value for key, value in part.items() if value is not None} for part in message["content"]]
-    return {**message, "content": parts}
-
-
-def _check_places(prompt: Sequence[dict[str, Any]], images: int, image_token: str | None, name: str) -> None:
-    """Images go to the places that the messages name; where none does, TRL puts them before the first user turn."""
-    parts = [part for message in prompt if isinstance(message["content"], list) for part in message["content"]]
-    places = sum(part.get("type") == "image" and "image" not in part for part in parts)
-    # A user turn that is a string takes all the images.
-    takes_all = any(message["role"] == "user" and isinstance(message["content"], str) for message in prompt)
-    if places != images and not (takes_all and places == 0):
-        raise ValueError(
-            f"{name}: its prompt has {places} image placeholders for {images} image(s). Write one "
-            "{'type': 'image'} per image, or write the content as a string: images then go before the text."
-        )
-    if image_token is not None and any(image_token in message_text(message) for message in prompt):
-        raise ValueError(
-            f"{name}: the text of its prompt holds {image_token!r}, which stands for an image. Remove it from the "
-            "text: images go before the first user turn, or where a part {'type': 'image'} stands."
         )
 
 

@@ -122,7 +122,7 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
         processing_class = complete_processor(
             processing_class, model, args, padding_side="left", truncation_side="left"
         )
-        self._check_input(model, args, train_dataset, eval_dataset)
+        self._check_input(model, args, train_dataset, eval_dataset, processing_class)
         ref_model = own_reference(model, ref_model, peft_config, args)
         if ref_model is not None:
             args.beta = 0.0  # GRPOTrainer would make another one
@@ -167,10 +167,11 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
         args: PPOConfig,
         train_dataset: Rows | None,
         eval_dataset: Rows | dict[str, Rows] | None,
+        processor: Processor | None,
     ) -> None:
         """Stop before anything is loaded; and take the critic of an earlier run off a model in memory."""
-        check_rollout_rows(train_dataset, "train")
-        check_rollout_rows(eval_dataset, "eval")
+        check_rollout_rows(train_dataset, "train", processor)
+        check_rollout_rows(eval_dataset, "eval", processor)
         check_enough_rows(train_dataset, args.generation_batch_size // args.num_generations)
         if isinstance(model, nn.Module):
             refuse_several_devices(model)

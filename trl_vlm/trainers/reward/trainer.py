@@ -23,8 +23,9 @@ from transformers import (
 
 from trl_vlm.data.facts import JudgeTemplate
 from trl_vlm.data.named_rows import NamedRows, check_rows, named_rows
-from trl_vlm.data.rows import IMAGE_COLUMNS, ROW_NAME
+from trl_vlm.data.rows import IMAGE_COLUMNS, PURPOSES, ROW_NAME
 from trl_vlm.maths.losses import mean_reward_penalty
+from trl_vlm.models.image_tokens import image_tokens
 from trl_vlm.models.prefix_sharing.sharing import share_prefix
 from trl_vlm.trainers import _trl  # noqa: F401  says at import which name a TRL lacks
 from trl_vlm.trainers.adapters import classifier_adapter, complete_peft_config
@@ -48,7 +49,6 @@ from trl_vlm.trainers.reward.setup import (
 logger = logging.getLogger(__name__)
 
 TEXT_MAX_LENGTH = trl.RewardConfig.max_length
-COLUMNS = ["prompt", "chosen", "rejected", "facts", "margin", *IMAGE_COLUMNS, ROW_NAME]
 
 
 class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
@@ -133,6 +133,7 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
         self.judge_template = resolve_judge_template(model, args, judge_template)
         processor = complete_processor(processing_class, model, args)
         set_chat_template(processor, args)
+        self._processor = processor
         self._reward_collator = data_collator or make_collator(processor, self.judge_template, args)
         self._init_with_images(model, processor, quantization_config, peft_config, kwargs)
         self._share_prefixes(own_collator=data_collator is not None)
@@ -187,7 +188,8 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if ROW_NAME in (dataset.column_names or ()):
             return dataset  # `evaluate` prepares again what `__init__` has prepared
-        check_rows(dataset, ("chosen", "rejected"), name=dataset_name)
+        tokens = image_tokens(self._processor)
+        check_rows(dataset, "reward", name=dataset_name, image_tokens=tokens, with_images=True)
         dataset = named_rows(dataset, dataset_name)
         return self._without_long_rows(dataset) if args.drop_too_long_rows else dataset
 
@@ -216,7 +218,7 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
         if self.judge_template is None:
             super()._set_signature_columns_if_needed()
         elif self._signature_columns is None:
-            self._signature_columns = list(COLUMNS)
+            self._signature_columns = [*PURPOSES["reward"].reads, *IMAGE_COLUMNS, ROW_NAME]
 
     def compute_loss(
         self,

@@ -13,8 +13,8 @@ from trl import GRPOConfig, GRPOTrainer
 from tests import families
 from tests.trainers.ppo.helpers import count_letters, rollout, rows, settings
 from trl_vlm import PPOTrainer
+from trl_vlm.models.families import IMAGE_INPUTS, TOKEN_TYPES
 from trl_vlm.trainers import _trl
-from trl_vlm.trainers.ppo.rollout_rows import IMAGE_INPUTS
 
 
 def parameters(function):
@@ -43,7 +43,9 @@ def test_every_image_input_of_trls_log_probability_pass_is_handed_on():
     """A family whose new input we would drop would read its images wrongly."""
     known = {"self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"}
     known |= {"compute_entropy", "compute_aux_loss"}
-    assert set(parameters(GRPOTrainer._get_per_token_logps_and_entropies)) - known == set(IMAGE_INPUTS)
+    assert set(parameters(GRPOTrainer._get_per_token_logps_and_entropies)) - known == {*IMAGE_INPUTS, *TOKEN_TYPES} - {
+        "batch_num_images"
+    }
 
 
 @pytest.fixture(scope="module")

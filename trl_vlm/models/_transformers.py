@@ -93,6 +93,18 @@ def borrow_key_names(model_class: type[PreTrainedModel], config_class: type[PreT
     register_checkpoint_conversion_mapping(model_class.__name__, mapping or [], overwrite=True)
 
 
+def borrow_implementations(model_class: type[PreTrainedModel], backbone: type[PreTrainedModel]) -> None:
+    """Let `model_class` take the attention and experts implementations that its family's backbone takes.
+
+    transformers finds out whether a class takes them by searching the source file that the class is defined in, which
+    for a class from outside is the wrong one: a mixture of experts then refuses the implementation that its own
+    configuration names ("does not support setting experts implementation").
+    Delete when a class inherits the answer from its family.
+    """
+    model_class._can_set_attn_implementation_cached_value = backbone._can_set_attn_implementation()
+    model_class._can_set_experts_implementation_cached_value = backbone._can_set_experts_implementation()
+
+
 class _LazyClassifiers(dict):
     """What `AutoModelForSequenceClassification` knows besides transformers' table: any VLM, made on demand."""
 

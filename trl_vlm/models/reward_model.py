@@ -57,10 +57,11 @@ class RewardModel(PreTrainedModel):
     # The generative head of the checkpoint that a reward model starts from.
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: PreTrainedConfig, backbone: PreTrainedModel | None = None):
+        """Make a model of `config`, or put a head on `backbone`, whose configuration it is."""
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.model = AutoModel.from_config(config)
+        self.model = AutoModel.from_config(config) if backbone is None else backbone
         self.score = ScoreHead(config.get_text_config().hidden_size, self.num_labels, bias=False)
         self.post_init()
 
@@ -149,6 +150,7 @@ def _class_for(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     made = type(name, (RewardModel, family), {"__module__": __name__, "config_class": config_class})
     setattr(sys.modules[__name__], name, made)  # so that pickle finds it
     _transformers.borrow_key_names(made, config_class)
+    _transformers.borrow_implementations(made, backbone)
     return made
 
 

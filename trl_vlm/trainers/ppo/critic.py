@@ -9,6 +9,7 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl_vlm.models._transformers import hub_arguments
@@ -125,10 +126,9 @@ def classifier_around(backbone: PreTrainedModel) -> PreTrainedModel:
     """The sequence classifier of a backbone's family that holds this backbone, under a head of zeros in float32."""
     config = backbone.config
     config.num_labels = 1
-    with torch.device("meta"):  # its own weights are not needed
-        classifier = reward_model_class(config)(config)
-    setattr(classifier, classifier.base_model_prefix, backbone)
-    classifier.score = classifier.score.to_empty(device=backbone.device).float()
+    with no_init_weights():  # the backbone has its weights
+        classifier = reward_model_class(config)(config, backbone=backbone)
+    classifier.score.to(backbone.device, torch.float)
     zero_head_(classifier)
     return classifier
 

@@ -1,6 +1,6 @@
 """What PPO does to datasets and images before TRL sees them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,20 +15,6 @@ from trl_vlm.data.rows import ROW_NAME, check_row, name_of, row_images
 from trl_vlm.models.image_tokens import image_tokens
 
 Rows = Dataset | IterableDataset
-# What a forward pass needs beside token ids, under the names that TRL gives them in a rollout.
-IMAGE_INPUTS = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
-)
-_PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
 
 def check_rollout_rows(dataset: Rows | dict[str, Rows] | None, name: str, processor: Any = None) -> None:
@@ -115,19 +101,3 @@ def refuse_mixed_rows(rows: Sequence[dict[str, Any]], trainer: Trainer) -> None:
             f"{with_images} of the {every} rows of a rollout have images. Under DeepSpeed and FSDP all processes must "
             "run the vision tower together. Train on rows with and without images in separate runs, or under DDP."
         )
-
-
-def without_empty_images(model: Callable[..., Any]) -> Callable[..., Any]:
-    """`model`, called without image inputs where none of the rows that TRL hands it has an image.
-
-    A mini-batch of text-only rows comes with the zero images that are its share of the rollout's, or (Idefics3,
-    SmolVLM) with one image of nothing but padding for each row; models fail at both.
-    """
-
-    def forward(**inputs: Any) -> Any:
-        pixels, padding = inputs.get("pixel_values"), inputs.get("pixel_attention_mask")
-        if pixels is not None and (len(pixels) == 0 or (padding is not None and not padding.any())):
-            inputs = {key: v for key, v in inputs.items() if key not in IMAGE_INPUTS or key in _PER_TOKEN}
-        return model(**inputs)
-
-    return forward

@@ -33,15 +33,14 @@ from trl_vlm.trainers.ppo.joint_forward import (
 from trl_vlm.trainers.ppo.metrics import rollout_metrics, rollout_sums
 from trl_vlm.trainers.ppo.reference import own_reference, prepared_reference
 from trl_vlm.trainers.ppo.rewards import RewardFunction, load_options_of_rewards, reward_functions
+from trl_vlm.trainers.ppo.rollout_images import entries_per_row, family_inputs, model_inputs, reading_images
 from trl_vlm.trainers.ppo.rollout_rows import (
-    IMAGE_INPUTS,
     Rows,
     check_enough_rows,
     check_rollout_rows,
     prepared_rows,
     refuse_mixed_rows,
     rollout_rows,
-    without_empty_images,
 )
 from trl_vlm.trainers.preparation import (
     PreparedTrainer,
@@ -244,25 +243,18 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
             images = [row or [] for row in images]
         return prompt_ids, images, multimodal_fields
 
-    def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, *args, token_type_ids=None, **kwargs
-    ):
-        if token_type_ids is not None and self.model.config.model_type == "paligemma":
-            # TRL gives replies type 0, which PaliGemma reads as the prompt and attends to in both directions: every
-            # token would see the ones after it. Delete when trl.GRPOTrainer gives PaliGemma's replies type 1.
-            token_type_ids = token_type_ids.clone()
-            token_type_ids[:, -logits_to_keep:] = 1
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        kwargs = family_inputs(self.model.config, kwargs, logits_to_keep)
+        model = reading_images(model, self.model.config, kwargs.get("num_images"))
         return super()._get_per_token_logps_and_entropies(
-            without_empty_images(model),
-            *(input_ids, attention_mask, logits_to_keep, *args),
-            token_type_ids=token_type_ids,
-            **kwargs,
+            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
 
     def _generate_and_score_completions(self, inputs):
         rows = prepared_rows(inputs, self.processing_class)
         refuse_mixed_rows(rows, self)
         batch = super()._generate_and_score_completions(rows)
+        batch |= entries_per_row(batch)
         if self.args.freeze_vision_tower:
             # To compute the reference, PEFT switches adapters off and on again, and that makes all of them trainable.
             freeze_vision_tower(self.model)
@@ -285,7 +277,7 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
             batch["completion_ids"].shape[1],
             batch_size=batch_size,
-            **{name: batch[name] for name in IMAGE_INPUTS if name in batch},
+            **model_inputs(batch),
         )
         return logps
 

@@ -1,0 +1,75 @@
+"""What TRL's pass over a rollout does not know about the images of some families."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from trl_vlm.models.families import IMAGE_INPUTS, TOKEN_TYPES, family_of
+
+
+def family_inputs(config: PreTrainedConfig, inputs: dict[str, Any], reply_tokens: int) -> dict[str, Any]:
+    """The keyword arguments of TRL's log-probability pass as the model's family needs them.
+
+    Args:
+        config: Of the policy.
+        inputs: The arguments; not modified.
+        reply_tokens: How many columns belong to replies.
+    """
+    family, inputs = family_of(config), dict(inputs)
+    # What the processor says about a whole rollout; `reading_images` says it about each part.
+    inputs.pop("batch_num_images", None)
+    token_types = inputs.get("token_type_ids")
+    if token_types is not None and family.reply_type:
+        # TRL gives replies type 0, which PaliGemma reads as the prompt and attends to in both directions: every token
+        # would see the ones after it. Delete when trl.GRPOTrainer gives PaliGemma's replies type 1.
+        inputs["token_type_ids"] = token_types.clone()
+        inputs["token_type_ids"][:, -reply_tokens:] = family.reply_type
+    return inputs | entries_per_row(inputs)
+
+
+def entries_per_row(batch: dict[str, Any]) -> dict[str, list[int]]:
+    """`num_images` where pixels come once per row, padded to the most images of a row (Idefics3, SmolVLM): 1 for each.
+
+    TRL takes pixels for one entry per image where their number equals the sum of `num_images`, which rows with
+    2, 2, 0 and 0 images also have, and then gives rows the images of others. Delete when
+    `split_pixel_values_by_grid` tells the two layouts apart.
+    """
+    by_row = batch.get("pixel_attention_mask") is not None and batch.get("spatial_shapes") is None
+    return {"num_images": [1] * len(batch["pixel_values"])} if by_row else {}
+
+
+def reading_images(
+    model: Callable[..., Any], config: PreTrainedConfig, num_images: Sequence[int] | None
+) -> Callable[..., Any]:
+    """`model`, called with what it must be told about images, and without image inputs where no row has an image.
+
+    A mini-batch of text-only rows comes with the zero images that are its share of the rollout's, or (Idefics3,
+    SmolVLM) with one image of nothing but padding for each row; models fail at both.
+
+    Args:
+        model: Called with one part of the rows after the other.
+        config: Of the policy.
+        num_images: Of each row.
+    """
+    remaining = list(num_images or ())
+
+    def forward(**inputs: Any) -> Any:
+        pixels, padding = inputs.get("pixel_values"), inputs.get("pixel_attention_mask")
+        rows = len(inputs["input_ids"])
+        counts = [count for count in remaining[:rows] if count]
+        del remaining[:rows]
+        if pixels is not None and (len(pixels) == 0 or (padding is not None and not padding.any())):
+            inputs = {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
+        elif pixels is not None and family_of(config).needs_image_counts:
+            inputs["batch_num_images"] = torch.tensor(counts, device=pixels.device)
+        return model(**inputs)
+
+    return forward
+
+
+def model_inputs(batch: dict[str, Any]) -> dict[str, Tensor | list[int]]:
+    """What TRL's log-probability pass needs of a rollout beside token ids."""
+    return {name: batch[name] for name in (*IMAGE_INPUTS, *TOKEN_TYPES) if name in batch}

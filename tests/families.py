@@ -72,7 +72,7 @@ def saved(family: str, seed: int = 0, sharp: float = 1.0, width: int = 32) -> Pa
 
 def load_processor(family_or_folder: str | Path) -> ProcessorMixin:
     """The processor of a family by name, or of a folder."""
-    folder = saved(family_or_folder) if str(family_or_folder) in FAMILIES else family_or_folder
+    folder = family_or_folder if Path(family_or_folder).exists() else saved(str(family_or_folder))
     return processors.load_processor(folder)
 
 

@@ -113,7 +113,7 @@ def test_paligemma_takes_the_plain_path_and_says_why_once(tmp_path, caplog):
     trainer = make(tmp_path, "paligemma")
     messages = [record.getMessage() for record in caplog.records if "computed once per reply" in record.getMessage()]
     assert len(messages) == 1
-    assert "PaliGemma reads a conversation that was encoded as a whole" in messages[0]
+    assert "paligemma reads a conversation that was encoded as a whole" in messages[0]
     assert trainer.data_collator is trainer._reward_collator
 
 

@@ -142,7 +142,7 @@ def share_pairs(batch: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[s
 
     Args:
         batch: `input_ids` and `attention_mask` (2P, T), right padded, and the pixels, with what belongs to them, of
-            the chosen rows and then, the same, of the rejected ones.
+            the chosen rows and then, the same, of the rejected ones; nothing else.
         config: of the model that reads it.
 
     Raises:

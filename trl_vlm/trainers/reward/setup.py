@@ -122,7 +122,9 @@ class SharingCollator:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """The batch of `rows`, with the key `SHARED_PREFIX`."""
-        return share_pairs(self.collate(rows), self.config)
+        batch = self.collate(rows)
+        margin = batch.pop("margin")
+        return {"margin": margin, **share_pairs(batch, self.config)}
 
 
 def float_head(model: nn.Module, is_new: bool) -> None:

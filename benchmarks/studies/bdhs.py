@@ -62,7 +62,7 @@ def sources(study: Study) -> dict[str, Callable[[], Any]]:
     options = study.options
     gate = object_overlap if study.on_testbed else options.encoder
     common = {"max_new_tokens": options.max_completion_length, "seed": options.seed}
-    mask = {"mask_share": options.mask_share, **common}
+    mask = {"mask_ratio": options.mask_share, **common}
     return {
         "self": lambda: SelfSamples(**common),
         "noise": lambda: BDHS(gate, mask_ratio=0.0, noise_steps=options.noise_steps, **common),

@@ -1,4 +1,4 @@
-"""The pair sources by name; a name is also the command `trl-vlm pairs NAME` and the value of `pair_source`.
+"""The pair sources by name; a name is also the method of `trl-vlm pairs` and the value of `pair_source`.
 
 A new source is one file, and one line here.
 """

@@ -90,7 +90,7 @@ def finder_of(record: Record) -> ObjectFinder:
 
 
 def images_with_objects(data: Path, folder: str) -> list[dict[str, Any]]:
-    """The rows that `trl-vlm convert --from coco-objects` writes, with `objects`, `facts` (captions), `image_id`."""
+    """Rows with `images`, `objects` and `image_id`, and perhaps `facts` (captions), made of COCO's annotations."""
     path = need_file(data, folder, OBJECTS)
     paths = [path] if path.parent.name != "coco_objects" else sorted(path.parent.glob("*.parquet"))
     return [record for each in paths for record in records_of(each, ("images", "objects", "image_id"))]

@@ -37,7 +37,7 @@ def score(records: Sequence[Record]) -> Scores:
 CHAIR = Benchmark(
     name="chair",
     title="objects that captions invent, found by words",
-    source="https://cocodataset.org (annotations of train and val2014), by `trl-vlm convert --from coco-objects`",
+    source="https://cocodataset.org (annotations of train and val2014), as rows with `images`, `objects`, `image_id`",
     licence="CC-BY-4.0 annotations; images under Flickr's terms",
     size="as many images of val2014 as are given; papers take 500 or 5,000",
     files="chair/coco_objects.jsonl and val2014/; chair/synonyms.txt to use the published table",

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 
-.PHONY: install demo test check format
+.PHONY: install demo test quick check format
 
 install: $(VENV)/.installed
 
@@ -17,7 +17,11 @@ demo: install
 	PATH=$(BIN):$$PATH accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no examples/fact_rlhf.py
 
 test: install
-	PATH=$(BIN):$$PATH OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
+	PATH=$(BIN):$$PATH OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --durations=15
+
+# For whoever changes one thing: two model families, one process, nothing that trains for long.
+quick: install
+	PATH=$(BIN):$$PATH OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --families quick -m "not slow and not distributed"
 
 check: install
 	$(BIN)/ruff check .

@@ -77,7 +77,9 @@ def test_simpo_on_dense_scores_by_hand(gamma, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"peft_config": lora()}, {"data": lambda: with_extra(rows(), OTHER, THIRD)}], ids=str
+    "options",
+    [{}, {"peft_config": lora()}, {"data": lambda: with_extra(rows(), OTHER, THIRD)}],
+    ids=["full", "lora", "extra replies"],
 )
 def test_sharing_changes_no_reference_free_loss(options, tmp_path):
     options = SIMPO | {name: value() if callable(value) else value for name, value in options.items()}

@@ -169,12 +169,3 @@ def test_quoted_errors_are_those_of_the_code():
     assert len(messages) > 30
     unknown = [message for message in messages if not any(quotes(message, text) for text in string_templates())]
     assert not unknown, f"docs/troubleshooting.md quotes what no line of the package says: {unknown}"
-
-
-def test_the_readme_has_two_setup_commands():
-    block = re.search(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    commands = [line.split("#")[0].strip() for line in block.group(1).splitlines()]
-    assert commands == ["make demo", "make test"]
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert {"demo", "test"} <= set(targets)
-    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ COMMANDS = {
     "convert": ("convert", "convert a public dataset to rows that the trainers read"),
     "check": ("check", "check a dataset row by row; exit code 1 if anything is wrong"),
     "pairs": ("pairs", "make preference pairs with a model"),
+    "evaluate": ("evaluate", "measure models on benchmarks"),
 }
 
 

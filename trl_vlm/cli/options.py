@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from argparse import SUPPRESS
 from collections.abc import Mapping
@@ -51,6 +52,25 @@ def source_of(options: argparse.Namespace, location: str) -> "Source":
         revision=options.revision,
         data_files=options.data_files,
     )
+
+
+def join_processes() -> None:
+    """Joins the processes that a launcher started.
+
+    Raises:
+        ValueError: Accelerate knows of fewer than there are.
+    """
+    import torch
+    from accelerate import PartialState
+
+    # Without `cpu`, accelerate overlooks them on a machine without GPU.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != state.num_processes:
+        raise ValueError(
+            f"The launcher started {started} processes, and accelerate knows of {state.num_processes}: each would do "
+            "all of the work. Start them with `accelerate launch`, or with torchrun."
+        )
 
 
 def positive(text: str) -> int:

@@ -4,7 +4,6 @@ The methods are the sources of `trl_vlm.pairs.registry`, and their options the f
 """
 
 import argparse
-import os
 from argparse import SUPPRESS
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from trl_vlm.cli.options import (
     add_input,
     add_output,
     add_source,
+    join_processes,
     positive,
     source_of,
     write,
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
     from trl_vlm.models.generation import generating
     from trl_vlm.pairs.writer import PairWriter
 
-    _check_processes()
+    join_processes()
     kind = source_class(options.method)
     source = made_of(kind, options)
     policy = load_policy(options.model, options.dtype) if kind.needs_policy else None
@@ -122,21 +122,6 @@ def settings(options: argparse.Namespace) -> dict[str, object]:
     common = {name: getattr(options, name, None) for name in names}
     values = {**common, **dict(settings_of(source_class(options.method), options))}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _check_processes() -> None:
-    """Joins the processes that a launcher started."""
-    import torch
-    from accelerate import PartialState
-
-    # Without `cpu`, accelerate overlooks them on a machine without GPU.
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != state.num_processes:
-        raise ValueError(
-            f"The launcher started {started} processes, and accelerate knows of {state.num_processes}: each would "
-            "make all pairs. Start them with `accelerate launch`, or with torchrun."
-        )
 
 
 def load_policy(path: str, dtype: str) -> "Policy":

@@ -8,9 +8,12 @@ from trl_vlm.evaluation.objects.finder import Mention, ObjectFinder
 from trl_vlm.evaluation.pope import PopeScores, answers_from_logits, pope
 from trl_vlm.evaluation.replies import generate_replies
 from trl_vlm.evaluation.report import Report, markdown_report, write_report
+from trl_vlm.evaluation.results import Result, markdown_results, write_results
 from trl_vlm.evaluation.rows import check_scorable_rows, score_rows
+from trl_vlm.evaluation.run import JudgeSource, RunSettings, run_benchmarks
 from trl_vlm.evaluation.scoring import Judging
 from trl_vlm.evaluation.statistics import Difference, Interval, differences, intervals
+from trl_vlm.evaluation.subjects import Subject
 
 __all__ = [
     "Arm",
@@ -19,6 +22,7 @@ __all__ = [
     "ChairScores",
     "Difference",
     "Interval",
+    "JudgeSource",
     "Judging",
     "METRICS",
     "Mention",
@@ -29,7 +33,10 @@ __all__ = [
     "Ratio",
     "Record",
     "Report",
+    "Result",
+    "RunSettings",
     "Scores",
+    "Subject",
     "answers_from_logits",
     "chair",
     "check_scorable_rows",
@@ -38,8 +45,11 @@ __all__ = [
     "generate_replies",
     "intervals",
     "markdown_report",
+    "markdown_results",
     "pope",
+    "run_benchmarks",
     "score_rows",
     "split_metrics",
     "write_report",
+    "write_results",
 ]

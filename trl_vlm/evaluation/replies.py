@@ -1,14 +1,21 @@
-"""Replies of any vision-language model to rows with prompts and images."""
+"""Replies of any vision-language model to rows with prompts and images, and to the questions of a benchmark."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from accelerate import PartialState
+from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
 from trl_vlm.data.encoding import prompt_batches
+from trl_vlm.data.images import load_image
+from trl_vlm.evaluation.benchmark import Question
+from trl_vlm.evaluation.tasks import Task
 from trl_vlm.models.generation import Policy, generated
+from trl_vlm.models.loading import load_generative_model, load_generative_processor
+from trl_vlm.models.unsharded import unsharded_loading
 
 
 def generate_replies(
@@ -46,3 +53,57 @@ def generate_replies(
         seed=seed,
     )
     return [reply.text for reply in replies]
+
+
+def load_policy(path: str, dtype: str) -> Policy:
+    """The model of a folder or hub id (all weights or an adapter) on this process's device, and its processor."""
+    with unsharded_loading():
+        model = load_generative_model(path, dtype=dtype)
+    return Policy(model.to(PartialState().device).eval(), load_generative_processor(path))
+
+
+def replies_to(
+    policy: Policy, task: Task, questions: Sequence[Question], *, synced_gpus: bool | None = None
+) -> list[tuple[str, bool]]:
+    """Greedy replies to the questions as one batch, and whether each ended by itself."""
+    names = [f"{task.benchmark.name}, question {question.id}" for question in questions]
+    rows = [task.row(question) for question in questions]
+    batches = prompt_batches(policy.processor, rows, batch_size=len(rows), names=names)
+    replies = generated(policy, batches, max_new_tokens=task.max_new_tokens, synced_gpus=synced_gpus)
+    return [(reply.text, reply.is_finished) for reply in replies]
+
+
+def shared_out(questions: Sequence[Question], batch_size: int) -> Iterator[list[Question]]:
+    """This process's batches, of questions of like size, the largest first: memory runs out at once or never."""
+    state = PartialState()
+    sizes: dict[str, int] = {}
+    ordered = sorted(questions, key=lambda question: (-_pixels(question, sizes), -len(question.text), question.id))
+    starts = range(0, len(ordered), batch_size)
+    for start in starts[state.process_index :: state.num_processes]:
+        yield ordered[start : start + batch_size]
+
+
+def _pixels(question: Question, known: dict[str, int]) -> int:
+    """Pixels of a question's images; the header of a file is read once."""
+    total = 0
+    for place, value in enumerate(question.images):
+        key = value if isinstance(value, str) else ""
+        if key and key in known:
+            total += known[key]
+            continue
+        name = f"question {question.id}, image {place}"
+        size = _header_size(value) or load_image(value, name=name).size
+        total += size[0] * size[1]
+        if key:
+            known[key] = size[0] * size[1]
+    return total
+
+
+def _header_size(value: Any) -> tuple[int, int] | None:
+    if not isinstance(value, str):
+        return None
+    try:
+        with Image.open(value) as image:
+            return image.size
+    except (OSError, SyntaxError):  # `load_image` names what is wrong
+        return None

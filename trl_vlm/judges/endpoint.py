@@ -122,6 +122,7 @@ class EndpointChat:
         self.cache = AnswerCache(cache) if cache is not None else None
         self.image_side = image_side
         self.requests_sent = 0
+        self.served: set[str] = set()  # what the endpoint calls the model that answers
         self._has_answered = False
         self._lock = threading.Lock()
         self._client = InferenceClient(base_url=base_url, api_key=key, timeout=timeout_seconds)
@@ -199,6 +200,8 @@ class EndpointChat:
             return _Failure("the answer had another form", "an answer without `choices[0].message.content`")
         if text is not None and not isinstance(text, str):
             return _Failure("the answer had another form", "an answer whose content is no text")
+        if isinstance(output.model, str) and output.model:
+            self.served.add(output.model)
         return answer(text) if is_whole else Answer(None, CUT_OFF)
 
     def _refusal(self, error: HfHubHTTPError) -> _Failure:

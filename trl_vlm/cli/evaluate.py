@@ -1,0 +1,184 @@
+"""`trl-vlm evaluate`: models on benchmarks, with intervals and paired differences."""
+
+import argparse
+import json
+from argparse import SUPPRESS
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trl_vlm.cli.options import CommandFailed, join_processes, positive, write
+from trl_vlm.cli.parsing import CommandParser, add_fields, made_of
+from trl_vlm.judges.options import ChatOptions
+
+if TYPE_CHECKING:
+    from trl_vlm.evaluation.benchmark import Benchmark
+    from trl_vlm.evaluation.run import JudgeSource, RunSettings
+
+PROBE = 'Write the word "ready" and nothing else.'
+
+
+@dataclass(kw_only=True)
+class ScoringJudge(ChatOptions):
+    """Which model judges, for the benchmarks that need one."""
+
+    judge_model: str | None = field(
+        default=None,
+        metadata={"help": "Model that judges: a folder or hub id, or its name at the endpoint."},
+    )
+
+
+def add(command: CommandParser) -> None:
+    """Adds the options of `trl-vlm evaluate`."""
+    command.add_argument(
+        "model",
+        nargs="?",
+        help="folder or hub id (all weights, or a PEFT adapter), or a file of replies (.jsonl, .json, .parquet)",
+    )
+    command.add_argument(
+        "--baseline", nargs="+", action="extend", default=[], help="models or files of replies to compare with"
+    )
+    command.add_argument("--tasks", help="benchmarks, separated by commas; --list names them")
+    command.add_argument("--data", default=".", help="folder of their published files (default: %(default)s)")
+    command.add_argument("--output", help="folder for replies, answers and results; a killed run goes on there")
+    command.add_argument("--out", dest="output", default=SUPPRESS, help=SUPPRESS)
+    command.add_argument("--replies", help="file or folder of the model's replies, made elsewhere")
+    command.add_argument("--write-questions", metavar="FILE", help="write the questions as JSON Lines, and stop")
+    command.add_argument("--list", action="store_true", help="list the benchmarks and what each needs, and stop")
+    command.add_argument(
+        "--prompt", action="append", default=[], metavar="TASK=FORM", help="prompt form of a benchmark; see --list"
+    )
+    command.add_argument("--limit", type=positive, help="items per benchmark at most, the same ones each time")
+    command.add_argument("--batch-size", type=positive, default=8, help="items at once (default: %(default)s)")
+    command.add_argument("--max-new-tokens", type=positive, help="longest reply (default: the benchmark's)")
+    command.add_argument("--dtype", default="auto", help="precision of the models (default: %(default)s)")
+    command.add_argument("--json", action="store_true", help="print the results as JSON")
+    add_fields(command, ScoringJudge)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluates, and reports."""
+    from trl_vlm.evaluation.benchmarks import BENCHMARKS, find_benchmark
+
+    if options.list:
+        write("\n\n".join(map(about, BENCHMARKS.values())))
+        return 0
+    if not options.tasks:
+        raise ValueError(f"`--tasks` is missing. There are: {', '.join(BENCHMARKS)}.")
+    benchmarks = [find_benchmark(name.strip()) for name in options.tasks.split(",")]
+    if options.write_questions:
+        return _write_questions(benchmarks, options)
+    return _evaluate(benchmarks, options)
+
+
+def about(benchmark: "Benchmark") -> str:
+    """What a benchmark is, and what it needs."""
+    lines = {
+        "needs": benchmark.files,
+        "from": benchmark.source,
+        "size": benchmark.size,
+        "license": benchmark.licence,
+        "judge": "none"
+        if benchmark.judging is None
+        else f"one that {'sees' if benchmark.judging.sees_images else 'reads'}",
+        "prompts": ", ".join(f"{form} ({text!r})" for form, text in benchmark.prompts.items()),
+    }
+    return "\n".join([f"{benchmark.name}: {benchmark.title}", *(f"  {key}: {text}" for key, text in lines.items())])
+
+
+def _evaluate(benchmarks: "list[Benchmark]", options: argparse.Namespace) -> int:
+    from accelerate import PartialState
+
+    from trl_vlm.evaluation.results import HOW_TO_READ, markdown_results
+    from trl_vlm.evaluation.run import run_benchmarks
+    from trl_vlm.evaluation.subjects import subjects_of
+    from trl_vlm.judges.endpoint import SpendingCapReached
+
+    if not options.model and not options.replies:
+        raise ValueError("a model is missing: a folder, a hub id or a file of replies; or give `--replies`.")
+    if not options.output:
+        raise ValueError("`--output` is missing: the folder for replies and results.")
+    join_processes()
+    replies = Path(options.replies) if options.replies else None
+    subjects = subjects_of([options.model or replies.stem, *options.baseline], replies)
+    try:
+        results = run_benchmarks(subjects, benchmarks, _settings(benchmarks, options))
+    except SpendingCapReached as error:
+        raise CommandFailed(str(error)) from error
+    if PartialState().is_main_process:
+        if options.json:
+            write(json.dumps([result.as_json() for result in results], indent=2, ensure_ascii=False))
+        else:
+            write(markdown_results(results, benchmarks).removesuffix(HOW_TO_READ + "\n"))
+            write(f"written: {Path(options.output) / 'results.md'}, results.json, and the records beside them")
+    PartialState().destroy_process_group()
+    return 0
+
+
+def _settings(benchmarks: "list[Benchmark]", options: argparse.Namespace) -> "RunSettings":
+    from trl_vlm.evaluation.run import RunSettings
+
+    needed = [benchmark.name for benchmark in benchmarks if benchmark.judging]
+    return RunSettings(
+        data=_data(options),
+        output=Path(options.output),
+        judge=_judge(options) if needed and options.judge_model else None,
+        prompts=_prompts(options),
+        limit=options.limit,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        dtype=options.dtype,
+    )
+
+
+def _data(options: argparse.Namespace) -> Path:
+    if not Path(options.data).is_dir():
+        raise ValueError(f"the data folder {options.data!r} does not exist. `--list` says what must lie in it.")
+    return Path(options.data)
+
+
+def _prompts(options: argparse.Namespace) -> Mapping[str, str]:
+    pairs = [text.partition("=") for text in options.prompt]
+    wrong = [task for task, _, form in pairs if not form]
+    if wrong:
+        raise ValueError(f"`--prompt {wrong[0]}` names no form. Write TASK=FORM, such as pope=short.")
+    return {task: form for task, _, form in pairs}
+
+
+def _judge(options: argparse.Namespace) -> "JudgeSource":
+    """The judge, once it has been seen to answer or, of a local one, to have a processor."""
+    from accelerate import PartialState
+
+    from trl_vlm.evaluation.run import JudgeSource
+    from trl_vlm.judges.chat import Request
+    from trl_vlm.models.loading import load_generative_processor
+
+    chosen, name = made_of(ScoringJudge, options), options.judge_model
+    if options.endpoint is None:
+        load_generative_processor(name)
+        return JudgeSource(name, lambda: chosen.chat(name), _revision(name))
+    chat = chosen.chat(name)
+    if PartialState().is_main_process:
+        chat([Request(PROBE, (), "the first request")])  # raises a ConnectionError if nobody answers
+    return JudgeSource(name, lambda: chat)
+
+
+def _revision(name: str) -> str:
+    """The commit of a model of the hub; "" of a folder."""
+    from transformers import AutoConfig
+
+    try:
+        return getattr(AutoConfig.from_pretrained(name), "_commit_hash", None) or ""
+    except OSError:  # an adapter, which has no configuration of its own
+        return ""
+
+
+def _write_questions(benchmarks: "list[Benchmark]", options: argparse.Namespace) -> int:
+    from trl_vlm.evaluation.subjects import write_questions
+    from trl_vlm.evaluation.tasks import read_tasks
+
+    tasks = read_tasks(benchmarks, _data(options), prompts=_prompts(options), limit=options.limit)
+    count = write_questions(Path(options.write_questions), tasks)
+    write(f"{count} questions in {options.write_questions}; give each its `reply`, and pass the file as --replies.")
+    return 0

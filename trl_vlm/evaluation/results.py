@@ -1,0 +1,189 @@
+"""Results of benchmarks as JSON and as Markdown tables, with intervals and with what is noise called noise."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl_vlm.data.io.atomic import write_whole
+from trl_vlm.evaluation.benchmark import Benchmark
+from trl_vlm.evaluation.metrics import Metric
+from trl_vlm.evaluation.scoring import JudgeName
+from trl_vlm.evaluation.statistics import Difference, Interval
+
+HOW_TO_READ = (
+    "↓ lower is better, ↑ higher is better; shares in %. In brackets: the 95 % interval of a paired bootstrap over "
+    "images. A difference is the change against the model in the column's head; “noise” says that its interval holds "
+    "0. wins:losses count the items on which the number is higher and lower, p is that of an exact sign test. Many "
+    "numbers are compared: one in twenty differs by chance. CHAIR can be gamed by saying less: read it with recall "
+    "and length. Numbers of different judges, or of different prompts, cannot be compared."
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The numbers of one model on one benchmark.
+
+    Args:
+        model: The model's name.
+        task: The benchmark's name.
+        prompt: The prompt form.
+        judge: Who judged; None without a judge.
+        served: What the judge's endpoint called itself.
+        records: How many there are.
+        metrics: The numbers.
+        intervals: Their 95 % intervals, as (value, low, high).
+        differences: For each baseline, number to difference.
+        versions: Versions of this package and of what it stands on.
+    """
+
+    model: str
+    task: str
+    prompt: str
+    judge: JudgeName | None
+    served: list[str]
+    records: int
+    metrics: dict[str, float]
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    differences: dict[str, dict[str, Difference]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells results apart: two with the same key are of the same thing."""
+        return (self.model, *self.table)
+
+    @property
+    def table(self) -> tuple[str, ...]:
+        """What the columns of one table share: benchmark, prompt and judge."""
+        return (self.task, self.prompt, *(self.judge or ("", "", "")))
+
+    def as_json(self) -> dict[str, Any]:
+        """The result as JSON has it; a number that is not finite is null."""
+        data = asdict(self)
+        data["judge"] = self.judge._asdict() if self.judge else None
+        data["intervals"] = {name: value._asdict() for name, value in self.intervals.items()}
+        data["differences"] = {
+            model: {name: {**value._asdict(), "is_noise": value.is_noise} for name, value in values.items()}
+            for model, values in self.differences.items()
+        }
+        return _finite(data)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Result":
+        """The result that `as_json` gave."""
+        judge = JudgeName(**data["judge"]) if data["judge"] else None
+        intervals = {name: Interval(**_nans(value)) for name, value in data["intervals"].items()}
+        differences = {
+            model: {
+                name: Difference(**{key: each for key, each in _nans(value).items() if key != "is_noise"})
+                for name, value in values.items()
+            }
+            for model, values in data["differences"].items()
+        }
+        data = {**data, "judge": judge, "intervals": intervals, "differences": differences}
+        return cls(**{**data, "metrics": _nans(data["metrics"])})
+
+
+def write_results(folder: Path, results: Sequence[Result], benchmarks: Sequence[Benchmark]) -> str:
+    """Writes `results.json` and `results.md`, beside the results that other runs have put there; returns the tables.
+
+    Args:
+        folder: Where to.
+        results: New results; they replace older ones of the same model, benchmark, prompt and judge.
+        benchmarks: Those of the results, for the names of the numbers.
+    """
+    file = folder / "results.json"
+    kept: list[Result] = []
+    if file.is_file():
+        kept = [Result.from_json(entry) for entry in json.loads(file.read_text(encoding="utf-8"))["results"]]
+    new = {result.key for result in results}
+    everything = [result for result in kept if result.key not in new] + list(results)
+    text = markdown_results(everything, benchmarks)
+    data = {"results": [result.as_json() for result in everything]}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(folder / "results.md", text)
+    return text
+
+
+def markdown_results(results: Sequence[Result], benchmarks: Sequence[Benchmark]) -> str:
+    """A table for each benchmark, prompt and judge: results of different judges never share one."""
+    known = {benchmark.name: benchmark for benchmark in benchmarks}
+    parts = ["# Results"]
+    for table in dict.fromkeys(result.table for result in results):
+        columns = [result for result in results if result.table == table]
+        first = columns[0]
+        parts.append(f"## {first.task}")
+        about = [f"prompt: {first.prompt}", f"{first.records} items"]
+        if first.judge:
+            about.append(f"judge: {first.judge}")
+        parts += [", ".join(about), _table(columns, known.get(first.task))]
+    return "\n\n".join([*parts, HOW_TO_READ]) + "\n"
+
+
+def _table(columns: Sequence[Result], benchmark: Benchmark | None) -> str:
+    compared = [(result, baseline) for result in columns for baseline in result.differences]
+    heads = [result.model for result in columns]
+    heads += [f"{result.model} against {baseline}" for result, baseline in compared]
+    rows = [["metric", *heads]]
+    for name in _names(columns, benchmark):
+        metric = benchmark.metric(name) if benchmark else Metric(name, name, is_share=False)
+        cells = [_value(metric, result, name) for result in columns]
+        cells += [_difference(metric, result.differences[baseline].get(name)) for result, baseline in compared]
+        rows.append([_label(metric), *cells])
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])
+
+
+def _names(columns: Sequence[Result], benchmark: Benchmark | None) -> list[str]:
+    """The numbers that a column has, in the benchmark's order; others follow."""
+    measured = dict.fromkeys(
+        name for result in columns for name, value in result.metrics.items() if math.isfinite(value)
+    )
+    ordered = [metric.key for metric in benchmark.metrics] if benchmark else []
+    return [name for name in ordered if name in measured] + [name for name in measured if name not in ordered]
+
+
+def _label(metric: Metric) -> str:
+    arrow = {"lower": " ↓", "higher": " ↑", "": ""}[metric.better]
+    return f"{metric.label}{' (%)' if metric.is_share else ''}{arrow}"
+
+
+def _shown(metric: Metric, value: float, sign: str = "") -> str:
+    scale, digits = (100, 1) if metric.is_share else (1, 2)
+    return f"{scale * value:{sign}.{digits}f}"
+
+
+def _value(metric: Metric, result: Result, name: str) -> str:
+    value = result.metrics.get(name, math.nan)
+    if not math.isfinite(value):
+        return "–"
+    interval = result.intervals.get(name)
+    if interval is None or not math.isfinite(interval.low):
+        return _shown(metric, value).removesuffix(".00")
+    return f"{_shown(metric, value)} [{_shown(metric, interval.low)}, {_shown(metric, interval.high)}]"
+
+
+def _difference(metric: Metric, difference: Difference | None) -> str:
+    if difference is None or not math.isfinite(difference.value):
+        return "–"
+    ends = f"[{_shown(metric, difference.low, '+')}, {_shown(metric, difference.high, '+')}]"
+    text = f"{_shown(metric, difference.value, '+')} {ends}"
+    if difference.higher or difference.lower:
+        text += f", {difference.higher}:{difference.lower}, p = {difference.p_sign:.2g}"
+    return f"{text}, noise" if difference.is_noise else f"**{text}**"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _nans(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: math.nan if value is None else value for key, value in values.items()}

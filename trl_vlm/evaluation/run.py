@@ -1,0 +1,306 @@
+"""Runs models on benchmarks: replies on all processes, a judge's answers, numbers; resumable at any moment."""
+
+import gc
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from trl_vlm.data.io.atomic import write_whole
+from trl_vlm.evaluation.benchmark import Benchmark, Question, Record, Scores
+from trl_vlm.evaluation.ledger import Ledger, claim
+from trl_vlm.evaluation.replies import load_policy, replies_to, shared_out
+from trl_vlm.evaluation.results import Result, write_results
+from trl_vlm.evaluation.scoring import JudgeName
+from trl_vlm.evaluation.statistics import differences, intervals
+from trl_vlm.evaluation.subjects import Subject, replies_of
+from trl_vlm.evaluation.tasks import Task, read_tasks
+from trl_vlm.judges.chat import Answer, Chat, Request
+from trl_vlm.models.generation import Policy
+
+logger = logging.getLogger(__name__)
+
+JUDGED_AT_ONCE = 64  # requests between two savings
+PACKAGES = ("trl-vlm", "torch", "transformers", "trl", "peft")
+
+
+@dataclass(frozen=True)
+class JudgeSource:
+    """A judge that is made when it is needed, after the evaluated models have left the device.
+
+    Args:
+        name: Folder, hub id, or name at an endpoint: what results say.
+        make: Makes it.
+        revision: Commit of its weights, if it is known.
+    """
+
+    name: str
+    make: Callable[[], Chat]
+    revision: str = ""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How benchmarks are run.
+
+    Args:
+        data: Folder of their published files.
+        output: Folder for replies, answers and results; a run that was killed goes on there.
+        judge: Judges the benchmarks that need one.
+        prompts: Benchmark to prompt form; its first one where none is given.
+        limit: Items per benchmark at most, drawn by their names, so that the same ones are drawn each time.
+        batch_size: Items per call of `generate`, on each process.
+        max_new_tokens: Longest reply; the benchmark's own limit if None.
+        dtype: Precision of the models.
+        progress: Whether to show progress bars.
+    """
+
+    data: Path
+    output: Path
+    judge: JudgeSource | None = None
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    batch_size: int = 8
+    max_new_tokens: int | None = None
+    dtype: str = "auto"
+    progress: bool = True
+
+
+def run_benchmarks(subjects: Sequence[Subject], benchmarks: Sequence[Benchmark], settings: RunSettings) -> list[Result]:
+    """Measures models on benchmarks; the first model is compared with each of the others.
+
+    All processes generate and ask the judge; each result is on every process. Everything that can be checked is
+    checked before the first reply is made.
+
+    Args:
+        subjects: The models; the first is the one that is compared, the others are baselines.
+        benchmarks: What they are measured on.
+        settings: Where, and how.
+
+    Returns:
+        One result per model and benchmark. `results.json` and `results.md` are in the output folder, with the records
+        of each model and benchmark beside them.
+
+    Raises:
+        ValueError: A file, image, reply or judge is missing; or the output holds results with other settings.
+    """
+    state = PartialState()
+    tasks = read_tasks(
+        benchmarks,
+        settings.data,
+        prompts=settings.prompts,
+        limit=settings.limit,
+        max_new_tokens=settings.max_new_tokens,
+    )
+    _check(subjects, tasks, settings)
+    for subject in subjects:
+        _make_replies(subject, tasks, settings)
+    state.wait_for_everyone()
+    judged = [task for task in tasks if task.benchmark.judging]
+    if judged:
+        _ask_judge(subjects, judged, settings)
+    state.wait_for_everyone()
+    results = _score(subjects, tasks, settings)
+    if state.is_main_process:
+        write_results(settings.output, results, benchmarks)
+    state.wait_for_everyone()
+    return results
+
+
+def _check(subjects: Sequence[Subject], tasks: Sequence[Task], settings: RunSettings) -> None:
+    """Refuses what cannot work before anything is generated."""
+    if not subjects or not tasks:
+        raise ValueError(f"there are {len(subjects)} models and {len(tasks)} benchmarks; at least one of each.")
+    needy = [task.benchmark.name for task in tasks if task.benchmark.judging]
+    if needy and settings.judge is None:
+        raise ValueError(f"{', '.join(needy)} need a judge. Name one (`--judge-model`), or leave them out.")
+    for subject in subjects:
+        for task in tasks:
+            if subject.replies is not None:
+                replies_of(subject, task.benchmark.name, task.questions)
+            if PartialState().is_main_process:
+                claim(_folder(subject, task, settings), {**subject.identity(), **task.identity()})
+    PartialState().wait_for_everyone()
+
+
+def _folder(subject: Subject, task: Task, settings: RunSettings) -> Path:
+    return settings.output / subject.folder / f"{task.benchmark.name}-{task.form}"
+
+
+def _make_replies(subject: Subject, tasks: Sequence[Task], settings: RunSettings) -> None:
+    """The replies of one model that are still missing, this process's share of them."""
+    policy: Policy | None = None
+    for task in tasks:
+        ledger = Ledger(_folder(subject, task, settings), "replies", PartialState().process_index)
+        done = ledger.entries()
+        # No process may add entries before all have seen what is there, or they would share out different questions.
+        PartialState().wait_for_everyone()
+        left = [question for question in task.questions if question.id not in done]
+        if subject.replies is not None:
+            if PartialState().is_main_process and left:
+                said = replies_of(subject, task.benchmark.name, task.questions)
+                ledger.append({"id": q.id, "reply": said[q.id], "is_finished": None} for q in left)
+            continue
+        if not left:
+            continue
+        if policy is None:
+            policy = load_policy(subject.path, settings.dtype)
+        _generate(policy, task, left, ledger, settings)
+    del policy
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _generate(policy: Policy, task: Task, left: Sequence[Question], ledger: Ledger, settings: RunSettings) -> None:
+    batches = list(shared_out(left, settings.batch_size))
+    label = f"{task.benchmark.name}: replies"
+    hidden = not (settings.progress and PartialState().is_main_process)
+    with tqdm(total=sum(map(len, batches)), desc=label, unit="reply", disable=hidden or None) as bar:
+        for batch in batches:
+            replies = replies_to(policy, task, batch)
+            entries = zip(batch, replies, strict=True)
+            ledger.append({"id": q.id, "reply": text, "is_finished": ended} for q, (text, ended) in entries)
+            bar.update(len(batch))
+
+
+def _ask_judge(subjects: Sequence[Subject], tasks: Sequence[Task], settings: RunSettings) -> None:
+    """The judge's answers that are still missing, this process's share of them."""
+    state, chat = PartialState(), None
+    for subject in subjects:
+        for task in tasks:
+            folder = _judge_folder(subject, task, settings)
+            folder.mkdir(parents=True, exist_ok=True)
+            ledger = Ledger(folder, "answers", state.process_index)
+            records = _records(subject, task, settings, {})
+            answered = {name for name, entry in ledger.entries().items() if entry["answer"] is not None}
+            state.wait_for_everyone()
+            pairs = zip(task.questions, records, strict=True)
+            requests = [(r.id, task.benchmark.judging.request(q, r)) for q, r in pairs if r.id not in answered]
+            left = [(name, request) for name, request in requests if request is not None]
+            mine = left[state.process_index :: state.num_processes]
+            if mine and chat is None:
+                chat = settings.judge.make()
+            _answer(chat, mine, ledger, f"{subject.name}, {task.benchmark.name}: judge", settings)
+
+
+def _answer(
+    chat: Chat | None, asked: Sequence[tuple[str, Request]], ledger: Ledger, label: str, settings: RunSettings
+) -> None:
+    hidden = not (settings.progress and PartialState().is_main_process)
+    with tqdm(total=len(asked), desc=label, unit="answer", disable=hidden or None) as bar:
+        for start in range(0, len(asked), JUDGED_AT_ONCE):
+            block = asked[start : start + JUDGED_AT_ONCE]
+            answers: list[Answer] = chat([request for _, request in block])
+            served = sorted(getattr(chat, "served", ()))
+            ledger.append(
+                {"id": name, "answer": answer.text, "reason": answer.reason, "served": served}
+                for (name, _), answer in zip(block, answers, strict=True)
+            )
+            bar.update(len(block))
+
+
+def _judge_name(task: Task, settings: RunSettings) -> JudgeName | None:
+    judging = task.benchmark.judging
+    return JudgeName(settings.judge.name, settings.judge.revision, judging.digest) if judging else None
+
+
+def _judge_folder(subject: Subject, task: Task, settings: RunSettings) -> Path:
+    return _folder(subject, task, settings) / _judge_name(task, settings).folder
+
+
+def _records(
+    subject: Subject, task: Task, settings: RunSettings, answers: Mapping[str, Mapping[str, Any]]
+) -> list[Record]:
+    """The records of a model, in the order of the questions."""
+    said = Ledger(_folder(subject, task, settings), "replies", 0).entries()
+    records = []
+    for question in task.questions:
+        entry, answer = said[question.id], answers.get(question.id, {})
+        records.append(
+            Record(
+                id=question.id,
+                group=question.group,
+                prompt=task.prompt(question),
+                reply=entry["reply"],
+                truth=question.truth,
+                is_finished=entry["is_finished"],
+                answer=answer.get("answer"),
+                answer_reason=answer.get("reason", ""),
+                tables=question.tables,
+            )
+        )
+    return records
+
+
+def _score(subjects: Sequence[Subject], tasks: Sequence[Task], settings: RunSettings) -> list[Result]:
+    """The numbers of all models, and the first one's differences from the others."""
+    results = []
+    for task in tasks:
+        groups = [question.group for question in task.questions]
+        scored: dict[str, Scores] = {}
+        rows: list[Result] = []
+        for subject in subjects:
+            folder, judge, served = _folder(subject, task, settings), _judge_name(task, settings), []
+            answers: dict[str, dict[str, Any]] = {}
+            if judge:
+                folder = _judge_folder(subject, task, settings)
+                answers = Ledger(folder, "answers", 0).entries()
+                served = sorted({name for entry in answers.values() for name in entry.get("served", ())})
+                _check_served(served, folder)
+            records = _records(subject, task, settings, answers)
+            scores = scored[subject.name] = task.benchmark.score(records)
+            rows.append(
+                Result(
+                    model=subject.name,
+                    task=task.benchmark.name,
+                    prompt=task.form,
+                    judge=judge,
+                    served=served,
+                    records=len(records),
+                    metrics=scores.metrics,
+                    intervals=intervals(scores, groups),
+                    versions=_versions(),
+                )
+            )
+            if PartialState().is_main_process:
+                _write(folder, records, rows[-1])
+        against = {
+            subject.name: differences(scored[subject.name], scored[subjects[0].name], groups)
+            for subject in subjects[1:]
+        }
+        rows[0] = replace(rows[0], differences=against)
+        results += rows
+    return results
+
+
+def _check_served(served: Sequence[str], folder: Path) -> None:
+    if len(served) > 1:
+        raise ValueError(
+            f"the judge called itself {' and '.join(map(repr, served))}: its answers are those of several models. "
+            f"Delete {str(folder)!r} and ask one of them."
+        )
+
+
+def _write(folder: Path, records: Sequence[Record], result: Result) -> None:
+    lines = "".join(json.dumps(record.as_json(), ensure_ascii=False) + "\n" for record in records)
+    write_whole(folder / "records.jsonl", lines.encode("utf-8", "backslashreplace"))
+    text = json.dumps(result.as_json(), indent=2, ensure_ascii=False, allow_nan=False)
+    write_whole(folder / "scores.json", text + "\n")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

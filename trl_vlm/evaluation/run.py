@@ -73,7 +73,9 @@ class RunSettings:
     progress: bool = True
 
 
-def run_benchmarks(subjects: Sequence[Subject], benchmarks: Sequence[Benchmark], settings: RunSettings) -> list[Result]:
+def run_benchmarks(
+    subjects: Sequence[Subject], benchmarks: Sequence[Benchmark], settings: RunSettings
+) -> list[Result]:
     """Measures models on benchmarks; the first model is compared with each of the others.
 
     All processes generate and ask the judge; each result is on every process. Everything that can be checked is

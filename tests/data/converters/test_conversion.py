@@ -70,7 +70,7 @@ EVERY_CONVERTER = {
 }
 
 
-@pytest.mark.parametrize("name", CONVERTERS)
+@pytest.mark.parametrize("name", [name for name, converter in CONVERTERS.items() if converter.reader is None])
 @pytest.mark.parametrize("output", ["rows", "rows.parquet", "rows.jsonl"])
 def test_every_converter_writes_rows_that_pass_the_check(world, name, output):
     records, options = EVERY_CONVERTER[name]

@@ -3,14 +3,15 @@
 import inspect
 import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from trl_vlm.data.converters import (
+    coco_objects,
     fact_rlhf,
     llava_human_preference,
     nlf,
@@ -34,12 +35,16 @@ class Converter:
     Args:
         function: `to_row(record, **options)`, or `to_rows` where one record makes several rows.
         columns: Name to `datasets` feature of all the columns that its rows may have.
-        hub_id: Where it is published.
+        hub_id: Where it is published; of a data set with a reader of its own, the folder that it is unpacked to.
+        reader: Reads the records of a folder, where these are not the lines of its files.
+        needs_images: Whether rows are only made of images that are there.
     """
 
     function: Callable[..., Row | Converted]
     columns: Mapping[str, Any]
     hub_id: str
+    reader: Callable[[Path], Iterator[Record]] | None = None
+    needs_images: bool = True
 
     @property
     def options(self) -> list[str]:
@@ -62,6 +67,9 @@ CONVERTERS = {
     ),
     "nlf": Converter(nlf.to_row, nlf.COLUMNS, "YangyiYY/LVLM_NLF"),
     "fact-rlhf": Converter(fact_rlhf.to_row, fact_rlhf.COLUMNS, "zhiqings/LLaVA-RLHF-Data"),
+    "coco-objects": Converter(
+        coco_objects.to_row, coco_objects.COLUMNS, "annotations", coco_objects.records, needs_images=False
+    ),
 }
 
 
@@ -115,6 +123,7 @@ def convert(
         raise ValueError("JSON Lines cannot hold the bytes of images. Drop `embed_images`, or write parquet.")
     if images is not None and not Path(images).is_dir():
         raise FileNotFoundError(f"The folder of images {str(images)!r} does not exist.")
+    source = replace(source, reader=converter.reader)
     identity = {
         "converter": name,
         "source": source.identity(),
@@ -182,6 +191,8 @@ class Conversion:
 
     def with_stored_images(self, row: Row) -> Row:
         """The row with its images as they are stored."""
+        if self.images is None and not self.converter.needs_images:
+            return {**row, "images": [{"bytes": None, "path": name} for name in row["images"]]}
         stored = [stored_image(image, folder=self.images, embed=self.embed_images) for image in row["images"]]
         return {**row, "images": stored}
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,6 +26,7 @@ class Source:
         config: Configuration of a hub data set.
         revision: Branch, tag or commit of a hub data set.
         data_files: Which files of a folder or hub data set to read; all of them if None.
+        reader: Reads the records of a folder in a form of its own.
     """
 
     location: str
@@ -33,6 +34,7 @@ class Source:
     config: str | None = None
     revision: str | None = None
     data_files: str | None = None
+    reader: Callable[[Path], Iterator[dict[str, Any]]] | None = None
     total: int | None = field(default=None, init=False)
 
     def __post_init__(self):
@@ -64,6 +66,8 @@ class Source:
     def records(self, skip: int = 0, limit: int | None = None) -> Iterator[dict[str, Any]]:
         """The records from number `skip` to `limit`; image columns are left as `{"bytes", "path"}`."""
         path = Path(self.location)
+        if self.reader is not None:
+            return islice(self.reader(path), skip, limit)
         if path.is_file():
             return islice(READERS[path.suffix](path), skip, limit)
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():

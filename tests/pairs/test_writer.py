@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 import traceback
+from contextlib import nullcontext
 
 import datasets
 import pyarrow
@@ -73,7 +74,7 @@ class Slow:
 def make(world, policy, output="out", source=None, settings=None, limit=None, **options):
     options = {"batch_size": 3, "block_rows": 4, "progress": False, "images": world / "images", **options}
     writer = PairWriter(source or Slow(), policy, world / output, settings or {"seed": 0}, **options)
-    with generating(policy.model):
+    with nullcontext() if policy is None else generating(policy.model):
         return writer.write(Source(str(world / "rows.jsonl")), limit=limit)
 
 
@@ -264,6 +265,72 @@ def test_reasons_of_the_source_are_counted_even_beside_bad_rows(world, policy):
     assert report.dropped == {BAD_ROW: 1, "odd": 10}
 
 
+class Counting(Slow):
+    """A source that gives a pair for every row."""
+
+    def __call__(self, rows, policy, turn=0):
+        time.sleep(self.seconds * len(rows))
+        self.seen += [row["row_name"] for row in rows]
+        return [
+            {**row, "chosen": row["completion"], "rejected": row["completion"], "pair_n": row["id"]} for row in rows
+        ]
+
+
+def test_a_shard_that_was_damaged_is_made_again_and_no_other(world):
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("trl_vlm.pairs.writer.write_card", dies)
+        make(world, None, source=Counting())
+    for number in (1, 4):
+        (world / "out.partial" / f"train-{number:05d}.parquet").write_bytes(b"")
+    source = Counting()
+    report = make(world, None, source=source, block_rows=3)
+    assert source.seen == [f"row {number}" for number in (*range(4, 8), *range(16, 20))]
+    assert report.pairs == report.rows == ROWS
+    assert [row["id"] for row in rows_of(world / "out")] == list(range(ROWS))
+
+
+def test_bad_values_of_a_row_are_left_out_and_errors_of_the_source_are_not(world):
+    lines = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
+    lines[4]["images"] = "1.png"
+    lines[5]["images"] = [3]
+    (world / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(TypeError, match="row 4: 'images' is a str"):
+        make(world, None, source=Counting())
+    assert make(world, None, source=Counting(), skip_bad=True).dropped == {BAD_ROW: 2}
+
+    class Broken(Counting):
+        def __call__(self, rows, policy, turn=0):
+            raise ValueError("the server is away")
+
+    with pytest.raises(ValueError, match="the server is away"):
+        make(world, None, output="other", source=Broken(), skip_bad=True)
+
+
+def test_a_second_run_on_one_output_says_who_writes_it_and_a_killed_one_holds_nothing(world):
+    child = fork(lambda: make(world, None, source=Counting(seconds=5)))
+    deadline = time.monotonic() + 60
+    while not (world / ".out.lock").exists() or not (world / ".out.lock").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(OSError, match=f"is being written by another run: process {child} on {socket.gethostname()}"):
+        make(world, None, source=Counting())
+    os.kill(child, signal.SIGKILL)
+    finished(child)
+    assert make(world, None, source=Counting()).pairs == ROWS
+    assert not (world / ".out.lock").exists()
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_first_row(world):
+    (world / "file").write_text("")
+    source = Counting()
+    with pytest.raises(OSError, match="Nothing can be written to .*file"):
+        make(world, None, output="file/out", source=source)
+    assert not source.seen
+
+
 def test_no_pair_at_all_is_an_error_that_says_why(world, policy):
     with pytest.raises(ValueError, match="None of 23 rows gave a pair: {'the source gave no pair': 23}"):
         make(world, policy, source=lambda rows, policy, round=0: [None] * len(rows))
@@ -330,7 +397,10 @@ def test_the_command_makes_pairs_that_train(world, capsys, tmp_path):
     assert cli.main(command) == 0
     assert "6 rows -> 6 pairs" in capsys.readouterr().out
     assert cli.main(["check", str(world / "out"), "--for", "dpo"]) == 0
-    assert cli.main(command) == 1
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    assert "6 rows -> 6 pairs" in (said := capsys.readouterr().out) and "done already" in said
+    assert cli.main([*command, "--seed", "7"]) == 1
     assert "exists. Choose another output" in capsys.readouterr().err
     from trl_vlm import DPOConfig, DPOTrainer
 

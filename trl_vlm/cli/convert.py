@@ -63,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
 
 def conversion_text(report: Report) -> str:
     """The report for people."""
-    lines = [f"{report.records} records -> {report.rows} rows in {report.output}"]
+    done = ", done already" if report.was_done else ""
+    lines = [f"{report.records} records -> {report.rows} rows in {report.output}{done}"]
     lines += [f"left out, {reason}: {count}" for reason, count in sorted(report.dropped.items())]
     return "\n".join(lines)

@@ -139,6 +139,7 @@ def load_policy(path: str, dtype: str) -> "Policy":
 
 def pairs_text(report: "PairReport") -> str:
     """The report for people."""
-    lines = [f"{report.rows} rows -> {report.pairs} pairs in {report.output}, {report.rows_per_second:.2f} rows/s"]
+    how = "done already" if report.was_done else f"{report.rows_per_second:.2f} rows/s"
+    lines = [f"{report.rows} rows -> {report.pairs} pairs in {report.output}, {how}"]
     lines += [f"no pair, {reason}: {count}" for reason, count in sorted(report.dropped.items())]
     return "\n".join(lines)

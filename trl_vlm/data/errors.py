@@ -23,6 +23,20 @@ class RowTypeError(RowError, TypeError):
     """A row holds a value of the wrong type."""
 
 
+class BadRecord(RowError):
+    """A record that cannot become a row.
+
+    Args:
+        reason: The kind of fault, in the same few words for every record that has it: skips are counted by it.
+        detail: What is special about this record.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason, reason)
+        self.reason = reason
+        self.detail = detail
+
+
 @contextmanager
 def as_row_errors() -> Iterator[None]:
     """Within this context a `ValueError` is about a row, and leaves it as a `RowError`."""

@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +14,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Features, Image, List
 from tqdm.auto import tqdm
 
-from trl_vlm.data.errors import RowError
+from trl_vlm.data.errors import BadRecord, RowError
 from trl_vlm.data.io.card import write_card
 from trl_vlm.data.io.image_files import stored_image
 from trl_vlm.data.io.output import Output
+from trl_vlm.data.io.progress import Gap, blocks_of
 from trl_vlm.data.io.shards import give_one_schema
 from trl_vlm.data.io.source import Source
 from trl_vlm.data.rows import IMAGE_COLUMNS, ROW_NAME, Row, row_images
@@ -33,13 +33,23 @@ IMAGES = List(Image())
 
 @dataclass(frozen=True)
 class PairReport:
-    """What a run did: rows read, pairs written, rows without a pair by reason, and rows per second of this run."""
+    """What a run did.
+
+    Args:
+        output: Where the pairs are.
+        rows: Rows read.
+        pairs: Pairs written.
+        dropped: Rows without a pair, by reason.
+        rows_per_second: Of this run.
+        was_done: Whether an earlier run had done all of it.
+    """
 
     output: str
     rows: int
     pairs: int
     dropped: dict[str, int]
     rows_per_second: float
+    was_done: bool = False
 
 
 class Outcome(NamedTuple):
@@ -107,47 +117,65 @@ class PairWriter:
         Raises:
             ValueError: A row is bad (unless `skip_bad`), an earlier run with other settings is unfinished, or no row
                 gave a pair.
-            FileExistsError: The output exists.
+            FileExistsError: The output exists, and is not what would be written.
+            OutputInUse: Another run is writing it.
         """
-        state = PartialState()
-        output = None
-        if state.is_main_process:
-            identity = {**self.settings, "dataset": dataset.identity(), "limit": limit}
-            output = Output(Path(self.output), identity, overwrite=self.overwrite)
-        done = [output.progress.records if output is not None else 0]
-        broadcast_object_list(done)
-        start = time.monotonic()
-        read = self._blocks(dataset, done[0], limit, output)
-        seconds = time.monotonic() - start
-        if output is None:
+        if not PartialState().is_main_process:
+            gaps = _same_on_all(None)
+            if gaps is not None:
+                self._blocks(dataset, gaps, limit, None)
             return None
-        return self._finish(output, read / seconds if read else 0.0)
+        with self._output(dataset, limit) as output:
+            _same_on_all(None if output.is_done else output.progress.gaps())
+            if output.is_done:
+                return self._report(output, 0.0)
+            start = time.monotonic()
+            read = self._blocks(dataset, output.progress.gaps(), limit, output)
+            seconds = time.monotonic() - start
+            return self._finish(output, read / seconds if read else 0.0)
 
-    def _blocks(self, dataset: Source, skip: int, limit: int | None, output: Output | None) -> int:
+    def _output(self, dataset: Source, limit: int | None) -> Output:
+        """The output, on the first process; if it cannot be written, all processes raise."""
+        identity = {**self.settings, "dataset": dataset.identity(), "limit": limit}
+        try:
+            return Output(Path(self.output), identity, overwrite=self.overwrite)
+        except (ValueError, OSError) as error:
+            _same_on_all(error)
+            raise
+
+    def _blocks(self, dataset: Source, gaps: Sequence[Gap], limit: int | None, output: Output | None) -> int:
         """Makes and saves block after block; returns how many rows they had."""
-        state, number = PartialState(), skip
-        if skip and output is not None:
+        skip, read = output.progress.records if output is not None else 0, 0
+        if skip:
             logger.info("Going on after %d rows.", skip)
         total = limit if dataset.total is None else min(limit or dataset.total, dataset.total)
         hidden = None if self.progress and output is not None else True
         with tqdm(total=total, initial=skip, unit="row", disable=hidden) as bar:
-            for block in _blocks_of(dataset.records(skip=skip, limit=limit), self.block_rows):
-                start = time.monotonic()
-                rows = [Named(f"row {place}", row) for place, row in enumerate(block, start=number)]
-                outcomes = list(self._outcomes(rows[state.process_index :: state.num_processes], bar))
-                gathered = gather_object([outcomes])  # each process's share, in the order of processes
-                number += len(rows)
-                if output is not None:
-                    ordered = [gathered[place % len(gathered)][place // len(gathered)] for place in range(len(rows))]
-                    self._save(output, rows, ordered)
-                    bar.update(number - bar.n)
-                    rate = len(rows) / (time.monotonic() - start)
-                    logger.info("%d rows, %d pairs, %.2f rows/s", output.progress.records, output.progress.rows, rate)
-        return number - skip
+            for gap in gaps:
+                stop, size = (limit, self.block_rows) if gap.stop is None else (gap.stop, gap.stop - gap.start)
+                place = gap.start
+                for block in blocks_of(dataset.records(skip=gap.start, limit=stop), size):
+                    self._block(block, Gap(place, place + len(block), gap.shard), output, bar)
+                    place += len(block)
+                    read += len(block)
+                    bar.update(skip + read - bar.n)
+        return read
+
+    def _block(self, block: Sequence[Row], gap: Gap, output: Output | None, bar: tqdm) -> None:
+        """Makes the pairs of some rows on all processes; the first one saves them."""
+        start, state = time.monotonic(), PartialState()
+        rows = [Named(f"row {place}", row) for place, row in enumerate(block, start=gap.start)]
+        outcomes = list(self._outcomes(rows[state.process_index :: state.num_processes], bar))
+        gathered = gather_object([outcomes])  # each process's share, in the order of processes
+        if output is not None:
+            ordered = [gathered[place % len(gathered)][place // len(gathered)] for place in range(len(rows))]
+            self._save(output, gap, rows, ordered)
+            rate = len(rows) / (time.monotonic() - start)
+            logger.info("%d rows, %d pairs, %.2f rows/s", output.progress.records, output.progress.rows, rate)
 
     def _outcomes(self, named: Sequence[Named], bar: tqdm) -> Iterator[Outcome]:
         """What the source makes of this process's rows."""
-        for batch in _blocks_of(iter(named), self.batch_size):
+        for batch in blocks_of(named, self.batch_size):
             yield from self._attempt(batch)
             bar.update(len(batch))
 
@@ -177,21 +205,20 @@ class PairWriter:
         folder = Path(self.images) if self.images is not None else None
         try:
             return [stored_image(image, folder=folder, embed=self.embed_images) for image in row_images(row, name)]
-        except ValueError as error:
-            raise RowError(f"{name}: {error}") from error
+        except BadRecord as error:
+            raise RowError(f"{name}: {error}", error.kind) from error
 
-    def _save(self, output: Output, rows: Sequence[Named], outcomes: Sequence[Outcome]) -> None:
+    def _save(self, output: Output, gap: Gap, rows: Sequence[Named], outcomes: Sequence[Outcome]) -> None:
         """Writes the pairs of a block, and counts the rows without one."""
-        pairs, progress = [], output.progress
+        pairs: list[dict[str, Any]] = []
+        dropped: Counter[str] = Counter()
         for (name, row), (pair, reason) in zip(rows, outcomes, strict=True):
             if pair is None:
-                progress.dropped[reason] += 1
+                dropped[reason] += 1
             else:
                 kept = {column: value for column, value in pair.items() if column != ROW_NAME}
                 pairs.append({"images": self._stored(name, row), **kept})
-        progress.records += len(rows)
-        progress.rows += len(pairs)
-        output.write_shard(pairs, features_of(pairs) if pairs else {})
+        output.write_part(pairs, features_of(pairs) if pairs else {}, gap, dropped)
 
     def _finish(self, output: Output, rate: float) -> PairReport:
         done = output.progress
@@ -202,7 +229,11 @@ class PairWriter:
         card = output.destination.with_suffix(".md") if output.is_file else output.partial / "README.md"
         write_card(card, output.destination.stem, output.partial, done, rate)
         output.finish()
-        return PairReport(str(output.destination), done.records, done.rows, dict(done.dropped), rate)
+        return self._report(output, rate)
+
+    def _report(self, output: Output, rate: float) -> PairReport:
+        done, place = output.progress, str(output.destination)
+        return PairReport(place, done.records, done.rows, dict(done.dropped), rate, output.is_done)
 
 
 def features_of(rows: Sequence[Row]) -> Features:
@@ -225,11 +256,13 @@ def features_of(rows: Sequence[Row]) -> Features:
     return Features({"images": IMAGES, **found})
 
 
-def _blocks_of(values: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    """Up to `size` values at a time."""
-    # itertools.batched comes with Python 3.12.
-    while block := list(islice(values, size)):
-        yield block
+def _same_on_all(value: Any) -> Any:
+    """What the first process gives, on all of them; an error is raised on the others."""
+    values = [value]
+    broadcast_object_list(values)
+    if isinstance(values[0], Exception) and not PartialState().is_main_process:
+        raise values[0]
+    return values[0]
 
 
 def _without_images(row: Row) -> dict[str, Any]:

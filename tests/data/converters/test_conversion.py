@@ -1,5 +1,6 @@
 """Whole data sets: read from every kind of input, written to every kind of output, resumed, and counted."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from tests.data.converters.helpers import (
     rlhf_v,
     vlfeedback,
 )
+from trl_vlm.cli import main as cli
 from trl_vlm.data.checks import check_dataset
 from trl_vlm.data.converters import CONVERTERS, BadRecord, MissingColumns, Source, convert
 from trl_vlm.data.converters import conversion as conversion_module
@@ -259,9 +261,32 @@ def test_a_finished_output_is_replaced_only_when_that_is_asked_for(world, output
     source = write_parquet(world / "in.parquet", numbered(2))
     convert("rlaif-v", source, world / output, progress=False)
     with pytest.raises(FileExistsError, match="exists. Choose another output, or pass `overwrite`"):
-        convert("rlaif-v", source, world / output, progress=False)
+        convert("rlaif-v", source, world / output, limit=1, progress=False)
     assert convert("rlaif-v", source, world / output, limit=1, overwrite=True, progress=False).rows == 1
     assert check_dataset(Source(str(world / output)).records(), "dpo").rows == 1
+
+
+@pytest.mark.parametrize("output", ["rows", "rows.parquet", "rows.jsonl"])
+def test_a_finished_conversion_that_is_repeated_is_done_and_reads_nothing(world, output, monkeypatch):
+    source = write_parquet(world / "in.parquet", [*numbered(2), rlaif_v(chosen="")])
+    first = convert("rlaif-v", source, world / output, skip_bad=True, progress=False)
+    monkeypatch.setattr(Source, "records", None)
+    again = convert("rlaif-v", source, world / output, skip_bad=True, progress=False)
+    assert again == dataclasses.replace(first, was_done=True) and not first.was_done
+    command = ["convert", "--from", "rlaif-v", "--input", source.location, "--output", str(world / output)]
+    assert cli.main([*command, "--skip-bad"]) == 0
+
+
+@pytest.mark.parametrize("output", ["rows", "rows.parquet", "rows.jsonl"])
+def test_a_finished_output_that_was_damaged_since_is_not_taken_for_done(world, output):
+    source = write_parquet(world / "in.parquet", numbered(4))
+    convert("rlaif-v", source, world / output, shard_records=2, progress=False)
+    damaged = world / output if "." in output else world / "rows" / "train-00001.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    with pytest.raises(FileExistsError, match=f"but .*{damaged.name}.* Pass `overwrite` to make it again"):
+        convert("rlaif-v", source, world / output, shard_records=2, progress=False)
+    report = convert("rlaif-v", source, world / output, shard_records=2, overwrite=True, progress=False)
+    assert report.rows == check_dataset(Source(str(world / output)).records(), "dpo").rows == 4
 
 
 def test_a_folder_of_someone_else_is_never_replaced(world):

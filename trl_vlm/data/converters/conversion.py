@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from trl_vlm.data.converters import (
 from trl_vlm.data.converters.records import BadRecord, Converted, MissingColumns, Record, Row
 from trl_vlm.data.io.image_files import stored_image
 from trl_vlm.data.io.output import Output
+from trl_vlm.data.io.progress import Gap, blocks_of
 from trl_vlm.data.io.source import Source
 
 logger = logging.getLogger(__name__)
@@ -75,12 +77,13 @@ CONVERTERS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did: records read, rows written, and what made no row, by reason."""
+    """What a conversion did: records read, rows written, what made no row by reason; whether an earlier run did it."""
 
     output: str
     records: int
     rows: int
     dropped: dict[str, int]
+    was_done: bool = False
 
 
 def convert(
@@ -99,6 +102,8 @@ def convert(
     **options: Any,
 ) -> Report:
     """Converts a data set and writes it; a run that was interrupted goes on when it is called again.
+
+    A finished one that is called again does nothing.
 
     Args:
         name: Which data set: a key of `CONVERTERS`.
@@ -135,14 +140,19 @@ def convert(
     }
     if facts is not None:
         options = {**options, "facts": read_facts(Path(facts))}
-    writer = Output(output, identity, overwrite=overwrite)
-    run = Conversion(converter, options, Path(images) if images is not None else None, embed_images, skip_bad, writer)
-    run.read(source, limit=limit, shard_records=shard_records, progress=progress)
+    with Output(output, identity, overwrite=overwrite) as writer:
+        if not writer.is_done:
+            folder = Path(images) if images is not None else None
+            run = Conversion(converter, options, folder, embed_images, skip_bad, writer)
+            run.read(source, limit=limit, shard_records=shard_records, progress=progress)
+            if not writer.progress.rows:
+                dropped = dict(writer.progress.dropped)
+                raise ValueError(
+                    f"None of {writer.progress.records} records of {source.location!r} made a row: {dropped}."
+                )
+            writer.finish()
     done = writer.progress
-    if not done.rows:
-        raise ValueError(f"None of {done.records} records of {source.location!r} made a row: {dict(done.dropped)}.")
-    writer.finish()
-    return Report(str(output), done.records, done.rows, dict(done.dropped))
+    return Report(str(output), done.records, done.rows, dict(done.dropped), writer.is_done)
 
 
 @dataclass
@@ -158,35 +168,41 @@ class Conversion:
 
     def read(self, source: Source, *, limit: int | None, shard_records: int, progress: bool) -> None:
         """Reads what is not yet read, and saves a shard after every `shard_records` records and at the end."""
-        state, rows = self.writer.progress, []
+        state = self.writer.progress
         if state.records:
             logger.info("Going on after %d records.", state.records)
         total = limit if source.total is None else min(limit or source.total, source.total)
         with tqdm(total=total, initial=state.records, unit="record", disable=None if progress else True) as bar:
-            for record in source.records(skip=state.records, limit=limit):
-                rows += self.rows_of(record, f"{source.location}, record {state.records}")
-                state.records += 1
-                bar.update()
-                if state.records % shard_records == 0:
-                    self.save(rows)
-                    rows = []
-            self.save(rows)
+            for gap in state.gaps():
+                stop, size = (limit, shard_records) if gap.stop is None else (gap.stop, gap.stop - gap.start)
+                records = source.records(skip=gap.start, limit=stop)
+                start = gap.start
+                for block in blocks_of(records, size):
+                    self.convert(block, start, f"{source.location}, record", gap.shard, bar)
+                    start += len(block)
 
-    def rows_of(self, record: Record, name: str) -> list[Row]:
-        """The rows of one record; what made none is counted."""
-        state = self.writer.progress
+    def convert(self, block: list[Record], start: int, name: str, shard: int | None, bar: tqdm) -> None:
+        """Writes the rows of some records, the first of which has the number `start`."""
+        rows: list[Row] = []
+        dropped: Counter[str] = Counter()
+        for number, record in enumerate(block, start=start):
+            rows += self.rows_of(record, number, f"{name} {number}", dropped)
+            bar.update()
+        self.writer.write_part(rows, self.features_of(rows), Gap(start, start + len(block), shard), dropped)
+
+    def rows_of(self, record: Record, number: int, name: str, dropped: Counter[str]) -> list[Row]:
+        """The rows of one record; what made none is counted in `dropped`."""
         try:
             made = self.converter(record, **self.options)
             rows = [self.with_stored_images(row) for row in made.rows]
         except BadRecord as error:
-            another_data_set = isinstance(error, MissingColumns) and state.records == 0
+            another_data_set = isinstance(error, MissingColumns) and number == 0
             if another_data_set or not self.skip_bad:
                 remedy = "" if another_data_set else "(`skip_bad` leaves such records out and counts them.)"
                 raise type(error)(f"{name}: {error.reason}", f"{error.detail} {remedy}".strip()) from error
-            state.dropped[error.reason] += 1
+            dropped[error.reason] += 1
             return []
-        state.dropped.update(made.dropped)
-        state.rows += len(rows)
+        dropped.update(made.dropped)
         return rows
 
     def with_stored_images(self, row: Row) -> Row:
@@ -196,14 +212,14 @@ class Conversion:
         stored = [stored_image(image, folder=self.images, embed=self.embed_images) for image in row["images"]]
         return {**row, "images": stored}
 
-    def save(self, rows: list[Row]) -> None:
-        """Writes a shard; all rows of a data set have the same columns."""
+    def features_of(self, rows: list[Row]) -> dict[str, Any]:
+        """Name to feature of the rows' columns; all rows of a data set have the same ones."""
         state = self.writer.progress
         for row in rows:
             state.columns = state.columns or list(row)
             if set(row) != set(state.columns):
                 raise ValueError(f"A row has the columns {sorted(row)}, the ones before it {sorted(state.columns)}.")
-        self.writer.write_shard(rows, {column: self.converter.columns[column] for column in state.columns})
+        return {column: self.converter.columns[column] for column in state.columns}
 
 
 def checked_converter(name: str, options: Mapping[str, Any], facts: str | Path | None) -> Converter:

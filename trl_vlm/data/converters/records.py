@@ -8,7 +8,8 @@ from typing import Any
 
 from datasets import Image, List, Value
 
-from trl_vlm.data.errors import RowError
+from trl_vlm.data.errors import BadRecord
+from trl_vlm.data.io.image_files import present_image
 
 IMAGE_MENTION = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -20,20 +21,6 @@ Message = dict[str, str]
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 PROMPT_COLUMNS = {"images": List(Image()), "prompt": MESSAGES}
 PREFERENCE_COLUMNS = {**PROMPT_COLUMNS, "chosen": MESSAGES, "rejected": MESSAGES}
-
-
-class BadRecord(RowError):
-    """A record that cannot become a row.
-
-    Args:
-        reason: The kind of fault, in the same few words for every record that has it: skips are counted by it.
-        detail: What is special about this record.
-    """
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}" if detail else reason, reason)
-        self.reason = reason
-        self.detail = detail
 
 
 class MissingColumns(BadRecord):
@@ -130,17 +117,6 @@ def prompt_and_last_reply(messages: Sequence[Message], what: str = "conversation
         roles = [message["role"] for message in messages]
         raise BadRecord(f"{what} does not end on a question and its reply", f"speakers are {roles}")
     return list(messages[:-1]), messages[-1]["content"]
-
-
-def present_image(value: Any) -> Any:
-    """`value`; raises `BadRecord` for None, an empty name, no bytes, and a `{"bytes", "path"}` with neither."""
-    if isinstance(value, Mapping):
-        missing = not value.get("bytes") and not value.get("path")
-    else:
-        missing = value is None or (isinstance(value, str | bytes | bytearray) and not value)
-    if missing:
-        raise BadRecord("missing image", f"the record's image is {value!r}, and its question is about one")
-    return value
 
 
 def prompt_row(image: Any, prompt: list[Message], **extra: Any) -> Row:

@@ -1,14 +1,14 @@
 """The card of a data set of pairs: how it was made, and what its `pair_*` columns say, counted."""
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from trl_vlm.data.io.output import Progress
+from trl_vlm.data.io.atomic import write_whole
+from trl_vlm.data.io.progress import Progress
 from trl_vlm.data.io.shards import read_columns
 from trl_vlm.data.messages import message_text
 
@@ -39,9 +39,7 @@ def write_card(file: Path, title: str, shards: Path, progress: Progress, rows_pe
     lines += table(("rows", "count", "share"), [(k, n, f"{n / progress.records:.1%}") for k, n in counts.items()])
     lines += [f"The last run made {rows_per_second:.2f} rows per second.", ""]
     lines += statistics(read_columns(shards, REPLIES, PREFIX))
-    unfinished = file.with_name(file.name + ".tmp")
-    unfinished.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    os.replace(unfinished, file)
+    write_whole(file, "\n".join(lines).rstrip() + "\n")
 
 
 def statistics(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from trl_vlm.data.converters.records import BadRecord, present_image
+from trl_vlm.data.errors import BadRecord
 from trl_vlm.data.images import DECODER_ERRORS, IS_ADDRESS, is_file, open_image
 
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}  # of other formats, their name
@@ -52,6 +52,17 @@ def stored_image(value: Any, *, folder: Path | None = None, embed: bool = False)
     if embed:
         return {"bytes": path.read_bytes(), "path": plain_name(path.name, suffix)}
     return {"bytes": None, "path": str(path.resolve())}
+
+
+def present_image(value: Any) -> Any:
+    """`value`; raises `BadRecord` for None, an empty name, no bytes, and a `{"bytes", "path"}` with neither."""
+    if isinstance(value, Mapping):
+        missing = not value.get("bytes") and not value.get("path")
+    else:
+        missing = value is None or (isinstance(value, str | bytes | bytearray) and not value)
+    if missing:
+        raise BadRecord("missing image", f"the record's image is {value!r}, and its question is about one")
+    return value
 
 
 def found_image(name: str, folder: Path | None) -> Path:

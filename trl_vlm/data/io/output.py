@@ -5,54 +5,49 @@ next run goes on from. Whatever moment a run dies at, the destination is absent 
 """
 
 import hashlib
+import io
 import json
+import logging
 import os
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow
 import pyarrow.parquet as parquet
 from datasets import Features
+
+from trl_vlm.data.io.atomic import flush, whole, write_whole
+from trl_vlm.data.io.image_files import image_suffix
+from trl_vlm.data.io.lock import OutputInUse, OutputLock
+from trl_vlm.data.io.progress import Gap, Part, Progress
+from trl_vlm.data.io.shards import fault_of, write_parquet
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = ".conversion.json"  # hidden, so that `load_dataset` on a finished folder passes it over
 SUFFIXES = (".parquet", ".jsonl")
 OTHER_SUFFIXES = (".json", ".csv", ".tsv", ".arrow", ".txt", ".gz", ".zip")
 
 
-@dataclass
-class Progress:
-    """How far a conversion is.
-
-    Args:
-        identity: What was asked for; a run goes on only where this is the same.
-        records: Records read.
-        rows: Rows written.
-        dropped: What made no row, by reason.
-        shards: Shards written.
-        columns: Columns of the rows, known once there is one.
-    """
-
-    identity: dict[str, Any]
-    records: int = 0
-    rows: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    shards: int = 0
-    columns: list[str] = field(default_factory=list)
-
-
 class Output:
-    """Where a conversion writes: a folder of parquet shards, one `.parquet`, or one `.jsonl`.
+    """Where a conversion writes: a folder of parquet shards, one `.parquet`, or one `.jsonl`; use it in a `with`.
 
-    Images that are bytes go into the parquet file; beside JSON Lines they become files in `<name>_images/`.
+    Images that are bytes go into the parquet file; beside JSON Lines they become files in `<name>_images/`. No other
+    run can write the output meanwhile. If the output is there already and was made in the same way, `is_done` is true,
+    and there is nothing to do.
 
     Args:
-        destination: The folder or file. It must not exist, unless `overwrite`.
+        destination: The folder or file. Nothing else may be there, unless `overwrite`.
         identity: What is being converted, and how; must be JSON.
         overwrite: Replace a finished data set, and forget an unfinished one.
+
+    Raises:
+        FileExistsError: Something else is at the destination.
+        OutputInUse: Another run is writing it.
+        ValueError: An earlier run with another `identity` is unfinished, or its state is damaged.
+        OSError: Nothing can be written there.
     """
 
     def __init__(self, destination: Path, identity: Mapping[str, Any], *, overwrite: bool = False):
@@ -61,68 +56,136 @@ class Output:
                 f"The output {str(destination)!r} cannot be written as {destination.suffix}. "
                 f"Give a folder, or a file that ends in {' or '.join(SUFFIXES)}."
             )
-        if destination.exists() and not overwrite:
-            raise FileExistsError(f"{str(destination)!r} exists. Choose another output, or pass `overwrite`.")
-        if destination.is_dir() and not (destination / STATE_FILE).is_file():
-            raise FileExistsError(
-                f"{str(destination)!r} is a folder that no conversion has written; it is not replaced. "
-                "Choose another output, or delete it yourself."
-            )
         self.destination = destination
         self.partial = destination.with_name(destination.name + ".partial")
         self.images = destination.with_name(destination.stem + "_images")
         self.is_file = destination.suffix in SUFFIXES
         self.as_json = destination.suffix == ".jsonl"
-        if overwrite and self.partial.exists():
+        identity = json.loads(json.dumps(identity))
+        self._lock: OutputLock | None = None
+        self.is_done = self._is_done(identity, overwrite)
+        if self.is_done:
+            self.progress = Progress.read(self._finished_state)
+            return
+        self._lock = self._locked()
+        try:
+            if overwrite and self.partial.exists():
+                shutil.rmtree(self.partial)
+            self.partial.mkdir(exist_ok=True)
+            self.progress = self._progress(identity)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is None:
+            return
+        if not self.progress.parts and self.partial.exists():
             shutil.rmtree(self.partial)
-        self.progress = self._progress(json.loads(json.dumps(identity)))
+        self._lock.release()
+
+    @property
+    def _finished_state(self) -> Path:
+        """Where the state is once the output is complete."""
+        if self.is_file:
+            return self.destination.with_name(f".{self.destination.name}{STATE_FILE}")
+        return self.destination / STATE_FILE
+
+    def _is_done(self, identity: dict[str, Any], overwrite: bool) -> bool:
+        """Whether the destination holds what is asked for; raises if it holds anything else."""
+        there = str(self.destination)
+        if self.destination.is_dir() and not (self.destination / STATE_FILE).is_file():
+            raise FileExistsError(
+                f"{there!r} is a folder that no conversion has written; it is not replaced. "
+                "Choose another output, or delete it yourself."
+            )
+        if overwrite or not self.destination.exists():
+            return False
+        state = self._finished_state
+        if not state.is_file() or (finished := Progress.read(state)).identity != identity:
+            raise FileExistsError(f"{there!r} exists. Choose another output, or pass `overwrite`.")
+        files = {self.destination: finished.rows} if self.is_file else self._shards(finished, self.destination)
+        for file, rows in files.items():
+            if fault := fault_of(file, rows):
+                raise FileExistsError(
+                    f"{there!r} exists and was made in this very way, but {fault}. Pass `overwrite` to make it again."
+                )
+        return True
+
+    def _locked(self) -> OutputLock:
+        """The lock of the output, and with it the proof that something can be written there."""
+        try:
+            self.destination.parent.mkdir(parents=True, exist_ok=True)
+            return OutputLock(self.destination)
+        except OutputInUse:
+            raise
+        except OSError as error:
+            raise type(error)(
+                f"Nothing can be written to {str(self.destination.parent)!r} ({error}). Choose another output."
+            ) from error
 
     def _progress(self, identity: dict[str, Any]) -> Progress:
-        """The state that an earlier run left, or a fresh one."""
+        """The state that an earlier run left, without the shards that are not whole any more, or a fresh one."""
         state = self.partial / STATE_FILE
-        if not state.is_file():
-            return Progress(identity)
-        earlier = json.loads(state.read_text(encoding="utf-8"))
-        if earlier["identity"] != identity:
-            names = earlier["identity"].keys() | identity.keys()
-            changed = sorted(name for name in names if earlier["identity"].get(name) != identity.get(name))
+        progress = Progress.read(state) if state.is_file() else Progress(identity)
+        if changed := progress.differences(identity):
             raise ValueError(
                 f"{str(self.partial)!r} holds an unfinished conversion that differs in {changed}. Repeat that "
                 "command to finish it, or pass `overwrite` to forget it."
             )
-        return Progress(**{**earlier, "dropped": Counter(earlier["dropped"])})
+        shards = self._shards(progress, self.partial)
+        for part in list(progress.parts):
+            if part.shard is not None and (fault := fault_of(file := self._shard(part.shard), shards[file])):
+                logger.warning("Records %d to %d are read again, since %s.", part.start, part.stop, fault)
+                progress.parts.remove(part)
+        for file in set(self.partial.glob("train-*")) - set(shards):  # of a run that died before it noted them
+            file.unlink()
+        return progress
 
-    def write_shard(self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Any]) -> None:
-        """Writes `rows` and then the state; `self.progress` must count them already, `shards` excepted.
+    def _shard(self, number: int, folder: Path | None = None) -> Path:
+        return (folder or self.partial) / f"train-{number:05d}{'.jsonl' if self.as_json else '.parquet'}"
+
+    def _shards(self, progress: Progress, folder: Path) -> dict[Path, int]:
+        """The shards that there should be, and how many rows they hold."""
+        return {self._shard(part.shard, folder): part.rows for part in progress.parts if part.shard is not None}
+
+    def write_part(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        columns: Mapping[str, Any],
+        gap: Gap,
+        dropped: Mapping[str, int],
+    ) -> None:
+        """Writes what some records made as a shard, if they made anything, and then the state.
 
         Args:
             rows: Images are `{"bytes", "path"}`.
             columns: Name to `datasets` feature.
+            gap: Which records they are, from start to stop.
+            dropped: What made no row, by reason.
         """
-        self.partial.mkdir(parents=True, exist_ok=True)
+        number = self.progress.next_shard() if gap.shard is None else gap.shard
         if rows:
-            shard = self.partial / f"train-{self.progress.shards:05d}{'.jsonl' if self.as_json else '.parquet'}"
-            unfinished = shard.with_suffix(".tmp")
-            if self.as_json:
-                lines = (json.dumps(self._with_image_files(row), ensure_ascii=False) + "\n" for row in rows)
-                unfinished.write_text("".join(lines), encoding="utf-8")
-            else:
-                table = pyarrow.Table.from_pylist(list(rows), schema=Features(columns).arrow_schema)
-                parquet.write_table(table, unfinished)
-            os.replace(unfinished, shard)
-            self.progress.shards += 1
-        unfinished = self.partial / (STATE_FILE + ".tmp")
-        unfinished.write_text(json.dumps(vars(self.progress), indent=2), encoding="utf-8")
-        os.replace(unfinished, self.partial / STATE_FILE)
+            with whole(self._shard(number)) as unfinished:
+                if self.as_json:
+                    lines = (json.dumps(self._with_image_files(row), ensure_ascii=False) + "\n" for row in rows)
+                    unfinished.write_text("".join(lines), encoding="utf-8")
+                else:
+                    table = pyarrow.Table.from_pylist(list(rows), schema=Features(columns).arrow_schema)
+                    write_parquet(table, unfinished)
+        part = Part(gap.start, gap.stop, len(rows), dict(dropped), number if rows else None)
+        self.progress.add(part)
+        write_whole(self.partial / STATE_FILE, self.progress.to_json())
 
     def finish(self) -> None:
         """Moves the data set to its destination, in one step that happens or does not."""
-        for unfinished in self.partial.glob("*.tmp"):
-            unfinished.unlink()
         if self.is_file:
-            whole = self.destination.with_name(self.destination.name + ".tmp")
-            self._merge(whole)
-            os.replace(whole, self.destination)
+            with whole(self.destination) as unfinished:
+                self._merge(unfinished)
+                write_whole(self._finished_state, self.progress.to_json())
             shutil.rmtree(self.partial)
             return
         replaced = self.destination.with_name(self.destination.name + ".replaced")
@@ -130,18 +193,20 @@ class Output:
             shutil.rmtree(replaced, ignore_errors=True)
             os.replace(self.destination, replaced)
         os.replace(self.partial, self.destination)
+        flush(self.destination.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 
-    def _merge(self, whole: Path) -> None:
+    def _merge(self, merged: Path) -> None:
         """All shards as one file."""
-        shards = sorted(self.partial.glob("train-*"))
+        shards = sorted(self._shards(self.progress, self.partial))
         if self.as_json:
-            with whole.open("wb") as file:
+            with merged.open("wb") as file:
                 for shard in shards:
                     with shard.open("rb") as part:
                         shutil.copyfileobj(part, file)
             return
-        with parquet.ParquetWriter(whole, parquet.read_schema(shards[0])) as writer:
+        schema = parquet.read_schema(shards[0])
+        with parquet.ParquetWriter(merged, schema, write_page_checksum=True) as writer:
             for shard in shards:
                 writer.write_table(parquet.read_table(shard))
 
@@ -153,11 +218,8 @@ class Output:
         if image["bytes"] is None:
             return image["path"]
         digest = hashlib.sha256(image["bytes"]).hexdigest()[:24]
-        suffix = Path(image["path"] or "").suffix or ".img"
-        file = self.images / f"{digest}{suffix}"
+        file = self.images / f"{digest}{image_suffix(io.BytesIO(image['bytes']), 'an image')}"
         if not file.exists():
             self.images.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_name(file.name + ".tmp")
-            unfinished.write_bytes(image["bytes"])
-            os.replace(unfinished, file)
+            write_whole(file, image["bytes"])
         return str(file.resolve())

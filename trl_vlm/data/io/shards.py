@@ -1,7 +1,6 @@
 """The shards of a data set that is being written: one schema for all, and their columns one after another."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,34 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet as parquet
 from datasets import Features
+
+from trl_vlm.data.io.atomic import whole
+
+
+def write_parquet(table: pyarrow.Table, file: Path) -> None:
+    """Writes a table with checksums, by which `fault_of` finds damage."""
+    parquet.write_table(table, file, write_page_checksum=True)
+
+
+def fault_of(file: Path, rows: int) -> str:
+    """What is wrong with a file that was written with so many rows, read from beginning to end; "" if nothing is."""
+    if not file.is_file():
+        return f"{str(file)!r} is gone"
+    try:
+        found = _rows_of_json_lines(file) if file.suffix == ".jsonl" else _rows_of_parquet(file)
+    except (OSError, ValueError) as error:  # pyarrow's errors are of these classes
+        return f"{str(file)!r} is damaged ({' '.join(str(error).split())[:200]})"
+    return "" if found == rows else f"{str(file)!r} holds {found} rows, and {rows} were written to it"
+
+
+def _rows_of_parquet(file: Path) -> int:
+    with parquet.ParquetFile(file, page_checksum_verification=True) as table:
+        return sum(len(batch) for batch in table.iter_batches(batch_size=64))
+
+
+def _rows_of_json_lines(file: Path) -> int:
+    with file.open(encoding="utf-8") as lines:
+        return sum(isinstance(json.loads(line), dict) for line in lines)
 
 
 def give_one_schema(folder: Path) -> None:
@@ -37,9 +64,8 @@ def give_one_schema(folder: Path) -> None:
     for shard, schema in zip(shards, schemas, strict=True):
         if not schema.equals(features.arrow_schema, check_metadata=True):
             table = _with_columns(parquet.read_table(shard), features.arrow_schema)
-            unfinished = shard.with_suffix(".tmp")
-            parquet.write_table(table, unfinished)
-            os.replace(unfinished, shard)
+            with whole(shard) as unfinished:
+                write_parquet(table, unfinished)
 
 
 def _with_columns(table: pyarrow.Table, schema: pyarrow.Schema) -> pyarrow.Table:

@@ -17,23 +17,33 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DISTRIBUTED_TYPES = {"single": "NO", "ddp": "MULTI_CPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+DISTRIBUTED_TYPES = {
+    "single": "NO",
+    "ddp": "MULTI_CPU",
+    "zero2": "DEEPSPEED",
+    "zero3": "DEEPSPEED",
+    "fsdp2": "FSDP",
+}
 TIMEOUT_SECONDS = 540
 
 
-def launch(script: str | Path, kind: str, *, processes: int, folder: Path, **arguments) -> dict:
-    """The report of process 0 of `script`, run as `kind` (single, ddp, zero2, zero3) on `processes` processes.
+def launch(
+    script: str | Path, kind: str, *, processes: int, folder: Path, mixed_precision: str = "no", **arguments
+) -> dict:
+    """The report of process 0 of `script`, run as `kind` (single, ddp, zero2, zero3, fsdp2) on several processes.
 
     Args:
         script: Path of the script, from the root of the repository.
         kind: One of `DISTRIBUTED_TYPES`.
         processes: World size.
         folder: An empty folder for the script's files.
+        mixed_precision: "no" or "bf16", for DeepSpeed and FSDP.
         arguments: JSON-able, passed to the script's `main` as keywords.
     """
     folder.mkdir(parents=True, exist_ok=True)
     task = folder / "task.json"
-    task.write_text(json.dumps({"script": str(script), "kind": kind, "folder": str(folder), "arguments": arguments}))
+    description = {"script": str(script), "kind": kind, "folder": str(folder), "arguments": arguments}
+    task.write_text(json.dumps({**description, "bf16": mixed_precision == "bf16"}))
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -42,7 +52,7 @@ def launch(script: str | Path, kind: str, *, processes: int, folder: Path, **arg
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(
-        [*_command(kind, processes), str(Path(__file__)), str(task)],
+        [*_command(kind, processes, mixed_precision), str(Path(__file__)), str(task)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -60,7 +70,7 @@ def launch(script: str | Path, kind: str, *, processes: int, folder: Path, **arg
     return report
 
 
-def _command(kind: str, processes: int) -> list[str]:
+def _command(kind: str, processes: int, mixed_precision: str) -> list[str]:
     if kind == "single":
         assert processes == 1
         return [sys.executable]
@@ -68,17 +78,39 @@ def _command(kind: str, processes: int) -> list[str]:
     if kind == "ddp":
         module = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
         return [sys.executable, *module]
-    return [
-        *[sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--zero_stage", kind[-1]],
+    launcher = [
+        *[sys.executable, "-m", "accelerate.commands.launch", "--dynamo_backend", "no"],
         *["--num_processes", str(processes), "--num_machines", "1", "--main_process_port", port],
-        *["--mixed_precision", "no", "--dynamo_backend", "no", "--zero3_save_16bit_model", "true"],
+        *["--mixed_precision", mixed_precision],
     ]
+    if kind == "fsdp2":  # as accelerate_configs/fsdp2.yaml has it
+        return [
+            *launcher,
+            *["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"],
+            *["--fsdp_state_dict_type", "FULL_STATE_DICT", "--fsdp_cpu_ram_efficient_loading", "true"],
+            *["--fsdp_reshard_after_forward", "true"],
+        ]
+    return [*launcher, "--use_deepspeed", "--zero_stage", kind[-1], "--zero3_save_16bit_model", "true"]
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _let_fsdp_run_on_cpus() -> None:
+    """accelerate gives its FSDP plugin to runs of kind MULTI_GPU alone; torch's FSDP2 itself runs over gloo."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    make = AcceleratorState.__init__
+
+    def with_fsdp(self, *args, **kwargs):
+        if PartialState(cpu=True).distributed_type == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        make(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = with_fsdp
 
 
 def _run(task: Path) -> None:
@@ -89,10 +121,12 @@ def _run(task: Path) -> None:
 
         # The operator would be compiled (a minute, and a toolchain); gloo does without it.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    if description["kind"] == "fsdp2":
+        _let_fsdp_run_on_cpus()
     main = runpy.run_path(str(ROOT / description["script"]))["main"]
     trainer, report = main(
         folder=Path(description["folder"]),
-        trainer_arguments={"use_cpu": True, "bf16": False},
+        trainer_arguments={"use_cpu": True, "bf16": description["bf16"]},
         **description["arguments"],
     )
     accelerator = trainer.accelerator

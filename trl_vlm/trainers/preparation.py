@@ -206,6 +206,16 @@ def why_no_shared_prefix(
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
+def layers_to_wrap(model: nn.Module) -> list[str] | None:
+    """The classes of layers that FSDP shards one by one: those that the model calls unsplittable, and has.
+
+    transformers collects the names from every class of a family, and accelerate stops at the first that the model at
+    hand lacks ("Could not find the transformer layer class CLIPTextEmbeddings in the model").
+    """
+    present = {type(module).__name__ for module in model.modules()}
+    return sorted(present & set(getattr(model, "_no_split_modules", None) or ())) or None
+
+
 # Learning rates
 
 
@@ -228,6 +238,13 @@ class PreparedTrainer(Trainer):
     """What our trainers override of `Trainer`: a mixin before TRL's trainer."""
 
     args: PartOptions
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in Trainer; under FSDP the layers to wrap are chosen for this model, unless the user chose."""
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+            plugin.transformer_cls_names_to_wrap = layers_to_wrap(self.model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As in TRL, with the projector's parameters in groups of their own if they have a learning rate."""

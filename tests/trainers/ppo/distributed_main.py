@@ -8,7 +8,15 @@ from trl_vlm import PPOTrainer
 REPORTED = ("loss", "grad_norm", "ppo/score", "ppo/kl", "ppo/value_mean", "ppo/value_loss", "ppo/explained_variance")
 
 
-def main(folder: Path, trainer_arguments: dict, model: str, batch: int, images: list[int], adapter: bool = False):
+def main(
+    folder: Path,
+    trainer_arguments: dict,
+    model: str,
+    batch: int,
+    images: list[int],
+    adapter: bool = False,
+    reward_model: str | None = None,
+):
     trainer = PPOTrainer(
         model,
         reward_funcs=count_letters,
@@ -25,6 +33,7 @@ def main(folder: Path, trainer_arguments: dict, model: str, batch: int, images: 
         ),
         train_dataset=rows(images),
         peft_config=lora() if adapter else None,
+        reward_model=reward_model,
     )
     trainer.train()
     trainer.save_model(str(folder / "saved"))

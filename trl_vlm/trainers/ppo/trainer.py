@@ -196,7 +196,9 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
         check_same_vocabulary(self.model, critic)
         prepare_model(critic, self.args)
         prepare_critic(critic, self.args)
-        if not getattr(critic, "is_quantized", False):
+        # With FSDP's memory-efficient loading all processes but the first hold a model without values.
+        is_empty = any(parameter.is_meta for parameter in critic.parameters())
+        if not is_empty and not getattr(critic, "is_quantized", False):
             critic.to(self.accelerator.device)
         self._joint_forward = JointForward(self.model, critic)
         if self.use_vllm:

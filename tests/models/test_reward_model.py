@@ -20,7 +20,13 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from tests.families import FAMILIES, batch, load_processor, saved
 from trl_vlm.models import _transformers
 from trl_vlm.models.parts import PARTS, part_of
-from trl_vlm.models.reward_model import RewardModel, last_attended_token, load_reward_model, reward_model_class
+from trl_vlm.models.reward_model import (
+    RewardModel,
+    ScoreHead,
+    last_attended_token,
+    load_reward_model,
+    reward_model_class,
+)
 
 ROWS = [1, 2, 0]  # images per row
 
@@ -335,3 +341,13 @@ def test_in_a_fresh_process_the_import_is_lazy_and_the_auto_class_loads_a_saved_
     name, score = done.stdout.split()[-2:]
     assert name == "Idefics3ForSequenceClassification"
     assert float(score) == pytest.approx(scores(model, rows).item(), abs=1e-6)
+
+
+def test_the_head_multiplies_in_float32_when_it_is_stored_in_bfloat16():
+    """DeepSpeed, FSDP2 and QLoRA store all of a model in bfloat16; scores in it would be multiples of 1/128."""
+    head = ScoreHead(32, 1, bias=False).to(torch.bfloat16)
+    hidden = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    scores = head(hidden)
+    assert scores.dtype == torch.float32
+    assert_close(scores, hidden.float() @ head.weight.float().T, rtol=0, atol=0)
+    assert (scores - scores.to(torch.bfloat16).float()).abs().max() > 1e-3

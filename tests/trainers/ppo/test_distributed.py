@@ -4,12 +4,15 @@ from functools import cache
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tests.distributed import launch
-from tests.families import saved
+from tests.families import load_processor, saved
 from tests.trainers.ppo.distributed_main import main
+from trl_vlm.data.facts import JudgeTemplate
+from trl_vlm.models.reward_model import load_reward_model
 
 SCRIPT = "tests/trainers/ppo/distributed_main.py"
 # Under DDP a process may be without images.
@@ -50,3 +53,34 @@ def test_two_processes_give_the_losses_metrics_and_weights_of_one(kind, single, 
             # Adam divides by the size of the gradient: a weight with a tiny one may step either way.
             share = ((weights[name] - tensor).abs() > 1e-3).float().mean()
             assert share < 0.02, (name, torch.dist(weights[name], tensor))
+
+
+@pytest.mark.distributed
+def test_zero3_in_bfloat16_trains_adapters_of_policy_and_critic(model, tmp_path):
+    report = launch(
+        *(SCRIPT, "zero3"),
+        processes=2,
+        folder=tmp_path,
+        mixed_precision="bf16",
+        model=model,
+        batch=2,
+        images=[1, 2, 1, 1],
+        adapter=True,
+    )
+    assert report["ppo/value_mean"][0] == 0 and report["ppo/value_mean"][2] != 0
+
+
+@pytest.mark.distributed
+def test_fsdp2_with_a_reward_adapter_gives_the_losses_of_one_process(model, tmp_path):
+    """The layers to wrap are found for the model, and a critic that only the first process has read is filled."""
+    reward = tmp_path / "reward"
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"])
+    adapter = get_peft_model(load_reward_model(model), config)
+    adapter.save_pretrained(reward)
+    load_processor("llava").save_pretrained(reward)
+    JudgeTemplate(request="Judge it.{facts}", opening="It is").save_pretrained(reward)
+    more = {"model": model, "images": [1, 2, 1, 1], "reward_model": str(reward), "adapter": True}
+    _, expected = main(tmp_path / "single", {"use_cpu": True, "bf16": False}, batch=4, **more)
+    report = launch(SCRIPT, "fsdp2", processes=2, folder=tmp_path / "run", batch=2, **more)
+    for name in ("loss", "ppo/score", "ppo/kl", "ppo/value_mean"):
+        assert_close(report[name], expected[name], rtol=2e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")

@@ -8,6 +8,9 @@ from tests import families
 from tests.trainers.ppo.helpers import count_letters, lora, rows, settings
 from trl_vlm import PPOTrainer
 
+# Their critic is made from the policy, too: a mixture of experts, and a family whose experts can be chosen.
+MORE_FAMILIES = ("qwen3_vl_moe", "gemma4")
+
 
 def trained(family, images, folder, *, adapter=None, **options):
     trainer = PPOTrainer(
@@ -22,7 +25,7 @@ def trained(family, images, folder, *, adapter=None, **options):
 
 
 @pytest.mark.parametrize("make_adapter", [lambda: None, lora], ids=["full", "lora"])
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", [*families.FAMILIES, *MORE_FAMILIES])
 def test_every_family_starts_at_ratio_one_with_no_kl_and_learns_values(family, make_adapter, tmp_path):
     several = 1 if family == "paligemma" else 2  # its prompts put one image before the text
     first, second = trained(family, [several, 1], tmp_path, adapter=make_adapter())

@@ -23,6 +23,9 @@ from trl_vlm.data.facts import JudgeTemplate
 from trl_vlm.models.parts import part_of
 from trl_vlm.models.reward_model import load_reward_model
 from trl_vlm.rewards import RewardModelReward
+from trl_vlm.trainers import adapters
+from trl_vlm.trainers.ppo.rewards import load_options_of_rewards
+from trl_vlm.trainers.preparation import loading_arguments_of_others
 
 SHARP = 3.0
 
@@ -335,3 +338,35 @@ def test_a_4bit_policy_trains_with_a_4bit_critic(tmp_path):
         if name in start and not torch.equal(p, start[name])
     }
     assert moved == {True, False}
+
+
+def test_a_policy_on_several_devices_is_refused_with_the_remedy(tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(folder())
+    model.hf_device_map = {"model": "cuda:0", "lm_head": "cuda:1"}
+    with pytest.raises(ValueError, match=r"lies on several devices \(cuda:0, cuda:1\).* `accelerate launch`"):
+        ppo(tmp_path, model)
+
+
+def test_a_named_reward_model_is_loaded_as_the_policy_is_but_from_its_own_repository(reward_folder, tmp_path):
+    options = {"model_init_kwargs": {"dtype": "bfloat16", "revision": "main"}}
+    trainer = ppo(tmp_path, reward=None, more={"reward_model": str(reward_folder)}, **options)
+    model = trainer.reward_funcs[0].__wrapped__.model
+    assert model.model.dtype == torch.bfloat16 and model.score.weight.dtype == torch.float32
+    others = loading_arguments_of_others(trainer.args)
+    assert others == {"dtype": "bfloat16"}
+    in_float32 = load_options_of_rewards(folder(), {}, None)
+    quantization = BitsAndBytesConfig(load_in_4bit=True)
+    assert in_float32 == {"dtype": torch.float32}
+    assert load_options_of_rewards(trainer.model, {}, quantization) == {
+        "dtype": torch.bfloat16,
+        "quantization_config": quantization,
+    }
+
+
+@pytest.mark.parametrize("sharded, wanted", [(False, torch.float32), (True, torch.bfloat16)])
+def test_under_zero3_the_critics_adapter_has_the_models_precision(sharded, wanted, monkeypatch):
+    """ZeRO-3 refuses a model of two precisions."""
+    model = load_reward_model(folder(), dtype=torch.bfloat16)
+    monkeypatch.setattr(adapters, "is_deepspeed_zero3_enabled", lambda: sharded)
+    made = adapters.with_adapter(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert {p.dtype for name, p in made.named_parameters() if "lora_" in name} == {wanted}

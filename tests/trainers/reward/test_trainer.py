@@ -6,8 +6,9 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
+from transformers import BitsAndBytesConfig
 
 from tests.families import FAMILIES, load_processor, saved
 from tests.preference_rows import FEATURES, preference_row, preference_rows
@@ -169,6 +170,28 @@ class TestParts:
         head = load_reward_model(tmp_path, for_scoring=True).get_base_model().score
         in_memory = trainer.model.get_base_model().score
         assert_close(head.modules_to_save["default"].weight, in_memory.modules_to_save["default"].weight)
+
+    @pytest.mark.parametrize("adapter", ["new", "loaded"])
+    def test_beside_4bit_weights_the_head_trains_in_float32(self, adapter, tmp_path):
+        pytest.importorskip("bitsandbytes")
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        model = load_reward_model(saved("llava", sharp=8, width=64), head_seed=42, quantization_config=quantization)
+        drawn = model.score.weight.detach().clone()
+        more = {"processing_class": LLAVA, "judge_template": SHORT}
+        lora = LoraConfig(target_modules=["q_proj"], r=4, modules_to_save=["score"], task_type="SEQ_CLS")
+        if adapter == "new":
+            more["peft_config"] = lora
+        else:
+            model = get_peft_model(model, lora)
+        options = {"learning_rate": 1e-5, "max_steps": 1, "lr_scheduler_type": "constant"}
+        trainer = RewardTrainer(model, config(tmp_path, **options), train_dataset=preference_rows(), **more)
+        head = trainer.model.get_base_model().score.modules_to_save["default"].weight
+        assert head.dtype == torch.float32 and head.requires_grad
+        assert_close(head.data, drawn, rtol=0, atol=0 if adapter == "new" else 1e-3)
+        before = head.detach().clone()
+        trainer.train()
+        moved = (head - before).abs()
+        assert (moved > 0).float().mean() > 0.9  # in bfloat16 a step of 1e-5 leaves the larger weights where they are
 
 
 class TestSavedFolder:

@@ -1,0 +1,42 @@
+"""What prepares a model for any trainer, function by function."""
+
+import pytest
+from torch import nn
+
+from tests.families import build
+from trl_vlm.trainers.checks import refuse, refuse_negative
+from trl_vlm.trainers.preparation import layers_to_wrap
+
+
+@pytest.mark.parametrize(
+    "family, layers",
+    [
+        ("llava", ["CLIPEncoderLayer", "LlamaDecoderLayer"]),
+        ("qwen2_5_vl", ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]),
+        ("gemma3", ["Gemma3DecoderLayer", "SiglipEncoderLayer"]),
+    ],
+)
+def test_fsdp_wraps_the_layers_that_the_model_has(family, layers):
+    model, _ = build(family)
+    assert set(layers) <= set(layers_to_wrap(model))
+    names = {type(module).__name__ for module in model.modules()}
+    assert set(layers_to_wrap(model)) <= names
+    if family == "llava":  # what accelerate would have asked for
+        assert not set(model._no_split_modules) <= names
+
+
+def test_a_model_that_names_no_layers_leaves_the_choice_to_accelerate():
+    assert layers_to_wrap(nn.Linear(2, 2)) is None
+
+
+def test_what_excludes_each_other_is_refused_with_the_reason():
+    refuse("a stream", {"`one`": (False, "it is off")})
+    with pytest.raises(ValueError, match="^`two` cannot be combined with a stream: it reads. Unset one of the two.$"):
+        refuse("a stream", {"`one`": (False, "it is off"), "`two`": (True, "it reads")})
+
+
+@pytest.mark.parametrize("value", [-1e-9, float("nan"), float("-inf")])
+def test_negative_values_and_no_numbers_are_refused(value):
+    refuse_negative({"rate": 0.0, "other": None}, "it climbs")
+    with pytest.raises(ValueError, match="`rate` is .*; it must not be negative: it climbs. Set it to 0 or more."):
+        refuse_negative({"rate": value}, "it climbs")

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -19,10 +20,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from trl_vlm.data.rows import ROW_NAME
 from trl_vlm.models._transformers import hub_arguments, keep_4bit_layers_trainable, keep_parameter_names
 from trl_vlm.models.loading import base_of
 from trl_vlm.models.parts import freeze_vision_tower, part_of, trainable_parameter_table
 from trl_vlm.models.processors import as_trainable, load_processor
+from trl_vlm.trainers.card import CardFacts, write_card
 from trl_vlm.trainers.options import PartOptions
 
 logger = logging.getLogger(__name__)
@@ -245,6 +248,29 @@ class PreparedTrainer(Trainer):
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
             plugin.transformer_cls_names_to_wrap = layers_to_wrap(self.model)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """As in TRL, with our text: the method, the rows, and how to load what was trained."""
+        super().create_model_card(model_name, dataset_name, tags)
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        columns = getattr(self.train_dataset, "column_names", None) or ()
+        write_card(
+            folder / "README.md",
+            self.card_facts(),
+            name=self.hub_model_id or model_name or folder.name,
+            base=self.model.config._name_or_path,
+            columns=[name for name in columns if name != ROW_NAME],
+            model=self.model,
+            args=self.args,
+        )
+
+    def card_facts(self) -> CardFacts:
+        """What the model card says of this trainer's method."""
+        raise NotImplementedError
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As in TRL, with the projector's parameters in groups of their own if they have a learning rate."""

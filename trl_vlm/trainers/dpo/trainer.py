@@ -17,8 +17,10 @@ from trl_vlm.models.prefix_sharing.sharing import share_prefix
 from trl_vlm.pairs.source import PairSource
 from trl_vlm.trainers import _trl
 from trl_vlm.trainers.adapters import complete_peft_config
+from trl_vlm.trainers.card import CardFacts
 from trl_vlm.trainers.dpo import fresh_pairs, setup
 from trl_vlm.trainers.dpo import metrics as dpo_metrics
+from trl_vlm.trainers.dpo.card import card_facts
 from trl_vlm.trainers.dpo.collator import CHANGED, NUM_REPLIES, REFERENCE, PreferenceCollator, SegmentOptions
 from trl_vlm.trainers.dpo.config import LENGTH_NORMALIZED, DPOConfig
 from trl_vlm.trainers.dpo.degeneration import DegenerationWatch
@@ -62,6 +64,8 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
             policy and then of the reference -> losses, (P,). With `reference_free` the reference's are None.
         kwargs: what a later TRL adds.
     """
+
+    _tag_names = ["trl", "dpo", "trl-vlm"]
 
     def __init__(
         self,
@@ -131,6 +135,10 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
             self._fill_reference_cache()
         if args.degeneration_steps is not None:
             self.add_callback(DegenerationWatch(self))
+
+    def card_facts(self) -> CardFacts:
+        """What the model card says of this run."""
+        return card_facts(self, self._pair_maker and self._pair_maker.source)
 
     @property
     def _base_model(self) -> nn.Module:

@@ -18,9 +18,10 @@ from trl_vlm.maths.masked import masked_sum
 from trl_vlm.models.parts import freeze_vision_tower
 from trl_vlm.trainers._trl import disable_gradient_checkpointing
 from trl_vlm.trainers.adapters import complete_peft_config
+from trl_vlm.trainers.card import FACT_RLHF_PAPER, CardFacts
 from trl_vlm.trainers.checks import check_depends_on_pixels, other_pixels
 from trl_vlm.trainers.ppo.config import PAPER, PPOConfig
-from trl_vlm.trainers.ppo.critic import load_critic, make_critic, prepare_critic, save_critic
+from trl_vlm.trainers.ppo.critic import CRITIC_FILE, load_critic, make_critic, prepare_critic, save_critic
 from trl_vlm.trainers.ppo.joint_forward import (
     CRITIC,
     JointForward,
@@ -212,6 +213,17 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
                 sync_weights()
 
         return sync
+
+    def card_facts(self) -> CardFacts:
+        """What the model card says of this run."""
+        args = self.args
+        method = [
+            f"Proximal policy optimization with a critic, {args.num_iterations} passes over each rollout, KL weight "
+            f"{args.kl_coef} in the reward (`{args.kl_estimator}`).",
+            f"Rewards: {', '.join(f'`{name}`' for name in self.reward_func_names)}.",
+            f"The critic's trained weights are in `{CRITIC_FILE}`; generation does not need them.",
+        ]
+        return CardFacts(method, papers=[PAPER, FACT_RLHF_PAPER])
 
     @property
     def value_model(self) -> nn.Module:

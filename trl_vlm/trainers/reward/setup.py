@@ -15,15 +15,21 @@ from transformers import (
 )
 
 from trl_vlm.data.encoding import RewardCollator
-from trl_vlm.data.facts import JudgeTemplate
+from trl_vlm.data.facts import JUDGE_TEMPLATE_FILE, JudgeTemplate
 from trl_vlm.data.rows import IMAGE_COLUMNS, Row
 from trl_vlm.models._transformers import hub_arguments, reads_images
 from trl_vlm.models.loading import base_of
 from trl_vlm.models.prefix_sharing.sharing import share_pairs, why_pairs_not_shareable
 from trl_vlm.models.reward_model import load_reward_model
 from trl_vlm.trainers import preparation
+from trl_vlm.trainers.card import FACT_RLHF_PAPER, REWARD, CardFacts
 from trl_vlm.trainers.preparation import config_of, loading_arguments, source_of
 from trl_vlm.trainers.reward.config import RewardConfig
+
+TEXT_LOADING = """\
+from transformers import AutoModelForSequenceClassification
+
+model = AutoModelForSequenceClassification.from_pretrained("{name}")"""
 
 
 def wants_images(model: Any, args: RewardConfig, dataset: Any, processing_class: Any) -> bool:
@@ -165,3 +171,27 @@ def set_chat_template(processor: ProcessorMixin, args: RewardConfig) -> None:
             "The processor has no chat template, so conversations cannot be laid out. Set `processor.chat_template`, "
             "or pass a Jinja file as `chat_template_path`."
         )
+
+
+def card_facts(args: RewardConfig, template: JudgeTemplate | None) -> CardFacts:
+    """What the model card says: the loss, what surrounded a reply, and that this package reads the model."""
+    method = ["A reward model: the chosen reply of a pair is to score higher than the rejected one (Bradley-Terry)."]
+    if args.mean_reward_coefficient is not None:
+        method.append(f"Rewards were centered with weight {args.mean_reward_coefficient}.")
+    if template is None:
+        return CardFacts(method, loading=TEXT_LOADING)
+    shown = "read after" if template.use_facts else "not shown in"
+    sections = {}
+    if template.request:
+        method.append(f"Facts about the image were {shown} the reply, in the judge turn.")
+        sections["Judge template"] = (
+            f"Saved as `{JUDGE_TEMPLATE_FILE}`; a reply is scored at the end of this turn, with the facts in place of "
+            f"`{{facts}}`:\n\n```text\n{template.request}\n\n{template.opening}\n```"
+        )
+    return CardFacts(
+        method,
+        loading=REWARD,
+        needs_package="transformers has no class for this head: the model needs trl_vlm to load.",
+        papers=[FACT_RLHF_PAPER] if template.request else [],
+        sections=sections,
+    )

@@ -29,12 +29,14 @@ from trl_vlm.models.image_tokens import image_tokens
 from trl_vlm.models.prefix_sharing.sharing import share_prefix
 from trl_vlm.trainers import _trl  # noqa: F401  says at import which name a TRL lacks
 from trl_vlm.trainers.adapters import classifier_adapter, complete_peft_config
+from trl_vlm.trainers.card import CardFacts
 from trl_vlm.trainers.checks import check_depends_on_pixels, other_pixels
 from trl_vlm.trainers.preparation import PreparedTrainer, complete_arguments, complete_processor, prepare_model
 from trl_vlm.trainers.reward.config import RewardConfig
 from trl_vlm.trainers.reward.metrics import score_statistics
 from trl_vlm.trainers.reward.setup import (
     SharingCollator,
+    card_facts,
     float_head,
     load_for_training,
     load_tokenizer,
@@ -170,6 +172,10 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
         if getattr(model, "is_quantized", False):
             float_head(self.model, is_new=peft_config is not None)
         prepare_model(self.model, args)
+
+    def card_facts(self) -> CardFacts:
+        """What the model card says of this run."""
+        return card_facts(self.args, self.judge_template)
 
     def _share_prefixes(self, own_collator: bool) -> None:
         """Let a pair compute its prompt and images once, or log why it does not."""

@@ -47,7 +47,7 @@ def rows_of(processor, seed=0, padding_side="left"):
     return rows
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, "llava_onevision", "qwen3_vl_moe"])
 def family(request):
     model, processor = build(request.param, sharp=8)
     rows = rows_of(processor)

@@ -70,7 +70,7 @@ def draw_hidden(
 
 
 def masked_inputs(model: PreTrainedModel, inputs: Mapping[str, Any], hidden: Tensor) -> dict[str, Any]:
-    """`inputs` with image tokens hidden, for the forward of any family and for its `generate`.
+    """`inputs` with image tokens hidden, for the forward of any family of attention layers and for its `generate`.
 
     Args:
         model: The generative model, or a PEFT model around it.
@@ -81,6 +81,9 @@ def masked_inputs(model: PreTrainedModel, inputs: Mapping[str, Any], hidden: Ten
     Returns:
         A new dictionary: `attention_mask` with zeros at hidden tokens, and `position_ids` of the full prompt, (B, T),
         or (4, B, T) for Qwen-VL.
+
+    Differs: layers that are no attention (the linear ones of Qwen3.5, LFM2's convolutions) see hidden tokens as they
+    see padding, which is not the same as no key.
 
     Raises:
         ValueError: `hidden` has another shape, or hides a token that is not an image token.

@@ -126,6 +126,47 @@ class TestEveryFamily:
         assert len(calls) == 1
 
 
+@pytest.mark.parametrize("family", ["gemma4", "qwen3_vl_moe", "llava_onevision", "paligemma2"])
+def test_more_families_continue_as_in_a_plain_loop(family):
+    windowed = family == "paligemma2"
+    model, rows = setup(family, images=(1, 1) if windowed else (1, 2))
+    jobs = [job for job in JOBS if job.cut or not windowed]
+    for share in (0.0, 0.6):
+        hidden = hidden_of(model, rows, share)
+        wanted, wanted_logits = plain_loop(model, rows, hidden, jobs)
+        recorder = Recorder(jobs)
+        found = Continuations(model, rows, REPLIES).run(hidden, jobs, max_new_tokens=STEPS, sampler=recorder)
+        assert found == wanted
+        for logits, expected in zip(recorder.logits, wanted_logits, strict=True):
+            assert_close(torch.stack(logits), expected, rtol=0, atol=1e-4)
+
+
+def test_a_prompt_that_sees_all_of_itself_is_whole_also_where_no_job_keeps_a_token():
+    model, rows = setup("paligemma", images=(1, 1))
+    hidden, jobs = hidden_of(model, rows, 0.5), [Job(0, 0), Job(1, 0)]
+    wanted, wanted_logits = plain_loop(model, rows, hidden, jobs)
+    recorder = Recorder(jobs)
+    assert Continuations(model, rows, REPLIES).run(hidden, jobs, max_new_tokens=STEPS, sampler=recorder) == wanted
+    for logits, expected in zip(recorder.logits, wanted_logits, strict=True):
+        assert_close(torch.stack(logits), expected, rtol=0, atol=1e-4)
+
+
+def test_a_window_that_such_a_prompt_overrides_is_refused_from_the_start_of_a_reply_alone():
+    model, rows = setup("paligemma2", images=(1, 1))
+    hidden = hidden_of(model, rows, 0.5)
+    continuations = Continuations(model, rows, REPLIES)
+    with pytest.raises(ValueError, match="job 1 keeps nothing of the reply of row 0: .* window of 16 tokens"):
+        continuations.run(hidden, [Job(1, 1), Job(0, 0)], max_new_tokens=2)
+    model.config.get_text_config().sliding_window = 1000
+    assert len(continuations.run(hidden, [Job(0, 0)], max_new_tokens=2)) == 1
+
+
+def test_a_hybrid_model_is_refused():
+    model, rows = setup("qwen3_5")
+    with pytest.raises(ValueError, match="layers of type linear_attention keep no keys that could be cut"):
+        Continuations(model, rows, REPLIES)
+
+
 @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen3_vl"])
 def test_padding_on_the_right_and_rows_without_images_are_no_different(family):
     model, rows = setup(family, images=(2, 0))

@@ -125,6 +125,7 @@ class Continuations:
         # be as large as the vocabulary at every place where some job starts.
         last = torch.tensor([self._rows.prompts[job.row] + job.cut - 1 for job in jobs], device=hidden.device)
         room = 1 + max_new_tokens + max(len(job.forced) for job in jobs)
+        self._check_window(jobs, int(last.max()) + room)
         cache, seen = self._prefill(hidden, row, last, room)
         decoding = _Decoding(jobs, max_new_tokens, stop, sampler, set(ends_of_reply(self._model)))
         tokens, positions = self._rows.ids[row, last], self._rows.positions[..., row, last]
@@ -141,6 +142,22 @@ class Continuations:
                 positions, seen = positions[..., stay], seen[stay]
                 cache.batch_select_indices(stay)
 
+    def _check_window(self, jobs: Sequence[Job], length: int) -> None:
+        """Refuse what a step of decoding would read wrongly: the last token of a prompt that sees all of itself.
+
+        In a step of its own a token sees as far back as its window; in a prompt like PaliGemma 2's it sees farther.
+        """
+        config = self._model.config
+        if not family_of(config).prefix_is_bidirectional or _all_see_all(config, length):
+            return
+        for number, job in enumerate(jobs):
+            if job.cut == 0:
+                raise ValueError(
+                    f"job {number} keeps nothing of the reply of row {job.row}: {config.model_type} reads all of a "
+                    f"prompt at once, also across its window of {config.get_text_config().sliding_window} tokens, and "
+                    "this continuation cannot. Keep at least one token of the reply, or use smaller images."
+                )
+
     def _forward(self, cache: Cache, seen: Tensor, **inputs: Tensor) -> Tensor:
         return self._model(**inputs, attention_mask=seen.long(), past_key_values=cache, use_cache=True).logits
 
@@ -148,6 +165,8 @@ class Continuations:
         """Keys and values of what each job has before its last token, and which of them it sees, (J, N)."""
         rows = self._rows
         ends = torch.zeros(len(rows.ids), dtype=torch.long, device=row.device).scatter_reduce(0, row, last, "amax")
+        if family_of(self._model.config).prefix_is_bidirectional:  # the prompt's first tokens see its last one
+            ends = torch.where(ends > 0, ends.maximum(torch.tensor(rows.prompts, device=ends.device)), ends)
         computed = torch.arange(rows.ids.size(1), device=row.device) < ends[:, None]  # (B, L)
         if _all_see_all(self._model.config, int(last.max()) + room):
             computed &= ~hidden

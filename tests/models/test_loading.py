@@ -1,11 +1,12 @@
 import json
+import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.families import batch, build, saved
-from trl_vlm.models.loading import load_generative_model, load_generative_processor
+from trl_vlm.models.loading import base_of, load_generative_model, load_generative_processor
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +50,12 @@ def test_an_adapter_whose_base_is_gone_says_where_it_was(adapter, tmp_path):
 def test_a_folder_without_a_processor_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="Unrecognized model"):
         load_generative_processor(tmp_path)
+
+
+def test_an_adapter_in_a_subfolder_comes_with_a_base_that_has_none(adapter, tmp_path):
+    folder, model = adapter
+    shutil.copytree(folder, tmp_path / "policy")
+    assert base_of(tmp_path, subfolder="policy") == str(saved("llava"))
+    processor = load_generative_processor(tmp_path, subfolder="policy")
+    found = load_generative_model(tmp_path, subfolder="policy")
+    torch.testing.assert_close(logits(found, processor), logits(model, processor))

@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import shutil
 import types
 
 import pytest
@@ -20,6 +21,7 @@ from trl_vlm.data.facts import JudgeTemplate, judge_messages
 from trl_vlm.models.reward_model import load_reward_model
 from trl_vlm.models.unsharded import unsharded_loading
 from trl_vlm.rewards import FactRLHFReward, RewardModelReward
+from trl_vlm.rewards import reward_model as module
 
 TEMPLATE = JudgeTemplate("judge . {facts}", "facts : {bullets} .", bullet="{fact}", separator=" ; ", opening="it is")
 QUESTION = "What is in the image?"
@@ -220,6 +222,26 @@ def test_an_adapter_folder_scores_as_the_adapted_model(folder, rows, tmp_path):
     in_memory = RewardModelReward(adapted, families.load_processor(folder), TEMPLATE)
     assert scores(reloaded, rows) == pytest.approx(scores(in_memory, rows), abs=1e-5)
     assert abs(scores(reloaded, rows)[0] - scores(RewardModelReward(folder), rows)[0]) > 1e-4
+
+
+def test_model_template_and_processor_come_from_the_same_subfolder(folder, reward, rows, tmp_path):
+    shutil.copytree(folder, tmp_path / "rm")
+    assert scores(RewardModelReward(tmp_path, subfolder="rm"), rows) == pytest.approx(scores(reward, rows))
+
+
+def test_of_the_hub_model_template_and_processor_come_from_one_place(folder, reward, monkeypatch):
+    asked = []
+
+    def recorded(kind, value):
+        return lambda *args, **options: asked.append((kind, options)) or value
+
+    monkeypatch.setattr(module, "load_reward_model", recorded("model", reward.model))
+    monkeypatch.setattr(module, "load_processor", recorded("processor", reward.processor))
+    monkeypatch.setattr(module, "cached_file", recorded("template", str(folder / "judge_template.json")))
+    place = {"subfolder": "rm", "revision": "v2", "cache_dir": "c", "token": "t", "local_files_only": True}
+    RewardModelReward("someone/reward", dtype="auto", **place)
+    assert sorted(kind for kind, _ in asked) == ["model", "processor", "template"]
+    assert all(place.items() <= options.items() for _, options in asked)
 
 
 def test_the_dtype_is_passed_on(folder, reward, rows):

@@ -72,7 +72,7 @@ class LocalChat:
         if max_new_tokens < 1 or batch_size < 1:
             raise ValueError(f"`max_new_tokens` is {max_new_tokens}, `batch_size` {batch_size}; both must be above 0.")
         source = model.name_or_path if isinstance(model, nn.Module) else model
-        self.processor = processor if processor is not None else load_generative_processor(source)
+        self.processor = processor if processor is not None else load_generative_processor(source, **load_options)
         if isinstance(model, nn.Module):
             self.model = model
         else:

@@ -1,6 +1,7 @@
 """Loading a generative model from a folder or the hub, whether it holds all weights or a PEFT adapter."""
 
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -21,34 +22,49 @@ def load_generative_model(path: str | PathLike, **kwargs: Any) -> nn.Module:
     Raises:
         ValueError: The base model of an adapter cannot be loaded.
     """
-    base = base_of(path, **_transformers.hub_arguments(kwargs))
+    hub = _transformers.hub_arguments(kwargs)
+    base = base_of(path, **hub)
     if base is None:
         return AutoModelForImageTextToText.from_pretrained(path, **kwargs)
     from peft import PeftModel
 
     try:
-        model = AutoModelForImageTextToText.from_pretrained(base, **kwargs)
+        model = AutoModelForImageTextToText.from_pretrained(base, **without_place(kwargs))
     except OSError as error:
         raise ValueError(
             f"{path} is an adapter of the model {base!r}, which cannot be loaded from there. Put it back, or correct "
             "`base_model_name_or_path` in the adapter's adapter_config.json."
         ) from error
-    return PeftModel.from_pretrained(model, path)
+    return PeftModel.from_pretrained(model, path, **hub)
 
 
-def load_generative_processor(path: str | PathLike) -> ProcessorMixin:
-    """Returns the processor of `path`; of an adapter that was saved without one, that of its base model."""
+def load_generative_processor(path: str | PathLike, **kwargs: Any) -> ProcessorMixin:
+    """Returns the processor of `path`; of an adapter that was saved without one, that of its base model.
+
+    Args:
+        path: As for the model.
+        kwargs: As for the model; those that say where files come from count.
+    """
+    hub = _transformers.hub_arguments(kwargs)
     try:
-        return load_processor(path)
+        return load_processor(path, **hub)
     except (OSError, ValueError):  # no file of a processor, and no model that tells its kind
-        base = base_of(path)
+        base = base_of(path, **hub)
         if base is None:
             raise
-        return load_processor(base)
+        return load_processor(base, **without_place(hub))
+
+
+def without_place(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for the base of an adapter: where in a repository the adapter lies is its own."""
+    return {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
 
 
 def base_of(path: str | PathLike, **hub: Any) -> str | None:
     """Where the base model of an adapter lies; None if `path` is no adapter."""
+    place = Path(path, hub.get("subfolder") or "")
+    if place.is_dir():  # transformers looks into a subfolder of a repository, and not of a folder on disk
+        path, hub = place, {name: value for name, value in hub.items() if name != "subfolder"}
     if find_adapter_config_file(path, **hub) is None:
         return None
     # Importing peft imports bitsandbytes and torch's compiler: many seconds that a model without adapter can spare.

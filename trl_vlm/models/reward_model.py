@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
-from transformers.utils import can_return_tuple, find_adapter_config_file
+from transformers.utils import can_return_tuple
 
 from trl_vlm.models import _transformers
+from trl_vlm.models.loading import base_of, without_place
 
 
 @dataclass
@@ -179,7 +180,7 @@ def load_reward_model(
     Raises:
         ValueError: The head is missing and the model is to score; or weights other than the head are missing.
     """
-    if find_adapter_config_file(path, **_transformers.hub_arguments(kwargs)) is not None:
+    if base_of(path, **_transformers.hub_arguments(kwargs)) is not None:
         return _load_adapter(path, for_scoring, head_seed, base_model, kwargs)
     model, has_head = _load_full(path, head_seed, kwargs)
     if for_scoring and not has_head:
@@ -249,7 +250,7 @@ def _load_adapter(
         )
     base = base_model if base_model is not None else adapter.base_model_name_or_path
     try:
-        model, base_has_head = _load_full(base, head_seed, kwargs)
+        model, base_has_head = _load_full(base, head_seed, without_place(kwargs))
     except OSError as error:
         raise ValueError(
             f"{path} is an adapter of the model {str(base)!r}, which cannot be loaded from there. If it has moved, "
@@ -257,7 +258,7 @@ def _load_adapter(
         ) from error
     if for_scoring and not (brings_head or base_has_head):
         raise ValueError(_no_head(path))
-    model = PeftModel.from_pretrained(model, path, config=adapter, is_trainable=not for_scoring)
+    model = PeftModel.from_pretrained(model, path, config=adapter, is_trainable=not for_scoring, **hub)
     return model.eval() if for_scoring else model
 
 

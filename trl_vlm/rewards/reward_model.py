@@ -15,14 +15,13 @@ from transformers.utils import cached_file
 from trl_vlm.data.encoding import encode
 from trl_vlm.data.facts import JUDGE_TEMPLATE_FILE, JudgeTemplate, judge_messages
 from trl_vlm.data.messages import Conversation, content_parts, message_text, reply_text, without_empty_keys
+from trl_vlm.models._transformers import hub_arguments
 from trl_vlm.models.generation import evaluating
 from trl_vlm.models.processors import control_tokens, load_processor
 from trl_vlm.models.reward_model import load_reward_model
 from trl_vlm.models.unsharded import is_sharded, unsharded_loading
 from trl_vlm.rewards.checks import finite_rewards
 from trl_vlm.rewards.replies import column_values, row_names
-
-_HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "token")
 
 
 class RewardModelReward:
@@ -80,7 +79,7 @@ class RewardModelReward:
         self.empty_reply_score = empty_reply_score
         self.device = torch.device(device) if device is not None else None
         source = model.name_or_path if isinstance(model, nn.Module) else str(model)
-        hub = {key: load_options[key] for key in _HUB_ARGUMENTS if key in load_options}
+        hub = hub_arguments(load_options)
         self.template = template if template is not None else _load_template(source, hub)
         self.processor = processor if processor is not None else _load_processor(source, hub)
         self.model = model if isinstance(model, nn.Module) else self._load(model, load_options)
@@ -199,7 +198,7 @@ def _load_template(source: str, hub: dict[str, Any]) -> JudgeTemplate:
             "the reward model was not loaded from a folder, so its judge template is unknown. Pass `template`: the "
             "one that it was trained with, or `JudgeTemplate.none()` for the plain conversation."
         )
-    return JudgeTemplate.from_pretrained(source)
+    return JudgeTemplate.from_pretrained(Path(source, hub.get("subfolder") or ""))
 
 
 def _load_processor(source: str, hub: dict[str, Any]) -> ProcessorMixin:

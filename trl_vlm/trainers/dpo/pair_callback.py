@@ -79,7 +79,7 @@ class PairSourceCallback(TrainerCallback):
     reports in a column `pair_*`.
 
     Args:
-        source: Makes the pairs. Its `turn` is the global step.
+        source: Makes the pairs. Its `round` is the global step.
         trainer: Whose training rows are refreshed; add the callback to it.
         every_steps: Refresh before the first step and after every so many; None: at the beginning of each epoch.
         batch_size: Rows per call of the source; None: `per_device_train_batch_size`.

@@ -269,7 +269,7 @@ def test_the_real_gate_accepts_what_it_scores_below_the_threshold(policy, encode
         ({"images": None}, "train row 1: it has no image"),
         ({"completion": None}, "train row 1: there is no reference reply"),
         ({"completion": [{"role": "assistant", "content": " \n"}]}, "train row 1, column 'completion': the reply"),
-        ({"prompt": None}, "train row 1: the column 'prompt' is missing"),
+        ({"prompt": None}, "train row 1, column 'prompt': it is missing or None"),
         ({"images": [b""]}, "train row 1, image 0: the image has zero bytes"),
     ],
 )  # fmt: skip

@@ -14,7 +14,7 @@ BELOW = {
     "judges": {"maths", "models", "data", "rewards"},
     "pairs": {"maths", "models", "data", "rewards", "judges"},
     "evaluation": {"maths", "models", "data", "rewards", "judges"},
-    "trainers": {"maths", "models", "data", "rewards", "judges", "pairs"},
+    "trainers": {"maths", "models", "data", "rewards", "judges", "pairs", "evaluation"},
     "testbed": {"maths", "models", "data", "rewards", "judges", "evaluation"},
     "scripts": {"maths", "models", "data", "rewards", "judges", "pairs", "evaluation", "trainers"},
     "cli": {"maths", "models", "data", "rewards", "judges", "pairs", "evaluation", "trainers", "scripts"},

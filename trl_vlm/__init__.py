@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_WHERE` says the same 
     from trl_vlm.trainers.dpo.config import DPOConfig
     from trl_vlm.trainers.dpo.pair_callback import PairSourceCallback
     from trl_vlm.trainers.dpo.trainer import DPOTrainer
+    from trl_vlm.trainers.evaluation import EvaluationCallback
     from trl_vlm.trainers.ppo.config import PPOConfig
     from trl_vlm.trainers.ppo.trainer import PPOTrainer
     from trl_vlm.trainers.reward.config import RewardConfig
@@ -21,6 +22,7 @@ _WHERE = {
     "DPOConfig": "trainers.dpo.config",
     "DPOTrainer": "trainers.dpo.trainer",
     "PairSourceCallback": "trainers.dpo.pair_callback",
+    "EvaluationCallback": "trainers.evaluation",
     "RewardConfig": "trainers.reward.config",
     "RewardTrainer": "trainers.reward.trainer",
     "PPOConfig": "trainers.ppo.config",
@@ -30,6 +32,7 @@ _WHERE = {
 __all__ = [
     "DPOConfig",
     "DPOTrainer",
+    "EvaluationCallback",
     "PPOConfig",
     "PPOTrainer",
     "PairSourceCallback",

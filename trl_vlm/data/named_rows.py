@@ -43,8 +43,7 @@ def check_rows(
     if len(dataset) == 0:
         raise ValueError(f"The {name} dataset is empty. Check the path, the split and the filters it came through.")
     if isinstance(dataset, Dataset):
-        # Iterating would read and decode the images; they are checked, and counted, where a batch is made.
-        dataset = dataset.select_columns([c for c in dataset.column_names if not _holds_images(dataset.features[c])])
+        dataset = without_images(dataset)
     for index, row in enumerate(dataset):
         check_row(row, purpose, name=f"{name} row {index}", image_tokens=image_tokens, with_images=with_images)
 
@@ -53,6 +52,14 @@ def has_images(dataset: Dataset | IterableDataset) -> bool:
     """Whether a dataset has a column of images; also if its columns are not known."""
     columns = dataset.column_names
     return columns is None or any(column in columns for column in IMAGE_COLUMNS)
+
+
+def without_images(dataset: Dataset) -> Dataset:
+    """Returns the dataset without its columns of images, whose bytes are then not read.
+
+    They are checked, and counted, where a batch is made.
+    """
+    return dataset.select_columns([c for c in dataset.column_names if not _holds_images(dataset.features[c])])
 
 
 class NamedRows:
@@ -77,6 +84,10 @@ class NamedRows:
     def column_names(self) -> list[str]:
         """The dataset's columns and `row_name`."""
         return [*self.rows.column_names, ROW_NAME]
+
+    def selected(self) -> Dataset:
+        """The rows as a dataset, without their names and undecoded."""
+        return self.rows.select(self.numbers) if len(self.numbers) < len(self.rows) else self.rows
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -91,7 +91,13 @@ def row_images(row: Row, name: str) -> list[Any]:
 
 
 def check_row(
-    row: Row, purpose: str, *, name: str, image_tokens: Iterable[str] = (), with_images: bool | None = None
+    row: Row,
+    purpose: str,
+    *,
+    name: str,
+    image_tokens: Iterable[str] = (),
+    with_images: bool | None = None,
+    passes: Sequence[str] = (),
 ) -> None:
     """Raises the first fault of a row that is not a mere warning; see `faults`.
 
@@ -101,12 +107,13 @@ def check_row(
         name: What it is called in errors.
         image_tokens: What stands for an image in the text of the model at hand.
         with_images: Whether rows have images; None: whether this one has a column of them.
+        passes: Kinds of faults that are not looked for.
 
     Raises:
         RowError: Naming the row and the column; a `RowTypeError` for a value of the wrong type.
     """
     for fault in faults(row, purpose, image_tokens=image_tokens, control_tokens=(), with_images=with_images):
-        if not fault.is_warning:
+        if not fault.is_warning and fault.kind not in passes:
             raise fault.error(name)
 
 

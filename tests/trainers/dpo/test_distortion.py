@@ -162,5 +162,5 @@ def test_what_does_not_go_with_it_says_why(options, reason, tmp_path):
 
 
 def test_a_row_without_an_image_is_named(tmp_path):
-    with pytest.raises(ValueError, match="the row with prompt 'What is in the image.': it has no image, and"):
+    with pytest.raises(ValueError, match="train row 1: it has no image, and"):
         povid(tmp_path, data=rows((1, 0, 1))).train()

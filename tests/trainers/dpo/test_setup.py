@@ -87,11 +87,13 @@ def test_an_empty_reply_is_an_error_that_names_the_row_or_a_reported_skip(side, 
     data = rows().map(
         lambda row, index: {side: [{"role": "assistant", "content": " "}]} if index == 2 else row, with_indices=True
     )
-    with pytest.raises(ValueError, match="Row 2 of the training data .* empty reply; so have 1 of 4 rows"):
+    with pytest.raises(
+        ValueError, match="train row 2, column .*: the reply is empty.* 1 of 4 rows have an empty reply"
+    ):
         make(DPOTrainer, DPOConfig, tmp_path, data=data)
     trainer = make(DPOTrainer, DPOConfig, tmp_path, data=data, bad_pairs="skip")
-    assert "Left out 1 of 4 rows of the training data: 1 with an empty reply" in caplog.text
-    assert len(trainer.train_dataset) == 3
+    assert "Left out 1 of 4 rows of the train dataset: 1 with an empty reply" in caplog.text
+    assert [row["row_name"] for row in trainer.train_dataset] == ["train row 0", "train row 1", "train row 3"]
 
 
 def test_identical_pairs_are_left_out_on_request(tmp_path, caplog):

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+from trl_vlm.data.errors import RowError, as_row_errors
+from trl_vlm.data.faults import EMPTY_REPLY
 from trl_vlm.data.images import load_image
-from trl_vlm.data.messages import message_text
-from trl_vlm.data.rows import row_images
+from trl_vlm.data.messages import message_text, without_empty_keys
+from trl_vlm.data.rows import ROW_NAME, check_row, name_of, row_images
 from trl_vlm.maths.segments import changed_tokens, tokens_in_spans
-from trl_vlm.models.image_tokens import check_image_tokens
+from trl_vlm.models.image_tokens import check_image_tokens, image_tokens
 from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX
 
 Row = dict[str, Any]
@@ -102,12 +104,13 @@ class PreferenceCollator:
         self.collate, self.vision, self.tokenizer = collate, vision, tokenizer
         self.extra, self.share, self.segments, self.reference = extra, share, segments, reference
         self.images_once: ImagesOnce | None = None
+        self._image_tokens = image_tokens(collate.processor) if vision else ()
         if vision and (share or extra):
             self.images_once = collate.processor = ImagesOnce(collate.processor)
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
         """The batch of `rows`, which are not changed."""
-        rows = [self.loaded(row) for row in rows]
+        rows = [self.loaded(row, index) for index, row in enumerate(rows)]
         # TRL's collators edit their rows, hence the copies.
         batch = self._collated([dict(pair) for pair in self._pairs(rows)], len(rows))
         if self.vision:
@@ -124,14 +127,22 @@ class PreferenceCollator:
             batch[REFERENCE] = self._reference(batch, rows)
         return batch
 
-    def loaded(self, row: Row) -> Row:
-        """The row with its images decoded, as every later step sees it."""
+    def loaded(self, row: Row, index: int = 0) -> Row:
+        """The row with its name and its images decoded, as every later step sees it."""
+        name = name_of(row, index, " of the batch")
         if not self.vision:
-            return row
-        name = row_name(row)
-        images = [load_image(image, name=name) if not _is_ready(image) else image for image in row_images(row, name)]
-        _check_placeholders(row, len(images), name)
-        return {key: value for key, value in row.items() if key not in ("image", "images")} | {"images": images}
+            return {**row, ROW_NAME: name}
+        # Whether a reply is empty is seen in its tokens: a source of pairs may give any.
+        check_row(row, "dpo", name=name, image_tokens=self._image_tokens, with_images=True, passes=(EMPTY_REPLY,))
+        images = [
+            image if _is_ready(image) else load_image(image, name=f"{name}, image {number}")
+            for number, image in enumerate(row_images(row, name))
+        ]
+        kept = {key: value for key, value in row.items() if key not in ("image", "images")}
+        kept |= {column: _without_empty_keys(row[column]) for column in ("prompt", "chosen", "rejected")}
+        if row.get("rejected_extra"):
+            kept["rejected_extra"] = [_without_empty_keys(reply) for reply in row["rejected_extra"]]
+        return kept | {"images": images, ROW_NAME: name}
 
     def _pairs(self, rows: list[Row]) -> list[Row]:
         """Each row once per rejected reply, the first rejected replies of all rows first."""
@@ -139,8 +150,8 @@ class PreferenceCollator:
         rejected = "rejected" if self.vision else "rejected_ids"
         for row in rows:
             if self.extra and len(row.get(column) or ()) != self.extra:
-                raise ValueError(
-                    f"{row_name(row)}: `rejected_extra` holds {len(row.get(column) or ())} replies, and the first row "
+                raise RowError(
+                    f"{row[ROW_NAME]}: `rejected_extra` holds {len(row.get(column) or ())} replies, and the first row "
                     f"of the dataset {self.extra}. Every row needs the same number; drop the others or fill them up."
                 )
         return rows + [row | {rejected: row[column][number]} for number in range(self.extra) for row in rows]
@@ -166,14 +177,16 @@ class PreferenceCollator:
         processor = self.images_once.processor if self.images_once is not None else self.collate.processor
         tokens = batch["input_ids"][: copies * len(rows)]
         images = [len(row["images"]) for row in rows] * copies
-        check_image_tokens({**batch, "input_ids": tokens}, images, processor, [row_name(row) for row in rows] * copies)
+        names = [row[ROW_NAME] for row in rows] * copies
+        with as_row_errors():
+            check_image_tokens({**batch, "input_ids": tokens}, images, processor, names)
 
     def _check_replies(self, batch: dict[str, Tensor], rows: list[Row]) -> None:
         for sequence, tokens in enumerate(batch["completion_mask"].sum(1).tolist()):
             if tokens == 0:
                 kind = "chosen" if sequence < len(rows) else "rejected"
-                raise ValueError(
-                    f"{row_name(rows[sequence % len(rows)])}: the {kind} reply has no token left. It is empty, or "
+                raise RowError(
+                    f"{rows[sequence % len(rows)][ROW_NAME]}: the {kind} reply has no token left. It is empty, or "
                     "`max_length` cuts it off behind the prompt. Drop the row (`bad_pairs='skip'` drops empty "
                     "replies), or raise `max_length`."
                 )
@@ -207,7 +220,7 @@ class PreferenceCollator:
             return None
         reply = row[column]
         reply = reply if isinstance(reply, str) else message_text(reply[-1])
-        name = f"{row_name(row)}, column '{column}_spans'"
+        name = f"{row[ROW_NAME]}, column '{column}_spans'"
         for first, last in spans:
             if not 0 <= first < last <= len(reply):
                 raise ValueError(
@@ -236,7 +249,7 @@ class PreferenceCollator:
                 sequence = reply * len(rows) + row
                 if len(log_probs) != int(is_reply[sequence].sum()):
                     raise ValueError(
-                        f"{row_name(rows[row])}: the reference cache holds {len(log_probs)} log-probabilities for a "
+                        f"{rows[row][ROW_NAME]}: the reference cache holds {len(log_probs)} log-probabilities for a "
                         f"reply of {int(is_reply[sequence].sum())} tokens. The chat template or `max_length` changed; "
                         "delete the cache's folder."
                     )
@@ -244,27 +257,8 @@ class PreferenceCollator:
         return result
 
 
-def row_name(row: Row) -> str:
-    """How errors call a row: by the beginning of its prompt."""
-    prompt = row.get("prompt")
-    if isinstance(prompt, list | tuple) and prompt:
-        prompt = message_text(prompt[-1])
-    text = " ".join(str(prompt).split()) if prompt is not None else "unknown"
-    return f"the row with prompt {text[:60]!r}"
-
-
-def _check_placeholders(row: Row, images: int, name: str) -> None:
-    """Compare the images that a prompt in parts mentions with those that there are; plain text gets its own."""
-    users = [message for message in row["prompt"] if isinstance(message, dict) and message["role"] == "user"]
-    if not users or any(isinstance(message["content"], str) for message in users):
-        return
-    parts = [part for message in users for part in message["content"]]
-    mentioned = sum(part["type"] == "image" and part.get("image") is None for part in parts)
-    if mentioned != images:
-        raise ValueError(
-            f"{name}: the prompt mentions {mentioned} images and the row holds {images}. Add the missing images to "
-            "its `images` column, or remove the placeholders."
-        )
+def _without_empty_keys(reply: Any) -> Any:
+    return reply if isinstance(reply, str) else without_empty_keys(reply)
 
 
 def _is_ready(image: Any) -> bool:

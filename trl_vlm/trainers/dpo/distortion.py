@@ -18,11 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from trl_vlm.data.encoding import encode
+from trl_vlm.data.errors import RowError
+from trl_vlm.data.rows import ROW_NAME
 from trl_vlm.models.families import IMAGE_INPUTS
 from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX
 from trl_vlm.pairs.draws import Draws
 from trl_vlm.pairs.noise import Overflow, distorted_images
-from trl_vlm.trainers.dpo.collator import PreferenceCollator, Row, row_name
+from trl_vlm.trainers.dpo.collator import PreferenceCollator, Row
 
 # The batch key: `pixel_values` of the noisy images, once per row, and how many `rows` there are.
 DISTORTED = "distorted"
@@ -51,7 +53,7 @@ class DistortingCollator:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The batch of `rows`, which are not changed."""
-        rows = [self.collate.loaded(row) for row in rows]
+        rows = [self.collate.loaded(row, index) for index, row in enumerate(rows)]
         batch = self.collate(
             [{**row, "rejected_extra": [*(row.get("rejected_extra") or ()), row["chosen"]]} for row in rows]
         )
@@ -60,18 +62,18 @@ class DistortingCollator:
             [row["prompt"] for row in rows],
             [self._noisy(row) for row in rows],
             add_generation_prompt=True,
-            names=list(map(row_name, rows)),
+            names=[row[ROW_NAME] for row in rows],
             max_pixels=None,  # they are loaded already
         )
         return {**batch, DISTORTED: {"pixel_values": noisy["pixel_values"], "rows": len(rows)}}
 
     def _noisy(self, row: Row) -> list[Any]:
         if not row["images"]:
-            raise ValueError(
-                f"{row_name(row)}: it has no image, and `povid_loss` puts noise on images. Drop rows without images, "
+            raise RowError(
+                f"{row[ROW_NAME]}: it has no image, and `povid_loss` puts noise on images. Drop rows without images, "
                 "or unset `povid_loss`."
             )
-        draws = Draws(int(torch.randint(2**62, ())), 0, row_name(row))
+        draws = Draws(int(torch.randint(2**62, ())), 0, row[ROW_NAME])
         return distorted_images(row["images"], self.steps, draws, indexing="code", overflow=self.overflow)
 
 

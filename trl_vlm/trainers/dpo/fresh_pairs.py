@@ -11,7 +11,8 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import ProcessorMixin, Trainer
 
-from trl_vlm.data.rows import IMAGE_COLUMNS, ROW_NAME, Row
+from trl_vlm.data.named_rows import has_images, undecoded
+from trl_vlm.data.rows import IMAGE_COLUMNS, PAIR_COLUMNS, ROW_NAME, Row
 from trl_vlm.models.generation import Policy, generating
 from trl_vlm.pairs.source import PairSource
 from trl_vlm.trainers import _trl
@@ -23,10 +24,8 @@ WEIGHTLESS = "weightless"
 # What a weightless batch says in the place of replies.
 NO_REPLY = [{"role": "assistant", "content": "-"}]
 
-# What is said about the replies of a row; a new pair brings its own.
-ABOUT_REPLIES = ("chosen", "rejected", "rejected_extra", "chosen_spans", "rejected_spans")
 # What a collator reads of a pair. TRL takes rows with other reply columns (`completion`) for another kind of data.
-PAIR_COLUMNS = ("prompt", *ABOUT_REPLIES, "tools", "chat_template_kwargs", ROW_NAME, *IMAGE_COLUMNS)
+COLLATED_COLUMNS = ("prompt", *PAIR_COLUMNS, "tools", "chat_template_kwargs", ROW_NAME, *IMAGE_COLUMNS)
 
 
 @contextmanager
@@ -69,7 +68,7 @@ def has_pair(row: Row) -> bool:
 
 def without_replies(row: Row) -> dict[str, Any]:
     """A row whose replies do not matter."""
-    kept = {name: value for name, value in row.items() if name not in ABOUT_REPLIES}
+    kept = {name: value for name, value in row.items() if name not in PAIR_COLUMNS}
     return kept | {"chosen": NO_REPLY, "rejected": NO_REPLY}
 
 
@@ -97,7 +96,7 @@ def _trimmed(pair: Row, row: Row, source: PairSource) -> dict[str, Any]:
                 f"{row.get(ROW_NAME, 'a row')}: the pair source {source!r} gave {pair.get(column)!r} as {column!r}. "
                 "It must be a list of messages; for a row without a decision give None in place of the pair."
             )
-    columns = [name for name in pair if name in PAIR_COLUMNS or name.startswith("pair_")]
+    columns = [name for name in pair if name in COLLATED_COLUMNS or name.startswith("pair_")]
     is_new = any(pair[column] != row.get(column) for column in ("chosen", "rejected"))
     return {name: pair[name] for name in columns if not (is_new and name.endswith("_spans"))}
 
@@ -159,17 +158,18 @@ def refuse_virtual_tokens(model: nn.Module) -> None:
         )
 
 
-def checked_rows(dataset: Any, name: str) -> Any:
+def checked_rows(dataset: Any, name: str, processor: Any) -> Any:
     """The dataset after a look at its rows, with a column `images` ([] in each row) if it has none.
 
     TRL tokenises rows without such a column before training, and their replies are not there yet.
     """
     if isinstance(dataset, dict):
-        return {key: checked_rows(rows, key) for key, rows in dataset.items()}
-    check_rollout_rows(dataset, name)
-    columns = dataset.column_names if isinstance(dataset, Dataset | IterableDataset) else None
-    if columns is None or any(column in columns for column in IMAGE_COLUMNS):
+        return {key: checked_rows(rows, key, processor) for key, rows in dataset.items()}
+    check_rollout_rows(dataset, name, processor)
+    if not isinstance(dataset, Dataset | IterableDataset):
         return dataset
+    if has_images(dataset):
+        return undecoded(dataset)
     return dataset.map(lambda _: {"images": []})
 
 
@@ -214,7 +214,9 @@ class FreshPairs:
         """The batch of these pairs, with so many further rejected replies each."""
         if extra not in self.collators:
             self.collators[extra] = self.make_collator(extra)
-        return self.collators[extra]([{name: pair[name] for name in PAIR_COLUMNS if name in pair} for pair in pairs])
+        return self.collators[extra](
+            [{name: pair[name] for name in COLLATED_COLUMNS if name in pair} for pair in pairs]
+        )
 
     def _pairs(self, rows: Sequence[Row]) -> list[Row | None]:
         """The source's pairs while training; while evaluating, the rows' own, where all processes' rows have them."""

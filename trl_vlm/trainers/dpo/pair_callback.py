@@ -10,19 +10,18 @@ from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from transformers import TrainerCallback
 
-from trl_vlm.data.named_rows import check_rows, named_rows
-from trl_vlm.data.rows import Row
+from trl_vlm.data.named_rows import NamedRows, check_rows, named_rows
+from trl_vlm.data.rows import PAIR_COLUMNS, Row
 from trl_vlm.pairs.source import PairSource
 from trl_vlm.trainers.dpo.fresh_pairs import (
-    ABOUT_REPLIES,
-    PAIR_COLUMNS,
+    COLLATED_COLUMNS,
     current_policy,
     made_pairs,
     pair_statistics,
     refuse_virtual_tokens,
     total_statistics,
 )
-from trl_vlm.trainers.dpo.setup import extra_replies
+from trl_vlm.trainers.dpo.pairs_data import extra_replies
 from trl_vlm.trainers.dpo.trainer import DPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ class RefreshedRows(TorchDataset):
     A row that never had a pair gives its place to another row, so that every batch is full.
     """
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Dataset | NamedRows):
         self.dataset = dataset
         self.pairs: dict[int, Row] = {}
         self.numbers = list(range(len(dataset)))
@@ -42,7 +41,7 @@ class RefreshedRows(TorchDataset):
     @property
     def column_names(self) -> list[str]:
         """The columns of a pair."""
-        return [name for name in PAIR_COLUMNS if name in {*self.dataset.column_names, "chosen", "rejected"}]
+        return [name for name in COLLATED_COLUMNS if name in {*self.dataset.column_names, "chosen", "rejected"}]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -53,8 +52,8 @@ class RefreshedRows(TorchDataset):
         number = self.numbers[place % len(self.numbers)]
         row = self.dataset[number]
         if number in self.pairs:
-            row = {name: value for name, value in row.items() if name not in ABOUT_REPLIES} | self.pairs[number]
-        return {name: value for name, value in row.items() if name in PAIR_COLUMNS}
+            row = {name: value for name, value in row.items() if name not in PAIR_COLUMNS} | self.pairs[number]
+        return {name: value for name, value in row.items() if name in COLLATED_COLUMNS}
 
     def put(self, pairs: dict[int, Row], own: bool) -> None:
         """Take new pairs by the numbers of their rows; `own` says that the dataset's rows have pairs, too."""
@@ -105,11 +104,11 @@ class PairSourceCallback(TrainerCallback):
         _check_trainer(trainer, every_steps)
         refuse_virtual_tokens(trainer.model)
         dataset = trainer.train_dataset
-        check_rows(dataset, "ppo", name="train")
+        self.rows = dataset if isinstance(dataset, NamedRows) else named_rows(dataset, "train")
+        check_rows(self.rows.selected(), "ppo", name="train")
         self.source, self.trainer, self.every_steps = source, trainer, every_steps
         self.batch_size = batch_size or trainer.args.per_device_train_batch_size
-        self.rows = named_rows(dataset, "train")
-        self.extra = extra_replies(dataset)
+        self.extra = extra_replies(self.rows.selected())
         self.has_own = {"chosen", "rejected"} <= set(dataset.column_names)
         self.refreshed = trainer.train_dataset = RefreshedRows(dataset)
 
@@ -140,7 +139,7 @@ class PairSourceCallback(TrainerCallback):
                 made += zip(numbers, map(self._trimmed, numbers, pairs), strict=True)
         decided = {number: pair for number, pair in gather_object(made) if pair is not None}
         statistics = total_statistics([pair_statistics(list(decided.values()))])
-        pairs = {n: {name: pair[name] for name in ABOUT_REPLIES if name in pair} for n, pair in decided.items()}
+        pairs = {n: {name: pair[name] for name in PAIR_COLUMNS if name in pair} for n, pair in decided.items()}
         self.refreshed.put(pairs, self.has_own)
         undecided = 1 - len(decided) / len(self.rows)
         for name, value in {"pairs/undecided": undecided, **statistics}.items():
@@ -164,7 +163,7 @@ class PairSourceCallback(TrainerCallback):
                 f"train row {number}: the pair source gave {extra} `rejected_extra`, and the trainer reads {expected}"
                 f". {remedy}, or use a source that gives {expected}."
             )
-        return {name: value for name, value in pair.items() if name in ABOUT_REPLIES or name.startswith("pair_")}
+        return {name: value for name, value in pair.items() if name in PAIR_COLUMNS or name.startswith("pair_")}
 
 
 def _check_trainer(trainer: Any, every_steps: int | None) -> None:
@@ -179,7 +178,7 @@ def _check_trainer(trainer: Any, every_steps: int | None) -> None:
         "has a `pair_source`, which makes new pairs at every step": is_ours and trainer._pair_maker is not None,
         "has a `reference_cache`, which holds the log-probabilities of the first pairs": is_ours
         and args.reference_cache is not None,
-        "trains on a stream, whose rows cannot be written back": not isinstance(dataset, Dataset),
+        "trains on a stream, whose rows cannot be written back": not isinstance(dataset, Dataset | NamedRows),
         "trains on rows without images, which TRL tokenised when it was made": not trainer._is_vision_dataset,
         "has workers that hold copies of the rows (`dataloader_num_workers`); use 0, or each epoch": (
             every_steps is not None and args.dataloader_num_workers > 0

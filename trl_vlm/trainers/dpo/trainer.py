@@ -13,19 +13,20 @@ from datasets import IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
 
+from trl_vlm.data.rows import PAIR_COLUMNS, ROW_NAME
 from trl_vlm.models.prefix_sharing.sharing import share_prefix
 from trl_vlm.pairs.source import PairSource
 from trl_vlm.trainers import _trl
 from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.card import CardFacts
-from trl_vlm.trainers.dpo import fresh_pairs, setup
+from trl_vlm.trainers.dpo import fresh_pairs, pairs_data, setup
 from trl_vlm.trainers.dpo import metrics as dpo_metrics
 from trl_vlm.trainers.dpo.card import card_facts
 from trl_vlm.trainers.dpo.collator import CHANGED, NUM_REPLIES, REFERENCE, PreferenceCollator, SegmentOptions
 from trl_vlm.trainers.dpo.config import LENGTH_NORMALIZED, DPOConfig
 from trl_vlm.trainers.dpo.degeneration import DegenerationWatch
 from trl_vlm.trainers.dpo.distortion import DISTORTED, DistortedReplies, DistortingCollator
-from trl_vlm.trainers.dpo.fresh_pairs import ABOUT_REPLIES, WEIGHTLESS, FreshPairs, has_pair, without_replies
+from trl_vlm.trainers.dpo.fresh_pairs import WEIGHTLESS, FreshPairs, has_pair, without_replies
 from trl_vlm.trainers.dpo.log_probs import DenseScore, attach, sequences
 from trl_vlm.trainers.dpo.pair_loss import NO_REFERENCE, PairLoss, check_pair_loss, mean_pair_loss
 from trl_vlm.trainers.dpo.reference_cache import filled_for
@@ -90,17 +91,19 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
         if not args.reference_free:
             setup.refuse_unknown_reference(model, ref_model, peft_config, args)
         processing_class = complete_processor(processing_class, model, args)
+        self._has_own_collator = data_collator is not None
         if pair_source is None:
-            train_dataset = setup.checked_pairs(train_dataset, "the training data", args.bad_pairs)
-            if eval_dataset is not None:
-                eval_dataset = setup.checked_pairs(eval_dataset, "the evaluation data", args.bad_pairs)
+            check = (args.bad_pairs, processing_class, self._has_own_collator)
+            pairs = [pairs_data.checked_pairs(train_dataset, "train", *check)]
+            pairs += [pairs_data.checked_pairs(eval_dataset, "eval", *check)]
+            train_dataset, eval_dataset = map(pairs_data.for_trl, pairs)
         else:
             fresh_pairs.check_arguments(args, processing_class, data_collator)
-            train_dataset = fresh_pairs.checked_rows(train_dataset, "train")
-            eval_dataset = fresh_pairs.checked_rows(eval_dataset, "eval")
+            train_dataset = fresh_pairs.checked_rows(train_dataset, "train", processing_class)
+            eval_dataset = fresh_pairs.checked_rows(eval_dataset, "eval", processing_class)
             args.remove_unused_columns = False  # a source may read any column
         check_pair_loss(pair_loss, args, ref_model)
-        self._num_extra_rejected = setup.extra_replies(train_dataset)
+        self._num_extra_rejected = pairs_data.extra_replies(train_dataset)
         self._pairs_without_change = 0
         self.pair_loss, self._is_reference_free = pair_loss, args.reference_free
         super().__init__(
@@ -129,7 +132,9 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
             self._pair_maker, self.data_collator = FreshPairs(self, pair_source, make_collator), list
             self.train_dataset = rollout_rows(self.train_dataset, "train")
             self.eval_dataset = rollout_rows(self.eval_dataset, "eval")
-        elif data_collator is None:
+        elif self._is_vision_dataset:
+            self.train_dataset, self.eval_dataset = map(pairs_data.named, pairs)
+        if pair_source is None and data_collator is None:
             self.data_collator = make_collator(self._num_extra_rejected)
         if args.reference_cache is not None:
             self._fill_reference_cache()
@@ -227,7 +232,7 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        ours = ["prompt", *ABOUT_REPLIES, "rejected_extra_ids"]
+        ours = [] if self._has_own_collator else ["prompt", *PAIR_COLUMNS, "rejected_extra_ids", ROW_NAME]
         self._signature_columns += [column for column in ours if column not in self._signature_columns]
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
@@ -240,7 +245,13 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
         def prepare(one: Any) -> Any:
             return super(DPOTrainer, self)._prepare_dataset(one, processing_class, args, dataset_name)
 
-        return setup.prepared_extras(dataset, prepared, prepare, self._num_extra_rejected, dataset_name)
+        return pairs_data.prepared_extras(dataset, prepared, prepare, self._num_extra_rejected, dataset_name)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """TRL's evaluation; rows with images that are passed here are checked and named as well."""
+        if self._is_vision_dataset and self._pair_maker is None:
+            eval_dataset = pairs_data.for_evaluation(eval_dataset, self.processing_class, self._has_own_collator)
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def prompt_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch that begins with the prompts of `rows`, whatever replies follow."""

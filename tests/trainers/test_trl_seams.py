@@ -12,6 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tests import families
 from tests.trainers.ppo.helpers import count_letters, rollout, rows, settings
+from tests.trainers.test_options import make
 from trl_vlm import PPOTrainer
 from trl_vlm.models.families import IMAGE_INPUTS, TOKEN_TYPES
 from trl_vlm.trainers import _trl
@@ -147,3 +148,37 @@ def test_a_trl_that_lacks_a_name_is_refused_with_the_name_and_the_versions(owner
     monkeypatch.delitem(sys.modules, "trl_vlm.trainers._trl")
     with pytest.raises(ImportError, match=rf"trl_vlm needs `.*{name}`, which TRL .* Run `pip install 'trl>=1.16,<2'`"):
         importlib.import_module("trl_vlm.trainers._trl")
+
+
+@pytest.mark.parametrize("method", ["DPO", "Reward", "PPO"])
+def test_a_trl_whose_constructor_no_longer_sets_what_we_read_is_refused_with_the_name(method, tmp_path, monkeypatch):
+    theirs = {"DPO": "DPOTrainer", "Reward": "RewardTrainer", "PPO": "GRPOTrainer"}[method]
+    trainer = make(method, tmp_path)  # of this TRL, nothing is missing
+    _trl.check_attributes(trainer)
+    monkeypatch.setitem(_trl.ATTRIBUTES, theirs, (*_trl.ATTRIBUTES[theirs], "_gone"))
+    with pytest.raises(ImportError, match=rf"trl_vlm needs `{theirs}._gone`, which TRL .* Run `pip install"):
+        _trl.check_attributes(trainer)
+
+
+def test_a_release_of_trl_that_was_never_tried_is_named_once(caplog):
+    _trl.warn_if_untested("1.16.2")
+    assert not caplog.text
+    _trl.warn_if_untested("1.17.0.dev0")
+    assert "was not tested with TRL 1.17.0.dev0 (tested: 1.16)" in caplog.text
+
+
+def test_tokens_that_a_tool_wrote_are_no_part_of_a_reply(tmp_path):
+    """TRL marks them in `tool_mask`: they are in the sequence, and nothing is learnt from them."""
+    trainer = PPOTrainer(str(families.saved("llava", sharp=3.0)), count_letters, settings(tmp_path), rows([1, 1]))
+    batch = {"completion_mask": torch.tensor([[1, 1, 1, 0]]), "tool_mask": torch.tensor([[1, 0, 1, 1]])}
+    assert trainer._reply_mask(batch).tolist() == [[1, 0, 1, 0]]
+    assert "tool_mask" in {
+        const for const in GRPOTrainer._generate_and_score_completions.__code__.co_consts if isinstance(const, str)
+    }
+
+
+def test_trls_method_for_vllms_weights_takes_no_argument():
+    """`PPOTrainer._without_critic` stands in for it."""
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    assert parameters(VLLMGeneration.sync_weights) == ["self"]

@@ -4,13 +4,31 @@ On a TRL that lacks one of them, importing a trainer says which name is missing 
 `tests/trainers/test_trl_seams.py` holds a contract for each.
 """
 
+import logging
 import operator
 from importlib import import_module
 from typing import Any
 
 import trl
+from packaging.version import Version
+
+logger = logging.getLogger(__name__)
 
 TESTED_VERSIONS = "1.16"
+
+
+def warn_if_untested(version: str) -> None:
+    """Say that a release of TRL was never tried: names may be there and mean something else."""
+    if ".".join(map(str, Version(version).release[:2])) not in TESTED_VERSIONS.split(", "):
+        logger.warning(
+            "trl_vlm was not tested with TRL %s (tested: %s). If numbers surprise you, run its "
+            "`tests/trainers/test_trl_seams.py`, or install a tested release.",
+            version,
+            TESTED_VERSIONS,
+        )
+
+
+warn_if_untested(trl.__version__)
 
 
 def require(module: str, name: str) -> Any:
@@ -18,10 +36,14 @@ def require(module: str, name: str) -> Any:
     try:
         return operator.attrgetter(name)(import_module(module))
     except (ImportError, AttributeError) as error:
-        raise ImportError(
-            f"trl_vlm needs `{module}.{name}`, which TRL {trl.__version__} does not have. trl_vlm supports TRL 1.16 "
-            f"and later 1.x (tested: {TESTED_VERSIONS}). Run `pip install 'trl>=1.16,<2'`."
-        ) from error
+        raise ImportError(_needs(f"{module}.{name}")) from error
+
+
+def _needs(name: str) -> str:
+    return (
+        f"trl_vlm needs `{name}`, which TRL {trl.__version__} does not have. trl_vlm supports TRL 1.16 "
+        f"and later 1.x (tested: {TESTED_VERSIONS}). Run `pip install 'trl>=1.16,<2'`."
+    )
 
 
 # Rollouts turn checkpointing off, as TRL does around its own log-probability passes.
@@ -39,6 +61,7 @@ for _method in (
     "_generate_and_score_completions",
     "_compute_loss",
     "_get_per_token_logps_and_entropies",
+    "_tokenize_prompts",
 ):
     require("trl", f"GRPOTrainer.{_method}")
 
@@ -63,3 +86,32 @@ for _method in ("_compute_loss", "_prepare_dataset", "_set_signature_columns_if_
 # `_set_signature_columns_if_needed` would drop.
 for _method in ("_prepare_dataset", "_set_signature_columns_if_needed"):
     require("trl", f"RewardTrainer.{_method}")
+
+# vLLM gets the policy's weights through this method, which PPO wraps so that vLLM never sees the critic's.
+require("trl.generation.vllm_generation", "VLLMGeneration.sync_weights")
+
+# What TRL's constructors leave on a trainer, and we read or set: no import can tell that one is gone.
+ATTRIBUTES = {
+    "DPOTrainer": (
+        *("_is_vlm", "_is_vision_dataset", "_tokenizer", "_metrics", "_total_train_tokens", "_tp_size"),
+        *("_signature_columns", "aux_loss_enabled", "precompute_ref_logps"),
+    ),
+    "RewardTrainer": ("_metrics", "_signature_columns", "_total_train_tokens", "_tp_size"),
+    "GRPOTrainer": (
+        *("_is_vlm", "_metrics", "_step", "_tokenizer", "aux_loss_enabled", "eos_token_ids", "reward_func_names"),
+        *("reward_weights", "temperature", "use_vllm", "ref_model", "beta"),
+    ),
+}
+
+
+def check_attributes(trainer: Any) -> None:
+    """Stop with the name and the versions where TRL's constructor has not set what we read.
+
+    Raises:
+        ImportError: An attribute is missing.
+    """
+    for base in type(trainer).__mro__:
+        if base.__module__.startswith("trl."):
+            missing = [name for name in ATTRIBUTES.get(base.__name__, ()) if not hasattr(trainer, name)]
+            if missing:
+                raise ImportError(_needs(f"{base.__name__}.{missing[0]}"))

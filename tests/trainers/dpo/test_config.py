@@ -52,7 +52,10 @@ def test_saved_arguments_load_again():
         ({"dense_preset": "release", "loss_type": ["ipo"]}, "ipo divides by the number of reply tokens"),
         ({"dense_preset": "release", "loss_type": ["sigmoid_norm"]}, "Use `dense_reduction='mean'`"),
         ({"dense_preset": "paper", "loss_type": ["ipo", "sigmoid"]}, "cannot be combined with sigmoid"),
-        ({"dense_preset": "paper", "ld_alpha": 0.5}, "`ld_alpha` does not go with Dense DPO: it weighs tokens too"),
+        (
+            {"dense_preset": "paper", "ld_alpha": 0.5},
+            "`ld_alpha` cannot be combined with Dense DPO: it weighs tokens too",
+        ),
         ({"dense_preset": "paper", "f_divergence_type": "forward_kl"}, "which a weighted score is not"),
         ({"dense_preset": "paper", "precompute_ref_log_probs": True}, "`reference_cache` stores what Dense DPO needs"),
         ({"dense_min_match": 0}, "must be at least 1"),

@@ -150,8 +150,11 @@ def test_it_goes_with_a_source_of_pairs_and_with_evaluation(tmp_path):
         ({"povid_loss": "noisy"}, "`povid_loss` is 'noisy'; it must be 'published' or 'shared'"),
         ({"noise_steps": 1000}, "1000 steps of noise are out of range"),
         ({"noise_overflow": "cut"}, "`overflow` is 'cut'"),
-        ({"dense_preset": "paper"}, "Dense DPO does not go with `povid_loss`: the rejected tokens are not known"),
-        ({"reference_cache": "cache"}, "`reference_cache` does not go with `povid_loss`: the noise is new"),
+        (
+            {"dense_preset": "paper"},
+            "Dense DPO cannot be combined with `povid_loss`: the rejected tokens are not known",
+        ),
+        ({"reference_cache": "cache"}, "`reference_cache` cannot be combined with `povid_loss`: the noise is new"),
         ({"data": text_rows}, "`povid_loss` puts noise on images, and the rows have no column `images`"),
     ],
 )

@@ -195,8 +195,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "reason"),
         [
-            ({"reference_cache": "cache"}, "`reference_cache` does not go with `pair_source`: it holds"),
-            ({"precompute_ref_log_probs": True}, "`precompute_ref_log_probs` does not go with"),
+            ({"reference_cache": "cache"}, "`reference_cache` cannot be combined with `pair_source`: it holds"),
+            ({"precompute_ref_log_probs": True}, "`precompute_ref_log_probs` cannot be combined with"),
         ],
     )
     def test_what_does_not_go_with_it_says_why(self, options, reason, tmp_path):

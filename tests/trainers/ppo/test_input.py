@@ -249,3 +249,16 @@ def test_a_single_image_column_and_a_streamed_dataset_train(tmp_path):
     trainer = make(tmp_path, Dataset.from_list(single).to_iterable_dataset())
     trainer.train()
     assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history[:2])
+
+
+def test_prompts_may_be_strings_as_in_grpo(tmp_path):
+    seen = []
+
+    def lengths(prompts, completions, **columns):
+        seen.append((prompts, completions))
+        return [float(len(completion)) for completion in completions]
+
+    trainer = make(tmp_path, Dataset.from_list([{"prompt": "A red square on"}, {"prompt": "A blue circle."}]), lengths)
+    trainer.train()
+    assert len(trainer.state.log_history) > 2
+    assert all(isinstance(text, str) for prompts, completions in seen for text in (*prompts, *completions))

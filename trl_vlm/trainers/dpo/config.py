@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import trl
 
 from trl_vlm.pairs.noise import check_noise
+from trl_vlm.trainers.checks import refuse
 from trl_vlm.trainers.options import PartOptions
 
 
@@ -204,20 +205,19 @@ class DPOConfig(PartOptions, trl.DPOConfig):
         if self.dense_reduction not in ("mean", "sum"):
             raise ValueError(f"`dense_reduction` is {self.dense_reduction!r}; it must be 'mean' or 'sum'.")
         self._check_dense_losses(set(self.loss_type) - {"sft"})
-        refused = {
-            "ld_alpha": (self.ld_alpha is not None, "it weighs tokens too, by their place beyond the shorter reply"),
-            "f_divergence_type": (
-                self.f_divergence_type != "reverse_kl",
-                "it is a function of the ratio of two probabilities of the whole reply, which a weighted score is not",
-            ),
-            "precompute_ref_log_probs": (
-                self.precompute_ref_log_probs,
-                "TRL would store unweighted sums; `reference_cache` stores what Dense DPO needs",
-            ),
-        }
-        for name, (is_set, reason) in refused.items():
-            if is_set:
-                raise ValueError(f"`{name}` does not go with Dense DPO: {reason}. Unset one of the two.")
+        divergence = (
+            "it is a function of the ratio of two probabilities of the whole reply, which a weighted score is not"
+        )
+        stored = "TRL would store unweighted sums; `reference_cache` stores what Dense DPO needs"
+        weights = "it weighs tokens too, by their place beyond the shorter reply"
+        refuse(
+            "Dense DPO",
+            {
+                "`ld_alpha`": (self.ld_alpha is not None, weights),
+                "`f_divergence_type`": (self.f_divergence_type != "reverse_kl", divergence),
+                "`precompute_ref_log_probs`": (self.precompute_ref_log_probs, stored),
+            },
+        )
 
     def _check_dense_losses(self, losses: set[str]) -> None:
         normalized = losses & LENGTH_NORMALIZED
@@ -237,28 +237,23 @@ class DPOConfig(PartOptions, trl.DPOConfig):
         if self.povid_loss not in ("published", "shared"):
             raise ValueError(f"`povid_loss` is {self.povid_loss!r}; it must be 'published' or 'shared'.")
         check_noise(self.noise_steps, "code", self.noise_overflow)
-        refused = {
-            "Dense DPO": (self.dense_gamma is not None, "the rejected tokens are not known when changes are found"),
-            "`reference_cache`": (
-                self.reference_cache is not None,
-                "the noise is new at every step, so the reference cannot be computed before",
-            ),
-        }
-        for name, (is_set, reason) in refused.items():
-            if is_set:
-                raise ValueError(f"{name} does not go with `povid_loss`: {reason}. Unset one of the two.")
+        unknown = "the rejected tokens are not known when changes are found"
+        new_noise = "the noise is new at every step, so the reference cannot be computed before"
+        refuse(
+            "`povid_loss`",
+            {
+                "Dense DPO": (self.dense_gamma is not None, unknown),
+                "`reference_cache`": (self.reference_cache is not None, new_noise),
+            },
+        )
 
     def _check_reference_free(self) -> None:
-        for name in ("reference_cache", "precompute_ref_log_probs", "sync_ref_model"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"`{name}` cannot be combined with `reference_free`: there is no reference. Unset it."
-                )
+        names = ("reference_cache", "precompute_ref_log_probs", "sync_ref_model")
+        refuse(
+            "`reference_free`", {f"`{name}`": (bool(getattr(self, name)), "there is no reference") for name in names}
+        )
 
     def _check_reference_cache(self) -> None:
-        for name in ("precompute_ref_log_probs", "sync_ref_model"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"`{name}` does not go with `reference_cache`, which holds the log-probabilities of one fixed "
-                    f"reference. Unset `{name}`."
-                )
+        names = ("precompute_ref_log_probs", "sync_ref_model")
+        reason = "it holds the log-probabilities of one fixed reference"
+        refuse("`reference_cache`", {f"`{name}`": (bool(getattr(self, name)), reason) for name in names})

@@ -16,6 +16,7 @@ from trl_vlm.data.rows import IMAGE_COLUMNS, PAIR_COLUMNS, ROW_NAME, Row
 from trl_vlm.models.generation import Policy, generating
 from trl_vlm.pairs.source import PairSource
 from trl_vlm.trainers import _trl
+from trl_vlm.trainers.checks import refuse
 from trl_vlm.trainers.dpo.collator import PreferenceCollator
 from trl_vlm.trainers.ppo.rollout_rows import check_rollout_rows
 
@@ -124,7 +125,7 @@ def total_statistics(statistics: Sequence[dict[str, tuple[float, int]]]) -> dict
 
 
 def check_arguments(args: Any, processor: Any, data_collator: Any) -> None:
-    """Refuse what does not go with a source of pairs.
+    """Refuse what cannot be combined with a source of pairs.
 
     Raises:
         TypeError: the model reads no images.
@@ -135,17 +136,15 @@ def check_arguments(args: Any, processor: Any, data_collator: Any) -> None:
             "`pair_source` needs a vision-language model and its processor: sources read rows with images. Pass such "
             "a model, or make the pairs before training (`trl-vlm pairs`)."
         )
-    refused = {
-        "`reference_cache`": (
-            args.reference_cache is not None,
-            "it holds the log-probabilities of replies that are there before training",
-        ),
-        "`precompute_ref_log_probs`": (args.precompute_ref_log_probs, "the replies are new at every step"),
-        "A data collator of your own": (data_collator is not None, "the pairs are made behind it"),
-    }
-    for name, (is_given, reason) in refused.items():
-        if is_given:
-            raise ValueError(f"{name} does not go with `pair_source`: {reason}. Leave one of the two out.")
+    stored = "it holds the log-probabilities of replies that are there before training"
+    refuse(
+        "`pair_source`",
+        {
+            "`reference_cache`": (args.reference_cache is not None, stored),
+            "`precompute_ref_log_probs`": (args.precompute_ref_log_probs, "the replies are new at every step"),
+            "A data collator of your own": (data_collator is not None, "the pairs are made behind it"),
+        },
+    )
 
 
 def refuse_virtual_tokens(model: nn.Module) -> None:

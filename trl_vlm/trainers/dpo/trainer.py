@@ -19,6 +19,7 @@ from trl_vlm.pairs.source import PairSource
 from trl_vlm.trainers import _trl
 from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.card import CardFacts
+from trl_vlm.trainers.checks import refuse
 from trl_vlm.trainers.dpo import fresh_pairs, pairs_data, setup
 from trl_vlm.trainers.dpo import metrics as dpo_metrics
 from trl_vlm.trainers.dpo.card import card_facts
@@ -121,6 +122,7 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
             peft_config=complete_peft_config(peft_config, model, args),
             **kwargs,
         )
+        _trl.check_attributes(self)
         self._dense = self._dense_score(args)
         self._refuse_what_does_not_combine(args, own_collator=data_collator is not None)
         if self._is_vlm or args.freeze_vision_tower:
@@ -196,18 +198,22 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
         for name, is_needed in needs_collator.items():
             if is_needed and own_collator:
                 raise ValueError(f"{name} needs the trainer's own collator. Leave out `data_collator`.")
-        has_extra = self._num_extra_rejected > 0 or args.povid_loss is not None
-        if has_extra and (args.precompute_ref_log_probs or self.aux_loss_enabled or self.compute_metrics is not None):
-            raise ValueError(
-                "`rejected_extra` (and `povid_loss`, which adds one) does not go with `precompute_ref_log_probs` (use "
-                "`reference_cache`), with the auxiliary loss of mixtures of experts, or with `compute_metrics`. Unset "
-                "it, or drop the column."
+        if self._num_extra_rejected > 0 or args.povid_loss is not None:
+            one_pair = "it is made for one pair per row"
+            refuse(
+                "`rejected_extra` (and `povid_loss`, which adds one)",
+                {
+                    "`precompute_ref_log_probs`": (
+                        args.precompute_ref_log_probs,
+                        f"{one_pair} (see `reference_cache`)",
+                    ),
+                    "The auxiliary loss of mixtures of experts": (self.aux_loss_enabled, one_pair),
+                    "`compute_metrics`": (self.compute_metrics is not None, one_pair),
+                },
             )
-        if self.pair_loss is not None and self.aux_loss_enabled:
-            raise ValueError(
-                "`pair_loss` cannot be combined with the auxiliary loss of mixtures of experts, which TRL adds to its "
-                "own losses. Set `router_aux_loss_coef=0.0`."
-            )
+        if self.pair_loss is not None:
+            reason = "TRL adds it to its own losses (see `router_aux_loss_coef`)"
+            refuse("`pair_loss`", {"The auxiliary loss of mixtures of experts": (self.aux_loss_enabled, reason)})
         if args.reference_cache is not None and isinstance(self.train_dataset, IterableDataset):
             raise ValueError("`reference_cache` needs a dataset with rows by index, not a stream. Unset it.")
 

@@ -16,6 +16,7 @@ from trl_vlm.maths.advantages import generalized_advantages, moments, per_token_
 from trl_vlm.maths.losses import adapted_kl_coef, clipped_value_loss
 from trl_vlm.maths.masked import masked_sum
 from trl_vlm.models.parts import freeze_vision_tower
+from trl_vlm.trainers import _trl
 from trl_vlm.trainers._trl import disable_gradient_checkpointing
 from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.card import FACT_RLHF_PAPER, CardFacts
@@ -146,6 +147,7 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
             environment_factory=environment_factory,
             **kwargs,
         )
+        _trl.check_attributes(self)
         self.train_dataset = rollout_rows(train_dataset, "train")
         self.eval_dataset = rollout_rows(eval_dataset, "eval")
         self.kl_coef = args.beta = self.beta = args.kl_coef

@@ -27,7 +27,7 @@ from trl_vlm.data.rows import IMAGE_COLUMNS, PURPOSES, ROW_NAME
 from trl_vlm.maths.losses import mean_reward_penalty
 from trl_vlm.models.image_tokens import image_tokens
 from trl_vlm.models.prefix_sharing.sharing import share_prefix
-from trl_vlm.trainers import _trl  # noqa: F401  says at import which name a TRL lacks
+from trl_vlm.trainers import _trl
 from trl_vlm.trainers.adapters import classifier_adapter, complete_peft_config
 from trl_vlm.trainers.card import CardFacts
 from trl_vlm.trainers.checks import check_depends_on_pixels, other_pixels
@@ -167,6 +167,7 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
             peft_config=peft_config,
             **trl_arguments,
         )
+        _trl.check_attributes(self)
         args.model_init_kwargs = model_init_kwargs
         self.processing_class = self.callback_handler.processing_class = processor
         if getattr(model, "is_quantized", False):

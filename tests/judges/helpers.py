@@ -28,7 +28,7 @@ class Endpoint:
     """Counts what it is asked."""
 
     def __init__(self, behave: Callable[[dict[str, Any], int], Reply]):
-        self.behave, self.bodies, self.keys, self.times = behave, [], [], []
+        self.behave, self.bodies, self.keys, self.times, self.paths = behave, [], [], [], []
         self.lock = threading.Lock()
         self.url = ""
 
@@ -48,6 +48,7 @@ def endpoint(behave: Callable[[dict[str, Any], int], Reply]) -> Iterator[Endpoin
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            state.paths.append(self.path)
             reply = state.reply(body, self.headers["Authorization"])
             time.sleep(reply.seconds)
             try:

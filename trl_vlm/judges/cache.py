@@ -2,8 +2,9 @@
 
 import json
 import os
-import threading
 from pathlib import Path
+
+from trl_vlm.data.io.atomic import write_whole
 
 
 class AnswerCache:
@@ -17,19 +18,19 @@ class AnswerCache:
         self.folder = Path(folder)
 
     def get(self, key: str) -> str | None:
-        """The answer kept under `key` (a hexadecimal digest), or None."""
+        """The answer kept under `key` (a hexadecimal digest), or None; a damaged file counts as none."""
         try:
-            return json.loads(self._file(key).read_text(encoding="utf-8"))["answer"]
-        except FileNotFoundError:
+            entry = json.loads(self._file(key).read_text(encoding="utf-8"))
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, RecursionError):
             return None
+        text = entry.get("answer") if isinstance(entry, dict) else None
+        return text if isinstance(text, str) and text.strip() else None
 
     def put(self, key: str, answer: str, model: str) -> None:
         """Keeps an answer."""
         file = self._file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
-        unfinished.write_text(json.dumps({"model": model, "answer": answer}, ensure_ascii=False), encoding="utf-8")
-        os.replace(unfinished, file)
+        write_whole(file, json.dumps({"model": model, "answer": answer}, ensure_ascii=False))
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"

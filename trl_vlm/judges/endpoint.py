@@ -2,11 +2,14 @@
 
 import base64
 import hashlib
+import http.client
 import io
 import json
 import logging
+import math
 import os
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -17,14 +20,11 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from huggingface_hub import InferenceClient
-
-# `HTTPError` is httpx's or httpx2's, whichever this version of huggingface_hub stands on.
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, InferenceTimeoutError, OfflineModeIsEnabled
-
 from trl_vlm.data.images import load_image
+from trl_vlm.data.messages import without_control_tokens
 from trl_vlm.judges.cache import AnswerCache
 from trl_vlm.judges.chat import CUT_OFF, Answer, Request, answer
+from trl_vlm.judges.http import BodyTooLarge, JSONServer, Response
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,12 @@ LONGEST_WAIT_SECONDS = 60.0  # between two attempts, unless the endpoint names a
 LONGEST_ASKED_WAIT_SECONDS = 600.0  # of what an endpoint may name; beyond it the request is given up
 PASSING = (408, 409, 425, 429)  # and all from 500 on: another attempt may succeed
 HOPELESS = (401, 402, 404)  # key, account, address or model: no request can succeed
-# Without a key InferenceClient would send the Hugging Face token of this machine to whatever endpoint.
-NO_KEY = "none"
+ENDED = (None, "", "stop", "eos", "eos_token", "stop_sequence", "end_turn")  # how servers say that an answer is whole
+TOO_LONG = ("length", "max_tokens")
+NOT_JSON = "the answer was not JSON"
+OTHER_FORM = "the answer had another form"
+WITHHELD = "the answer was withheld or broken off"
+KEY = re.compile(r"[\x21-\x7e]+")  # what a header can hold
 
 
 class SpendingCapReached(RuntimeError):
@@ -57,11 +61,12 @@ class _Failure(NamedTuple):
 
 
 class EndpointChat:
-    """A model behind an OpenAI-compatible endpoint, through `huggingface_hub.InferenceClient`.
+    """A model behind an OpenAI-compatible endpoint.
 
     A request that fails in passing (time-out, no connection, 429, 5xx, an answer that is no JSON) is repeated, after
     1, 2, 4, ... seconds or as long as the endpoint's Retry-After says. If it fails in the end it gives no answer, and
-    the others go on; if none of a call gives one, that is an error.
+    the others go on; if none of a call gives one, that is an error. Redirects are not followed, so that questions go
+    to the address that was named and nowhere else.
 
     Args:
         base_url: Address of the endpoint, for example "http://localhost:8000/v1".
@@ -72,7 +77,7 @@ class EndpointChat:
         temperature: 0 asks for the likeliest answer; None leaves it to the endpoint.
         extra_body: Further settings, as the endpoint knows them: `{"max_completion_tokens": 512}`.
         concurrency: Requests at once.
-        timeout_seconds: For one request.
+        timeout_seconds: For one attempt, from its beginning to the last byte of the answer.
         retries: Attempts after the first.
         first_wait_seconds: Wait before the second attempt.
         max_requests: Requests that this object may send, repeated ones included; None sets no limit.
@@ -102,16 +107,13 @@ class EndpointChat:
         image_side: int = 1536,
     ):
         _check_address(base_url)
-        if concurrency < 1 or retries < 0:
-            raise ValueError(
-                f"`concurrency` is {concurrency}, `retries` {retries}; they must be above 0, and 0 or more."
-            )
-        key = NO_KEY if key_variable is None else os.environ.get(key_variable, "").strip()
-        if not key:
-            raise ValueError(
-                f"The environment variable {key_variable!r} is empty or not set. Put the endpoint's key into it, or "
-                "set `key_variable=None` for an endpoint without keys."
-            )
+        _check_numbers(
+            concurrency=concurrency, timeout_seconds=timeout_seconds, image_side=image_side, max_requests=max_requests
+        )
+        if retries < 0 or not 0 <= first_wait_seconds < math.inf:
+            raise ValueError(f"`retries` is {retries}, `first_wait_seconds` {first_wait_seconds}; needed: 0 or more.")
+        if taken := {"model", "messages", "stream"} & set(extra_body or ()):
+            raise ValueError(f"`extra_body` holds {sorted(taken)}, which are set already. Take them out.")
         self.base_url = base_url
         self.model = model
         self.settings = {"max_tokens": max_tokens, "temperature": temperature, "extra_body": extra_body}
@@ -125,7 +127,8 @@ class EndpointChat:
         self.served: set[str] = set()  # what the endpoint calls the model that answers
         self._has_answered = False
         self._lock = threading.Lock()
-        self._client = InferenceClient(base_url=base_url, api_key=key, timeout=timeout_seconds)
+        key = None if key_variable is None else _key(key_variable)
+        self._client = JSONServer(f"{base_url.rstrip('/')}/chat/completions", key, timeout_seconds)
 
     def __repr__(self) -> str:
         return f"EndpointChat({self.base_url!r}, {self.model!r})"
@@ -137,8 +140,11 @@ class EndpointChat:
             ConnectionError: No request got an answer, or none ever can (key, account, address, model).
             SpendingCapReached: `max_requests` is used up; what was answered until then is in `cache`.
         """
-        with ThreadPoolExecutor(self.concurrency) as pool:
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
             results = list(pool.map(self._answer, requests))
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error no further request is paid for
         failures = [result for result in results if isinstance(result, _Failure)]
         if results and len(failures) == len(results) and (failures[-1].passing or not self._has_answered):
             reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(f.reason for f in failures).items())
@@ -151,13 +157,15 @@ class EndpointChat:
 
     def _answer(self, request: Request) -> Answer | _Failure:
         """The answer to one request, from the cache or after as many attempts as it may take."""
-        message = {"role": "user", "content": [*self._images(request), {"type": "text", "text": request.text}]}
-        key = hashlib.sha256(json.dumps([self.model, self.settings, message]).encode()).hexdigest()
+        # Replies may spell out tokens that end the user's turn, and servers read them as such.
+        text = {"type": "text", "text": without_control_tokens(request.text)}
+        body = self._body({"role": "user", "content": [*self._images(request), text]})
+        key = hashlib.sha256(self._client.address.encode() + b"\n" + body).hexdigest()
         kept = self.cache.get(key) if self.cache is not None else None
         if kept is not None:
             return Answer(kept)
         for attempt in range(self.retries + 1):
-            result = self._attempt(message)
+            result = self._attempt(body)
             if isinstance(result, Answer):
                 self._has_answered = True
                 if self.cache is not None and result.text is not None:
@@ -175,48 +183,45 @@ class EndpointChat:
         logger.warning("%s: no answer (%s).", request.name, result.reason)
         return result
 
-    def _attempt(self, message: dict[str, Any]) -> Answer | _Failure:
+    def _body(self, message: dict[str, Any]) -> bytes:
+        """The request as JSON, in the same bytes for the same content."""
+        settings = {name: value for name, value in self.settings.items() if value is not None}
+        body = {"model": self.model, "messages": [message], **settings.pop("extra_body", {}), **settings}
+        return json.dumps(body, sort_keys=True).encode()
+
+    def _attempt(self, body: bytes) -> Answer | _Failure:
         """One request."""
         self._count()
         try:
-            output = self._client.chat_completion([message], model=self.model, **self.settings)
-        except InferenceTimeoutError:
-            return _Failure("timed out", f"no answer within {self._client.timeout} s")
-        except HfHubHTTPError as error:
-            return self._refusal(error)
-        except OfflineModeIsEnabled:
-            raise ConnectionError(
-                f"HF_HUB_OFFLINE is set, and huggingface_hub then sends no request, not even to {self.base_url}. "
-                "Unset it; models and data sets that are given as folders need no network anyway."
-            ) from None
-        except HTTPError as error:
-            return _Failure("no connection", self._without_key(f"{type(error).__name__}: {error}"))
-        except ValueError:  # JSON, or its encoding
-            return _Failure("the answer was not JSON", "the answer was not JSON")
-        try:
-            choice = output.choices[0]
-            text, is_whole = choice.message.content, choice.finish_reason != "length"
-        except (AttributeError, IndexError, KeyError, TypeError):
-            return _Failure("the answer had another form", "an answer without `choices[0].message.content`")
-        if text is not None and not isinstance(text, str):
-            return _Failure("the answer had another form", "an answer whose content is no text")
-        if isinstance(output.model, str) and output.model:
-            self.served.add(output.model)
-        return answer(text) if is_whole else Answer(None, CUT_OFF)
+            response = self._client.post(body)
+        except TimeoutError as error:
+            return _Failure("timed out", str(error))
+        except BodyTooLarge as error:
+            return _Failure("the answer was too large", str(error), passing=False)
+        except (OSError, http.client.HTTPException) as error:
+            return _Failure("no connection", self._harmless(f"{type(error).__name__}: {error}"))
+        if response.status != 200:
+            return self._refusal(response)
+        result = _answer_in(response.body)
+        if isinstance(result, _Failure):
+            return result
+        self.served |= result.served
+        return result.answer
 
-    def _refusal(self, error: HfHubHTTPError) -> _Failure:
+    def _refusal(self, response: Response) -> _Failure:
         """What a status other than 200 means."""
-        status = error.response.status_code
-        detail = self._without_key(" ".join(str(error).split()))[:500]
+        status, headers = response.status, {name.lower(): value for name, value in response.headers.items()}
+        detail = self._harmless(f"HTTP {status}: {response.body[:2000].decode(errors='replace')}")
         if status in HOPELESS:
-            # Not chained: the original message may hold what the server said, key and all.
             raise ConnectionError(
                 f"{self.base_url} refuses every request (HTTP {status}): {detail}. Check the key and its variable "
                 f"(`key_variable`), the account, the address, and that the model is called {self.model!r} there."
-            ) from None
+            )
+        if 300 <= status < 400:
+            target = self._harmless(headers.get("location", "?"))
+            detail = f"it redirects to {target!r}, which is not followed: name the final address"
         is_passing = status in PASSING or status >= 500
-        asked = error.response.headers.get("retry-after")
-        return _Failure(f"HTTP {status}", detail, is_passing, _retry_after_seconds(asked))
+        return _Failure(f"HTTP {status}", detail, is_passing, _retry_after_seconds(headers.get("retry-after")))
 
     def _count(self) -> None:
         with self._lock:
@@ -227,8 +232,10 @@ class EndpointChat:
                 )
             self.requests_sent += 1
 
-    def _without_key(self, text: str) -> str:
-        return text.replace(self._client.token, "***") if self._client.token != NO_KEY else text
+    def _harmless(self, text: str) -> str:
+        """What a server said, on one line, short, and without the key."""
+        text = " ".join(self._client.without_key(text).split())
+        return "".join(letter if letter.isprintable() else " " for letter in text)[:500]
 
     def _images(self, request: Request) -> list[dict[str, Any]]:
         """The images as parts of a message."""
@@ -242,6 +249,59 @@ class EndpointChat:
             url = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
             parts.append({"type": "image_url", "image_url": {"url": url}})
         return parts
+
+
+class _Read(NamedTuple):
+    """An answer, and what the server calls the model that gave it."""
+
+    answer: Answer
+    served: set[str]
+
+
+def _answer_in(body: bytes) -> _Read | _Failure:
+    """The answer in a response's body; whatever is not exactly of the known form is none."""
+    try:
+        output = json.loads(body)
+    except (ValueError, RecursionError):  # JSON, its encoding, or brackets without end
+        return _Failure(NOT_JSON, NOT_JSON)
+    choices = output.get("choices") if isinstance(output, dict) else None
+    choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(message, dict) or "content" not in message:
+        return _Failure(OTHER_FORM, "an answer without exactly one `choices[0].message.content`")
+    text, reason = message["content"], choice.get("finish_reason")
+    if not isinstance(text, str | None) or not isinstance(reason, str | None):
+        return _Failure(OTHER_FORM, "an answer whose content or finish_reason is no text")
+    name = output.get("model")
+    served = {name} if isinstance(name, str) and name else set()
+    if reason in TOO_LONG:
+        return _Read(Answer(None, CUT_OFF), served)
+    if reason not in ENDED:  # "content_filter", "tool_calls", ...
+        return _Read(Answer(None, WITHHELD), served)
+    # Half of a pair of surrogates can stand in JSON and in no file.
+    return _Read(answer(None if text is None else text.encode(errors="replace").decode()), served)
+
+
+def _key(variable: str) -> str:
+    """The key in an environment variable; no error shows it."""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ValueError(
+            f"The environment variable {variable!r} is empty or not set. Put the endpoint's key into it, or "
+            "set `key_variable=None` for an endpoint without keys."
+        )
+    if not KEY.fullmatch(key):
+        raise ValueError(
+            f"The key in the environment variable {variable!r} holds a line break, a blank or a letter that no key "
+            "has. Was more than the key copied?"
+        )
+    return key
+
+
+def _check_numbers(**numbers: float | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"`{name}` is {value}; it must be above 0.")
 
 
 def _check_address(base_url: str) -> None:
@@ -262,10 +322,10 @@ def _retry_after_seconds(value: str | None) -> float | None:
     if value is None:
         return None
     try:
-        return float(value)
+        seconds = float(value)
     except ValueError:
-        pass
-    try:
-        return (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
-    except (ValueError, TypeError):  # no date; a date without its zone
-        return None
+        try:
+            seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError, OverflowError):  # no date; a date without its zone; the year 99999
+            return None
+    return seconds if math.isfinite(seconds) else None

@@ -1,6 +1,8 @@
 """The card of a data set of pairs: how it was made, and what its `pair_*` columns say, counted."""
 
+import html
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -18,6 +20,8 @@ PACKAGES = ("trl-vlm", "torch", "transformers", "datasets")
 MOST_VALUES = 12  # a text column with more of them is not counted
 BINS = 10
 BAR = 30  # characters
+LONGEST_CELL = 200  # characters
+SPECIAL = re.compile(r"[\\`*\[\]|!~$]|(?<!\w)_|_(?!\w)")
 
 
 def write_card(file: Path, title: str, shards: Path, progress: Progress, rows_per_second: float) -> None:
@@ -30,9 +34,11 @@ def write_card(file: Path, title: str, shards: Path, progress: Progress, rows_pe
         progress: What was asked for, read, written and left out.
         rows_per_second: Of the last run.
     """
-    lines = ["---", "tags:", "- preference", "- trl", "---", "", f"# {title}", ""]
+    lines = ["---", "tags:", "- preference", "- trl", "---", "", f"# {as_text(title)}", ""]
     lines += [f"{progress.rows} pairs of {progress.records} rows, made by `trl-vlm pairs`.", ""]
-    lines += ["## Settings", "", "```json", json.dumps(progress.identity, indent=2, ensure_ascii=False), "```", ""]
+    settings = json.dumps(progress.identity, indent=2, ensure_ascii=False)
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", settings)), default=0))
+    lines += ["## Settings", "", f"{fence}json", settings, fence, ""]
     lines += [f"Versions: {', '.join(f'{package} {version(package)}' for package in PACKAGES)}.", ""]
     lines += ["## Rows", ""]
     counts = {"pairs": progress.rows, **{f"no pair: {why}": n for why, n in sorted(progress.dropped.items())}}
@@ -63,14 +69,14 @@ def statistics(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 def about(column: str, values: Sequence[Any]) -> Iterator[str]:
     """Lines about one column: the shares of its values, or a histogram of numbers with a point."""
     if any(isinstance(value, float) for value in values):
-        yield from (f"## `{column}`", "", f"Mean {sum(values) / len(values):.4f}.", "", "```text")
+        yield from (heading(column), "", f"Mean {sum(values) / len(values):.4f}.", "", "```text")
         yield from histogram(values)
         yield from ("```", "")
         return
     counts = Counter(values)
     if len(counts) > MOST_VALUES:
         return
-    yield from (f"## `{column}`", "")
+    yield from (heading(column), "")
     shares, so_far = [], 0
     for value in sorted(counts):
         so_far += counts[value]
@@ -95,5 +101,18 @@ def histogram(values: Sequence[float]) -> Iterator[str]:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     """A Markdown table and an empty line."""
-    lines = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join(str(cell) for cell in line)} |" for line in lines] + [""]
+    head, *rows = ([as_text(cell) for cell in line] for line in (head, *rows))
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)] + [""]
+
+
+def as_text(value: Any) -> str:
+    """What a model or a file wrote, as text of one line that Markdown and HTML read nothing into."""
+    text = "".join(letter if letter.isprintable() else " " for letter in " ".join(str(value).split()))
+    text = text if len(text) <= LONGEST_CELL else text[:LONGEST_CELL] + "…"
+    text = html.escape(SPECIAL.sub(r"\\\g<0>", text), quote=False)
+    return text.replace("://", ":&#47;/").replace("www.", "www&#46;")  # else they become links by themselves
+
+
+def heading(column: str) -> str:
+    """The heading of what is said about a column."""
+    return f"## `{' '.join(column.replace('`', ' ').split())}`"

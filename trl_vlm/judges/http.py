@@ -1,0 +1,146 @@
+"""One POST of JSON within a deadline: nothing that a server does holds a judge longer, or fills its memory."""
+
+import http.client
+import os
+import socket
+import ssl
+import threading
+import urllib.request
+from base64 import b64encode
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
+
+LARGEST_BODY_BYTES = 8 << 20
+CHUNK_BYTES = 1 << 16
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class BodyTooLarge(Exception):
+    """The server sent more than an answer can be."""
+
+
+class Response(NamedTuple):
+    """What a server sent."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class JSONServer:
+    """A server that is asked by POST, without following redirects, decompressing, or keeping connections.
+
+    Proxies of the environment are used, but not to this machine itself.
+
+    Args:
+        address: Where to post.
+        key: Sent as a bearer token; None sends none. No `repr` shows it.
+        timeout_seconds: From the beginning of an attempt to the last byte of its answer.
+    """
+
+    def __init__(self, address: str, key: str | None, timeout_seconds: float):
+        self.address, self.timeout_seconds, self._key = address, timeout_seconds, key
+
+    def __repr__(self) -> str:
+        return f"JSONServer({self.address!r})"
+
+    def without_key(self, text: str) -> str:
+        """The text with the key made unreadable."""
+        return text if self._key is None else text.replace(self._key, "***")
+
+    def post(self, body: bytes) -> Response:
+        """Posts `body`.
+
+        Raises:
+            TimeoutError: The whole answer was not there in time.
+            BodyTooLarge: It is larger than `LARGEST_BODY_BYTES`.
+            OSError, http.client.HTTPException: No connection, or one that broke.
+        """
+        connection, target, headers = self._connection()
+        is_late, sockets = threading.Event(), []
+
+        def stop() -> None:
+            is_late.set()
+            for each in (*sockets, connection.sock):
+                if each is not None:
+                    with suppress(OSError):
+                        # Of TLS sockets too the plain one: whoever reads wakes up with an error.
+                        socket.socket.shutdown(each, socket.SHUT_RDWR)
+
+        timer = threading.Timer(self.timeout_seconds, stop)
+        timer.daemon = True
+        timer.start()
+        try:
+            connection.connect()
+            sockets.append(connection.sock)  # the connection forgets it once the headers are there
+            connection.request("POST", target, body, headers)
+            response = connection.getresponse()
+            result = Response(response.status, dict(response.headers.items()), _limited(response))
+        except (OSError, http.client.HTTPException, ValueError, AttributeError):
+            # A socket that is closed under its reader raises one or the other.
+            if is_late.is_set():
+                raise TimeoutError(f"no answer within {self.timeout_seconds:g} s") from None
+            raise
+        finally:
+            timer.cancel()
+            connection.close()
+        if is_late.is_set():  # the end of the connection looked like the end of the answer
+            raise TimeoutError(f"no answer within {self.timeout_seconds:g} s")
+        return result
+
+    def _connection(self) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
+        """A connection that is not yet open, what to ask it for, and the headers."""
+        address = urlsplit(self.address)
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
+        headers |= {"Connection": "close", "User-Agent": "trl_vlm"}
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key}"
+        is_safe, port = address.scheme == "https", address.port
+        proxy = _proxy(address.scheme, address.hostname)
+        if proxy is None:
+            return self._to(address.hostname, port, is_safe), address.path, headers
+        where = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        login = {}
+        if where.username is not None:
+            pair = f"{unquote(where.username)}:{unquote(where.password or '')}"
+            login = {"Proxy-Authorization": f"Basic {b64encode(pair.encode()).decode()}"}
+        if is_safe:
+            tunnel = self._to(where.hostname, where.port, is_safe)
+            tunnel.set_tunnel(address.hostname, port, login)
+            return tunnel, address.path, headers
+        return self._to(where.hostname, where.port, is_safe), self.address, headers | login
+
+    def _to(self, host: str, port: int | None, is_safe: bool) -> http.client.HTTPConnection:
+        if is_safe:
+            return http.client.HTTPSConnection(host, port, timeout=self.timeout_seconds, context=_certificates())
+        return http.client.HTTPConnection(host, port, timeout=self.timeout_seconds)
+
+
+def _limited(response: http.client.HTTPResponse) -> bytes:
+    """The body, which is whole and not too large."""
+    body = bytearray()
+    while chunk := response.read(CHUNK_BYTES):
+        body += chunk
+        if len(body) > LARGEST_BODY_BYTES:
+            raise BodyTooLarge(f"an answer of more than {LARGEST_BODY_BYTES:,} bytes")
+    if response.length:  # what is missing of the length that was announced
+        raise http.client.IncompleteRead(bytes(body[:100]), response.length)
+    return bytes(body)
+
+
+def _proxy(scheme: str, host: str) -> str | None:
+    if host in LOOPBACK or urllib.request.proxy_bypass(host):
+        return None
+    return urllib.request.getproxies().get(scheme)
+
+
+def _certificates() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    paths = ssl.get_default_verify_paths()
+    if not os.environ.get("SSL_CERT_FILE") and paths.cafile is None and paths.capath is None:
+        import certifi  # comes with huggingface_hub
+
+        context.load_verify_locations(certifi.where())
+    return context

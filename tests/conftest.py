@@ -7,6 +7,12 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+if "TORCHVISION_STAND_IN" in os.environ:
+    # Before transformers asks whether torchvision is there.
+    from tests.torchvision_stand_in import install
+
+    install(os.environ["TORCHVISION_STAND_IN"])
+
 QUICK_FAMILIES = ("llava", "qwen2_5_vl")
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.utils import is_torchvision_available
 
 from trl_vlm.models import processors
 
@@ -180,6 +181,15 @@ def _vision(width: int, size: int = 28, **more) -> dict:
     }
 
 
+def _processor(kind: str, images, tokenizer: PreTrainedTokenizerFast, *, videos: str | None = None, **settings):
+    """A processor in the variant that training needs; torchvision, where it is installed, brings its video part."""
+    if videos is not None:
+        there = is_torchvision_available()
+        settings["video_processor"] = getattr(transformers, f"{videos}VideoProcessor")() if there else None
+    processor_class = processors.trainable_processor(getattr(transformers, f"{kind}Processor"))
+    return processor_class(image_processor=images, tokenizer=tokenizer, **settings)
+
+
 def _llava(width: int):
     tokenizer = _tokenizer("<image>", image_token="<image>")
     config = transformers.LlavaConfig(
@@ -251,9 +261,10 @@ def _qwen(width: int, name: str, vision: dict, *, text: dict | None = None, proc
         temporal_patch_size=2,
         size={"shortest_edge": 28 * 28, "longest_edge": 4 * 28 * 28},
     )
-    processor_class = processors.trainable_processor(getattr(transformers, f"{processor or name}Processor"))
-    processor = processor_class(images, tokenizer, chat_template=_chat("".join(QWEN_TOKENS[i] for i in (0, 2, 1))))
-    return getattr(transformers, f"{name}ForConditionalGeneration")(config), processor
+    videos = "Qwen3VL" if name.startswith("Qwen3") else "Qwen2VL"
+    template = _chat("".join(QWEN_TOKENS[i] for i in (0, 2, 1)))
+    made = _processor(processor or name, images, tokenizer, videos=videos, chat_template=template)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config), made
 
 
 def _qwen2_vl(width: int):
@@ -301,9 +312,8 @@ def _idefics3(width: int, name: str = "Idefics3"):
     images = getattr(transformers, f"{name}ImageProcessorPil")(
         size={"longest_edge": 112}, max_image_size={"longest_edge": 56}
     )
-    processor_class = processors.trainable_processor(getattr(transformers, f"{name}Processor"))
-    video = {"video_processor": None} if name == "SmolVLM" else {}
-    processor = processor_class(images, tokenizer, image_seq_len=4, chat_template=_chat("<image>"), **video)
+    videos = "SmolVLM" if name == "SmolVLM" else None
+    processor = _processor(name, images, tokenizer, videos=videos, image_seq_len=4, chat_template=_chat("<image>"))
     return getattr(transformers, f"{name}ForConditionalGeneration")(config), processor
 
 
@@ -339,8 +349,7 @@ def _paligemma(width: int):
     images = transformers.SiglipImageProcessorPil(size={"height": 28, "width": 28})
     images.image_seq_length = 4
     # The processor adds 1152 tokens to the tokenizer: it comes before the config.
-    processor_class = processors.trainable_processor(transformers.PaliGemmaProcessor)
-    processor = processor_class(images, tokenizer, chat_template=_chat("<image>"))
+    processor = _processor("PaliGemma", images, tokenizer, chat_template=_chat("<image>"))
     config = transformers.PaliGemmaConfig(
         vision_config=_vision(width, model_type="siglip_vision_model", projection_dim=width, vision_use_head=False),
         text_config={"model_type": "gemma", **_text(tokenizer, width), "head_dim": width // 4},
@@ -370,8 +379,8 @@ def _internvl(width: int):
     images = transformers.GotOcr2ImageProcessorPil(
         size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=4
     )
-    processor_class = processors.trainable_processor(transformers.InternVLProcessor)
-    processor = processor_class(images, tokenizer, image_seq_length=4, chat_template=_chat("<IMG_CONTEXT>"))
+    settings = {"image_seq_length": 4, "chat_template": _chat("<IMG_CONTEXT>")}
+    processor = _processor("InternVL", images, tokenizer, videos="InternVL", **settings)
     return transformers.InternVLForConditionalGeneration(config), processor
 
 

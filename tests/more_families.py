@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import transformers
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import is_torchvision_available
 
-from tests.families import _chat, _qwen, _text, _tokenizer, _vision
-from trl_vlm.models import processors
+from tests.families import _chat, _processor, _qwen, _text, _tokenizer, _vision
 
 
 def _gemma4(width: int):
@@ -45,12 +45,12 @@ def _gemma4(width: int):
         video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
     )
     images = transformers.Gemma4ImageProcessorPil(patch_size=4, pooling_kernel_size=3, max_soft_tokens=70)
-    processor_class = processors.trainable_processor(transformers.Gemma4Processor)
-    processor = processor_class(
+    processor = _processor(
+        "Gemma4",
+        images,
+        tokenizer,
+        videos="Gemma4",
         feature_extractor=transformers.Gemma4AudioFeatureExtractor(),
-        image_processor=images,
-        tokenizer=tokenizer,
-        video_processor=None,
         image_seq_length=70,
         chat_template=_chat("<|image|>"),
     )
@@ -103,10 +103,11 @@ def _llava_onevision(width: int):
         vision_feature_select_strategy="full",
     )
     images = transformers.LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28}, image_grid_pinpoints=grids)
-    processor_class = processors.trainable_processor(transformers.LlavaOnevisionProcessor)
-    processor = processor_class(
+    processor = _processor(
+        "LlavaOnevision",
         images,
         tokenizer,
+        videos="LlavaOnevision",
         num_image_tokens=4,
         vision_feature_select_strategy="full",
         vision_aspect_ratio="anyres_max_9",
@@ -115,13 +116,29 @@ def _llava_onevision(width: int):
     return transformers.LlavaOnevisionForConditionalGeneration(config), processor
 
 
+def _mistral3(width: int):
+    """Its processor needs torchvision."""
+    special = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
+    tokenizer = _tokenizer(*special.values(), **special)
+    config = transformers.Mistral3Config(
+        vision_config=_vision(width, size=56, model_type="pixtral", head_dim=width // 4),
+        text_config={"model_type": "mistral", **_text(tokenizer, width), "sliding_window": None},
+        image_token_index=tokenizer.image_token_id,
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
+    )
+    images = transformers.PixtralImageProcessor(size={"longest_edge": 56}, patch_size=14)
+    settings = {"patch_size": 14, "spatial_merge_size": 2, "chat_template": _chat("[IMG]")}
+    processor = _processor("Pixtral", images, tokenizer, **settings)
+    return transformers.Mistral3ForConditionalGeneration(config), processor
+
+
 def _paligemma2(width: int, window: int = 16):
     """PaliGemma with Gemma 2 inside, whose every second layer has a window; the window is shorter than a row."""
     tokenizer = _tokenizer("<image>", image_token="<image>")
     images = transformers.SiglipImageProcessorPil(size={"height": 28, "width": 28})
     images.image_seq_length = 4
-    processor_class = processors.trainable_processor(transformers.PaliGemmaProcessor)
-    processor = processor_class(images, tokenizer, chat_template=_chat("<image>"))
+    processor = _processor("PaliGemma", images, tokenizer, chat_template=_chat("<image>"))
     config = transformers.PaliGemmaConfig(
         vision_config=_vision(width, model_type="siglip_vision_model", projection_dim=width, vision_use_head=False),
         text_config={
@@ -144,4 +161,5 @@ MORE_FAMILIES: dict[str, Callable[[int], tuple[PreTrainedModel, ProcessorMixin]]
     "qwen3_vl_moe": _qwen3_vl_moe,
     "llava_onevision": _llava_onevision,
     "paligemma2": _paligemma2,
+    **({"mistral3": _mistral3} if is_torchvision_available() else {}),
 }

@@ -38,11 +38,15 @@ def trainable_processor(processor_class: type[ProcessorMixin]) -> type[Processor
     """Returns the variant of a processor class that training needs; most classes come back as they are."""
     if issubclass(processor_class, PaliGemmaProcessor):
         return _PaliGemmaProcessor
+    # The name stays: it is written into `processor_config.json`, and AutoProcessor finds the class by it.
+    name, own = processor_class.__name__, {"__module__": processor_class.__module__}
+    if "return_tensors" in getattr(processor_class, "text_kwargs", {}):
+        # Pixtral's makes tensors unasked, which texts of different lengths without padding are not; TRL pads later.
+        # Delete when GRPOTrainer asks its processor for lists.
+        kept = {key: value for key, value in processor_class.text_kwargs.items() if key != "return_tensors"}
+        processor_class = type(name, (processor_class,), {**own, "text_kwargs": kept})
     if not is_torchvision_available() and "video_processor" in processor_class.get_attributes():
-        # The name stays: it is written into `processor_config.json`, and AutoProcessor finds the class by it.
-        return type(
-            processor_class.__name__, (processor_class, _ImageOnly), {"__module__": processor_class.__module__}
-        )
+        return type(name, (processor_class, _ImageOnly), own)
     return processor_class
 
 

@@ -1,6 +1,7 @@
 """Families beyond the ten: what plain TRL trains, our trainers train, or they say in a sentence why not."""
 
 import math
+from functools import partial
 
 import pytest
 from trl import DPOConfig as TRLDPOConfig
@@ -13,6 +14,7 @@ from tests.trainers.dpo import helpers as dpo
 from tests.trainers.ppo import helpers as ppo
 from tests.trainers.reward import helpers as reward
 from trl_vlm import DPOConfig, DPOTrainer, PPOTrainer, RewardTrainer
+from trl_vlm.models import image_tokens
 
 # transformers refuses its own default for Gemma 2 inside another model.
 EAGER = {"attn_implementation": "eager"}
@@ -57,3 +59,22 @@ def test_ppo_starts_at_ratio_one_with_no_kl_and_learns_values(family, make_adapt
     assert first["clip_ratio/region_mean"] == second["clip_ratio/region_mean"] == 0
     assert first["ppo/value_mean"] == 0 != second["ppo/value_mean"]
     assert math.isfinite(second["loss"]) and second["grad_norm"] > 0
+
+
+def test_the_count_of_image_tokens_can_be_left_to_the_model(tmp_path, monkeypatch):
+    """As where a processor's settings say something else than the model does."""
+
+    def wrong(batch, images, processor):
+        return [99] * len(images)
+
+    monkeypatch.setattr(image_tokens, "features_per_row", wrong)
+    rows, model = dpo.rows((1, 1)), str(families.saved("llava", sharp=4))
+
+    def rewarding(**options):
+        args = reward.config(tmp_path, max_steps=1, **options)
+        return RewardTrainer(model, args, train_dataset=preference_rows([1, 1]))
+
+    for make in (partial(dpo.make, DPOTrainer, DPOConfig, tmp_path, data=rows, max_steps=1), rewarding):
+        with pytest.raises(ValueError, match="image placeholders for 1 image.s., which make 99 features"):
+            make().train()
+        make(check_image_tokens=False).train()

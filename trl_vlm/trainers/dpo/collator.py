@@ -88,6 +88,7 @@ class PreferenceCollator:
         share: whether the model shares prefixes.
         segments: how to find changed tokens.
         reference: gives the reference log-probabilities of a row's replies, one tensor per reply.
+        count_image_tokens: refuse rows whose placeholders are not as many as their images have features.
     """
 
     def __init__(
@@ -100,9 +101,11 @@ class PreferenceCollator:
         share: bool = False,
         segments: SegmentOptions | None = None,
         reference: Callable[[Row], Sequence[Tensor]] | None = None,
+        count_image_tokens: bool = True,
     ):
         self.collate, self.vision, self.tokenizer = collate, vision, tokenizer
         self.extra, self.share, self.segments, self.reference = extra, share, segments, reference
+        self.count_image_tokens = count_image_tokens
         self.images_once: ImagesOnce | None = None
         self._image_tokens = image_tokens(collate.processor) if vision else ()
         if vision and (share or extra):
@@ -113,7 +116,7 @@ class PreferenceCollator:
         rows = [self.loaded(row, index) for index, row in enumerate(rows)]
         # TRL's collators edit their rows, hence the copies.
         batch = self._collated([dict(pair) for pair in self._pairs(rows)], len(rows))
-        if self.vision:
+        if self.vision and self.count_image_tokens:
             self._check_images(batch, rows)
         self._check_replies(batch, rows)
         if self.extra:

@@ -135,6 +135,13 @@ class DPOConfig(PartOptions, trl.DPOConfig):
             "choices": ["error", "skip"],
         },
     )
+    check_image_tokens: bool = field(
+        default=True,
+        metadata={
+            "help": "Refuse rows whose image placeholders are not as many as their images have features. False leaves "
+            "that to the model, for a family that counts in a way that the check does not know."
+        },
+    )
     degeneration_steps: int | None = field(
         default=None,
         metadata={

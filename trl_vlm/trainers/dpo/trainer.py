@@ -183,6 +183,7 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
             extra=extra + with_noise,  # one more rejected reply per row
             share=self._shares,
             segments=self._segment_options(args),
+            count_image_tokens=args.check_image_tokens,
         )
         if not with_noise:
             return made

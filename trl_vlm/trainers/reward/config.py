@@ -34,6 +34,13 @@ class RewardConfig(PartOptions, trl.RewardConfig):
         default=MAX_IMAGE_PIXELS,
         metadata={"help": "Largest image that is decoded, width times height; a larger one is an error."},
     )
+    check_image_tokens: bool = field(
+        default=True,
+        metadata={
+            "help": "Refuse rows whose image placeholders are not as many as their images have features. False leaves "
+            "that to the model, for a family that counts in a way that the check does not know."
+        },
+    )
     judge_template: str | None = field(
         default=None,
         metadata={

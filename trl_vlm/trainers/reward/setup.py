@@ -117,6 +117,7 @@ def make_collator(processor: ProcessorMixin, template: JudgeTemplate, args: Rewa
         max_length=None if args.max_length == "auto" else args.max_length,
         pad_to_multiple_of=args.pad_to_multiple_of,
         max_pixels=args.max_image_pixels,
+        count_image_tokens=args.check_image_tokens,
     )
 
 

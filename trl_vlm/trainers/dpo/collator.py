@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
@@ -265,5 +266,5 @@ def _without_empty_keys(reply: Any) -> Any:
 
 
 def _is_ready(image: Any) -> bool:
-    """Whether processors take an image as it is: arrays and PIL images, but no paths, bytes or dictionaries."""
-    return not isinstance(image, str | bytes | bytearray | dict) and not hasattr(image, "__fspath__")
+    """Whether an image is an array, which processors take as it is."""
+    return isinstance(image, np.ndarray | Tensor)

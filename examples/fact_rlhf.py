@@ -14,113 +14,206 @@ On a model and rows of your own (columns: docs/data.md), with any file of accele
         --prompt_dataset prompts.jsonl --evaluation_dataset test.jsonl \
         --use_peft --lora_target_modules all-linear --load_in_4bit --output_dir outputs/llava
 
-Four stages run in turn: sft, reward, ppo, evaluate (`--stages ppo evaluate` runs some of them). A stage that was
-interrupted goes on from its last checkpoint; one that is done is not run again. Options may stand in a YAML file:
-`--config run.yaml`.
+Four stages run in turn: sft, reward, ppo, evaluate (`--stages ppo evaluate` runs some of them). Before the first one,
+every file is checked and the plan is printed. A stage that was interrupted goes on from its last checkpoint; one that
+is done is not run again, and none goes on with other settings. Options may stand in a YAML file: `--config run.yaml`.
 """
 
 import logging
+import math
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from fact_rlhf_rows import Rows, TestbedRows, UserRows
+from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from trl_vlm import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
-from trl_vlm.evaluation import Arm, write_report
+from trl_vlm.data import JudgeTemplate
+from trl_vlm.evaluation import Arm, check_scorable_rows, write_report
 from trl_vlm.models import freeze_vision_tower, keep_parameter_names, load_processor
 from trl_vlm.rewards import FactRLHFReward, RewardModelReward
-from trl_vlm.scripts.common import DONE, history, is_done, load_options, train, write_json
+from trl_vlm.scripts.arguments import accumulation, model_arguments, parsed, refusals, script_parser
+from trl_vlm.scripts.evaluation import scored
+from trl_vlm.scripts.inputs import bytes_to_write, check_first_row, check_folder, check_model, identity, rows_of
+from trl_vlm.scripts.plan import plan_of
+from trl_vlm.scripts.run_folder import RunFolder, history
+from trl_vlm.testbed.stages import WorldRows
 
 logger = logging.getLogger("fact_rlhf")
 
 STAGES = ("sft", "reward", "ppo", "evaluate")
-UPDATES_PER_ROLLOUT = 4  # two passes over two mini-batches, as published
+MINI_BATCHES, PPO_EPOCHS = 2, 2  # two passes over two mini-batches, as published
+UPDATES_PER_ROLLOUT = MINI_BATCHES * PPO_EPOCHS
 READS_FACTS = {"facts": True, "no_facts": False}
+
+
+def option(text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class Options:
     """Everything but the model. Options that are not given take the testbed's value or, with a model, the paper's."""
 
-    output_dir: str = field(default="outputs/fact_rlhf", metadata={"help": "Where everything goes."})
+    output_dir: str = option("Where everything goes.", "outputs/fact_rlhf")
     stages: list[str] = field(default_factory=lambda: list(STAGES), metadata={"help": "Which stages to run."})
     arms: list[str] = field(
         default_factory=lambda: list(READS_FACTS), metadata={"help": "Reward models: `facts`, `no_facts` or both."}
     )
-    seed: int = field(default=0, metadata={"help": "Seed of models, rows and training."})
-    quick: bool = field(default=False, metadata={"help": "A few steps of everything: for tests."})
-    report_to: str = field(default="none", metadata={"help": "Trackers of the trainers, such as `wandb`."})
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Save memory; on with a model."})
+    seed: int = option("Seed of models, rows and training.", 0)
+    quick: bool = option("A few steps of everything: for tests.", False)
+    dry_run: bool = option("Check everything, print the plan, and stop.", False)
+    report_to: str = option("Trackers of the trainers, such as `wandb`.", "none")
+    gradient_checkpointing: bool | None = option("Save memory; on with a model.")
+    save_steps: int = option("Steps between checkpoints; of PPO, rounded up to whole rollouts.", 24)
 
-    world_seed: int = field(default=0, metadata={"help": "Testbed: which world."})
-    vision_noise: float = field(
-        default=0.6, metadata={"help": "Testbed: extra pixel noise (sd) for the reward model, which then sees badly."}
-    )
+    world_seed: int = option("Testbed: which world.", 0)
+    vision_noise: float = option("Testbed: extra pixel noise (sd) for the reward model, which then sees badly.", 0.6)
 
-    sft_dataset: str | None = field(default=None, metadata={"help": "Rows `prompt`, `completion`, `images`."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Rows `prompt`, `chosen`, `rejected`, `facts`."})
-    prompt_dataset: str | None = field(default=None, metadata={"help": "Rows `prompt`, `images`, `facts`, `answer`."})
-    evaluation_dataset: str | None = field(
-        default=None, metadata={"help": "Rows `prompt`, `images`, and `objects` (CHAIR) or `answer` yes / no (POPE)."}
-    )
+    sft_dataset: str | None = option("Rows `prompt`, `completion`, `images`: a file, a folder or a hub id.")
+    dataset_name: str | None = option("Rows `prompt`, `chosen`, `rejected`, `images`, `facts`.")
+    prompt_dataset: str | None = option("Rows `prompt`, `images`, `facts`, `answer`.")
+    evaluation_dataset: str | None = option("Rows `prompt`, `images`, `objects` (CHAIR) or `answer` yes / no (POPE).")
 
-    sft_learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate of the sft stage."})
-    reward_learning_rate: float | None = field(default=None, metadata={"help": "Of the reward stage."})
-    ppo_learning_rate: float | None = field(default=None, metadata={"help": "Of the ppo stage."})
-    reward_steps: int | None = field(default=None, metadata={"help": "Optimiser steps of the reward stage."})
-    ppo_rollouts: int | None = field(default=None, metadata={"help": "Rollouts of the ppo stage."})
-    batch_size: int | None = field(default=None, metadata={"help": "Pairs or replies per device and micro-batch."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches per optimiser step."})
-    kl_coef: float | None = field(default=None, metadata={"help": "Weight of the KL penalty in the reward."})
-    length_coefficient: float | None = field(default=None, metadata={"help": "Weight of the length term."})
-    missing_end_penalty: float | None = field(default=None, metadata={"help": "What a reply without end pays."})
-    max_completion_length: int | None = field(default=None, metadata={"help": "Longest reply in tokens."})
+    batch_size: int | None = option("Pairs or replies per device and micro-batch, at most.")
+    sft_batch_size: int | None = option("Rows per step on all devices.")
+    sft_learning_rate: float | None = option("Peak learning rate of the sft stage.")
+    sft_epochs: float = option("Passes over `--sft_dataset`.", 1.0)
+    reward_batch_size: int | None = option("Pairs per step on all devices.")
+    reward_learning_rate: float | None = option("Of the reward stage.")
+    reward_epochs: float = option("Passes over `--dataset_name`.", 1.0)
+    reward_steps: int | None = option("Optimizer steps of the reward stage, in place of epochs.")
+    rollout_size: int | None = option("Replies per rollout on all devices.")
+    ppo_learning_rate: float | None = option("Of the ppo stage.")
+    ppo_epochs: float = option("Passes over `--prompt_dataset`.", 4.0)
+    ppo_rollouts: int | None = option("Rollouts of the ppo stage, in place of epochs.")
+    kl_coef: float | None = option("Weight of the KL penalty in the reward.")
+    length_coefficient: float | None = option("Weight of the length term.")
+    missing_end_penalty: float | None = option("What a reply without end pays.")
+    max_completion_length: int | None = option("Longest reply in tokens.")
 
     def __post_init__(self):
         for name, given, known in (("stages", self.stages, STAGES), ("arms", self.arms, READS_FACTS)):
             if not given or not set(given) <= set(known):
-                raise ValueError(f"`--{name}` is {given}; choose from {', '.join(known)}.")
-
-    def filled(self, defaults: dict[str, Any]) -> "Options":
-        """These options with `defaults` where none was given."""
-        return Options(**{k: defaults.get(k) if v is None else v for k, v in asdict(self).items()})
+                raise ValueError(f"`--{name}` is {' '.join(given)}; choose from {', '.join(known)}.")
 
 
-# The paper's values, from its public code where the paper is silent; 512 replies per rollout over 8 devices.
+# The paper's values, from its public code where the paper is silent. Its reward model and policy are LoRA of rank 64.
 PAPER = {
-    "sft_learning_rate": 2e-5,
-    "reward_learning_rate": 2e-5,
-    "ppo_learning_rate": 3e-5,
-    "reward_steps": 200,
-    "ppo_rollouts": 560,
     "batch_size": 4,
+    "sft_batch_size": 128,
+    "sft_learning_rate": 1e-4,
+    "reward_batch_size": 32,
+    "reward_learning_rate": 2e-5,
+    "rollout_size": 512,
+    "ppo_learning_rate": 3e-5,
     "kl_coef": 0.1,
     "length_coefficient": 10.0,
     "missing_end_penalty": 8.0,
     "max_completion_length": 896,
     "gradient_checkpointing": True,
 }
+# All weights: the published rate of LLaVA's supervised stage, and a tenth of what LoRA needs for the others.
+ALL_WEIGHTS = {"sft_learning_rate": 2e-5, "reward_learning_rate": 2e-6, "ppo_learning_rate": 3e-6}
 TESTBED = {
-    "sft_learning_rate": 2e-3,
-    "reward_learning_rate": 5e-4,
-    "ppo_learning_rate": 3e-4,
-    "reward_steps": 200,
-    "ppo_rollouts": 24,
     "batch_size": 64,
+    "reward_batch_size": 32,
+    "reward_learning_rate": 5e-4,
+    "reward_steps": 200,
+    "rollout_size": 128,
+    "ppo_learning_rate": 3e-4,
+    "ppo_rollouts": 24,
     "kl_coef": 0.4,
     "length_coefficient": 4.0,
     "missing_end_penalty": 2.0,
     "max_completion_length": 48,
     "gradient_checkpointing": False,
 }
-QUICK = {"reward_steps": 4, "ppo_rollouts": 2, "batch_size": 8}
+QUICK = {"reward_steps": 4, "ppo_rollouts": 2, "batch_size": 8, "reward_batch_size": 8, "rollout_size": 16}
+
+# Which options shape what a stage makes; a stage also depends on those before it.
+COMMON = ("seed", "quick", "world_seed")
+SHAPED_BY = {
+    "sft": ("sft_batch_size", "sft_learning_rate", "sft_epochs"),
+    "reward": ("vision_noise", "reward_batch_size", "reward_learning_rate", "reward_epochs", "reward_steps"),
+    "ppo": (
+        *("rollout_size", "ppo_learning_rate", "ppo_epochs", "ppo_rollouts", "kl_coef", "length_coefficient"),
+        *("missing_end_penalty", "max_completion_length"),
+    ),
+}
+DATA = {"sft": "sft_dataset", "reward": "dataset_name", "ppo": "prompt_dataset", "evaluate": "evaluation_dataset"}
+
+
+class Rows(Protocol):
+    """What the stages need to know of their data: `UserRows`, or the testbed's `WorldRows`."""
+
+    judge_template: JudgeTemplate | None
+    arguments: dict[str, dict[str, Any]]  # of the trainer's configuration, by stage
+    notes: list[str]
+
+    def check(self, stage: str) -> Any: ...
+    def count(self, stage: str) -> int | None: ...
+    def preferences(self, model: str) -> tuple[Dataset, Dataset]: ...
+    def reward(self, reward_model: Any) -> Any: ...
+    def prompts(self) -> Dataset: ...
+    def evaluate(self, model: str) -> dict[str, dict[str, float]]: ...
+
+
+class UserRows:
+    """Files, folders or hub datasets in the row contract of docs/data.md."""
+
+    judge_template = None  # the package's own
+    purposes = {"sft": "sft", "reward": "reward", "ppo": "ppo", "evaluate": "ppo"}
+
+    def __init__(self, options: Options, model: ModelConfig):
+        self.options, self.model = options, model
+        machine = {} if torch.cuda.is_available() else {"bf16": False, "use_cpu": True}
+        self.arguments = {
+            "sft": {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, **machine},
+            "reward": {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.03, **machine},
+            "ppo": {"lr_scheduler_type": "cosine", "warmup_steps": 5, **machine},
+        }
+        self.notes = [f"{model.model_name_or_path}; evaluated on {options.evaluation_dataset}"]
+        self.processor = load_processor(model.model_name_or_path)
+
+    def check(self, stage: str) -> dict[str, Any]:
+        """Refuses rows that the stage could not use, and returns what tells them from others."""
+        rows, name = self.load(stage), DATA[stage]
+        reads_facts = stage == "reward" and "facts" in self.options.arms
+        columns = ("objects", "answer") if stage == "evaluate" else ("facts",) if reads_facts else ()
+        check_first_row(rows, self.purposes[stage], name, self.processor, columns=columns)
+        if stage == "evaluate":
+            check_scorable_rows(rows)
+        return identity(getattr(self.options, name), rows)
+
+    def count(self, stage: str) -> int:
+        return len(self.preferences("")[0] if stage == "reward" else self.load(stage))
+
+    def supervised(self) -> Dataset:
+        return self.load("sft")
+
+    def preferences(self, model: str) -> tuple[Dataset, Dataset]:
+        parts = self.load("reward").train_test_split(test_size=0.05, seed=self.options.seed)
+        return parts["train"], parts["test"]
+
+    def prompts(self) -> Dataset:
+        return self.load("ppo")
+
+    def reward(self, reward_model: Any) -> Any:
+        return reward_model
+
+    def evaluate(self, model: str) -> dict[str, dict[str, float]]:
+        return {"evaluation": scored(model, self.load("evaluate"), self.options.max_completion_length)}
+
+    def load(self, stage: str) -> Dataset:
+        return rows_of(getattr(self.options, DATA[stage]), DATA[stage])
 
 
 class FactRLHF:
@@ -129,60 +222,84 @@ class FactRLHF:
     def __init__(self, options: Options, model: ModelConfig, rows: Rows):
         self.options, self.model, self.rows = options, model, rows
         self.root = Path(options.output_dir)
+        self.data: dict[str, Any] = {}  # what tells the rows of a stage from others
+        self.trains_supervised = isinstance(rows, WorldRows) or options.sft_dataset is not None
 
     def run(self) -> None:
-        for stage in STAGES:
-            if stage in self.options.stages:
-                getattr(self, stage)()
+        for stage in self.stages:
+            getattr(self, stage)()
+
+    @property
+    def stages(self) -> list[str]:
+        return [
+            stage for stage in STAGES if stage in self.options.stages and (stage != "sft" or self.trains_supervised)
+        ]
+
+    def check(self) -> None:
+        """Everything that any of the stages needs, before the first one; prints the plan."""
+        made = {f"{stage}_{arm}" for stage in self.stages for arm in self.options.arms}
+        for stage in self.stages:
+            self.data[stage] = self.rows.check(stage)
+            for arm in self.options.arms if stage in ("reward", "ppo") else [""]:
+                if stage != "evaluate":
+                    self.folder(stage, arm).check()
+                needed = {"ppo": f"reward_{arm}"}.get(stage)
+                if needed and needed not in made:
+                    self.needed(needed)
+        if "evaluate" in self.stages and "ppo" not in self.stages:
+            for arm in self.options.arms:
+                self.needed(f"ppo_{arm}")
+        trainings = sum(len(self.options.arms) if stage in ("reward", "ppo") else 1 for stage in self.stages)
+        model = self.model.model_name_or_path
+        needed = trainings * bytes_to_write(model, adapter=self.model.use_peft, checkpoints=2) if model else 0
+        check_folder(self.root, needed)
+        for stage in self.stages:
+            logger.info("%s: %s", stage, self.plan(stage))
+
+    def plan(self, stage: str) -> str:
+        rows = self.rows.count(stage) if stage != "evaluate" else None
+        if rows is None:
+            return "supervised model and policies on fresh rows" if stage == "evaluate" else "in the small world"
+        make = {"sft": self.sft_arguments, "reward": self.reward_arguments, "ppo": self.ppo_arguments}[stage]
+        unit = {"sft": "rows", "reward": "pairs", "ppo": "replies"}[stage]
+        return str(plan_of(make(self.root / stage), rows, unit))
 
     def sft(self) -> None:
-        folder = self.root / "sft"
-        if is_done(folder) or self.rows.train_supervised(folder):
+        folder = self.folder("sft")
+        if folder.is_done:
             return
-        if self.options.sft_dataset is None:
-            logger.info("No `--sft_dataset`: %s is the supervised model.", self.model.model_name_or_path)
+        folder.claim()
+        if isinstance(self.rows, WorldRows):
+            self.rows.train_supervised(folder.path)
+            folder.finish()
             return
-        trained = self.root / "sft_adapter" if self.model.use_peft else folder
-        if not is_done(trained):
-            args = SFTConfig(
-                learning_rate=self.options.sft_learning_rate,
-                max_length=None,  # never cut image tokens
-                model_init_kwargs=load_options(self.model),
-                **self.shared_arguments(trained),
-            )
+        trained = RunFolder(self.root / "sft_adapter", folder.settings) if self.model.use_peft else folder
+        if not trained.is_done:
             trainer = SFTTrainer(
                 self.model.model_name_or_path,
-                args=args,
+                args=self.sft_arguments(trained.path),
                 train_dataset=self.rows.supervised(),
                 processing_class=load_processor(self.model.model_name_or_path),
                 peft_config=get_peft_config(self.model),
             )
             keep_parameter_names(trainer.model)
             freeze_vision_tower(trainer.model)
-            train(trainer, trained)
-        if self.model.use_peft and PartialState().is_main_process:
-            self.merge(trained, folder)
-        PartialState().wait_for_everyone()
+            trained.train(trainer)
+        if self.model.use_peft:
+            if PartialState().is_main_process:
+                self.merge(trained.path, folder.path)
+            folder.finish(merged=str(trained.path))
 
     def reward(self) -> None:
-        folders = {arm: self.root / f"reward_{arm}" for arm in self.options.arms}
-        if all(map(is_done, folders.values())):
+        folders = {arm: self.folder("reward", arm) for arm in self.options.arms}
+        if all(folder.is_done for folder in folders.values()):
             return
         pairs, held_out = self.rows.preferences(self.supervised_model)
         for arm, folder in folders.items():
-            if is_done(folder):
+            if folder.is_done:
                 continue
-            args = RewardConfig(
-                learning_rate=self.options.reward_learning_rate,
-                max_steps=self.options.reward_steps,
-                mean_reward_coefficient=1e-3,
-                use_facts=READS_FACTS[arm],
-                freeze_vision_tower=True,
-                eval_strategy="steps",
-                eval_steps=max(1, self.options.reward_steps // 2),
-                model_init_kwargs=load_options(self.model),
-                **self.shared_arguments(folder) | self.rows.reward_arguments,
-            )
+            args = self.reward_arguments(folder.path, use_facts=READS_FACTS[arm])
+            args.eval_steps = max(1, plan_of(args, len(pairs), "pairs").steps // 2)
             trainer = RewardTrainer(
                 model=self.supervised_model,
                 args=args,
@@ -191,17 +308,17 @@ class FactRLHF:
                 judge_template=self.rows.judge_template,
                 peft_config=get_peft_config(self.model),
             )
-            train(trainer, folder)
+            folder.train(trainer)
 
     def ppo(self) -> None:
         processor = load_processor(self.supervised_model, padding_side="left")
         for arm in self.options.arms:
-            folder = self.root / f"ppo_{arm}"
-            if is_done(folder):
+            folder = self.folder("ppo", arm)
+            if folder.is_done:
                 continue
             reward_folder = self.needed(f"reward_{arm}")
             reward_model = RewardModelReward(
-                reward_folder, batch_size=self.options.batch_size, **load_options(self.model)
+                reward_folder, batch_size=self.options.batch_size, **model_arguments(self.model)
             )
             reward = FactRLHFReward(
                 self.rows.reward(reward_model),
@@ -210,30 +327,19 @@ class FactRLHF:
                 length_coefficient=self.options.length_coefficient,
                 max_tokens=self.options.max_completion_length,
             )
-            args = PPOConfig(
-                learning_rate=self.options.ppo_learning_rate,
-                max_steps=UPDATES_PER_ROLLOUT * self.options.ppo_rollouts,
-                num_mini_batches=2,
-                num_ppo_epochs=2,
-                kl_coef=self.options.kl_coef,
-                temperature=1.0,
-                top_k=0,
-                max_completion_length=self.options.max_completion_length,
-                freeze_vision_tower=True,
-                model_init_kwargs=load_options(self.model),
-                # A checkpoint between two rollouts resumes exactly.
-                **self.shared_arguments(folder, UPDATES_PER_ROLLOUT) | self.rows.ppo_arguments,
-            )
+            prompts = self.rows.prompts()
+            if not READS_FACTS[arm] and "facts" in prompts.column_names:
+                prompts = prompts.remove_columns("facts")
             trainer = PPOTrainer(
                 self.supervised_model,
                 reward_funcs=reward,
-                args=args,
-                train_dataset=self.rows.prompts(with_facts=READS_FACTS[arm]),
+                args=self.ppo_arguments(folder.path),
+                train_dataset=prompts,
                 processing_class=processor,
                 value_model=reward_folder,
                 peft_config=get_peft_config(self.model),
             )
-            train(trainer, folder)
+            folder.train(trainer)
 
     def evaluate(self) -> None:
         if not PartialState().is_main_process:
@@ -244,65 +350,116 @@ class FactRLHF:
             for arm in self.options.arms
         }
         arms = [Arm(name, self.rows.evaluate(folder), history(folder)) for name, folder in names.items()]
-        report = write_report(self.root / "report", arms, title="Fact-RLHF", notes=self.notes())
+        notes = [f"seed {self.options.seed}", *self.rows.notes]
+        report = write_report(self.root / "report", arms, title="Fact-RLHF", notes=notes)
         sys.stdout.write(report.text)
         logger.info("Written to %s", report.markdown.parent)
 
-    # What the stages share
+    # Configurations of the trainers
+
+    def sft_arguments(self, folder: Path) -> SFTConfig:
+        return SFTConfig(
+            learning_rate=self.options.sft_learning_rate,
+            num_train_epochs=self.options.sft_epochs,
+            max_length=None,  # never cut image tokens
+            **self.shared_arguments("sft", folder, self.options.sft_batch_size),
+        )
+
+    def reward_arguments(self, folder: Path, use_facts: bool = True) -> RewardConfig:
+        return RewardConfig(
+            learning_rate=self.options.reward_learning_rate,
+            max_steps=self.options.reward_steps or -1,
+            num_train_epochs=self.options.reward_epochs,
+            mean_reward_coefficient=1e-3,
+            use_facts=use_facts,
+            freeze_vision_tower=True,
+            eval_strategy="steps",
+            **self.shared_arguments("reward", folder, self.options.reward_batch_size),
+        )
+
+    def ppo_arguments(self, folder: Path) -> PPOConfig:
+        options = self.options
+        return PPOConfig(
+            learning_rate=options.ppo_learning_rate,
+            max_steps=UPDATES_PER_ROLLOUT * options.ppo_rollouts if options.ppo_rollouts else -1,
+            num_train_epochs=options.ppo_epochs,
+            num_mini_batches=MINI_BATCHES,
+            num_ppo_epochs=PPO_EPOCHS,
+            kl_coef=options.kl_coef,
+            temperature=1.0,
+            top_k=0,
+            max_completion_length=options.max_completion_length,
+            freeze_vision_tower=True,
+            # A checkpoint between two rollouts resumes exactly.
+            **self.shared_arguments("ppo", folder, options.rollout_size // MINI_BATCHES, UPDATES_PER_ROLLOUT),
+        )
+
+    def shared_arguments(self, stage: str, folder: Path, batch: int, unit: int = 1) -> dict[str, Any]:
+        """What all stages have in common; `batch` is that of a step on all devices, `unit` the steps of a rollout."""
+        options, processes = self.options, PartialState().num_processes
+        per_device = max(1, min(options.batch_size, batch // processes))
+        return {
+            "output_dir": str(folder),
+            "seed": options.seed,
+            "per_device_train_batch_size": per_device,
+            "per_device_eval_batch_size": options.batch_size,
+            "gradient_accumulation_steps": accumulation(batch, per_device, processes),
+            "gradient_checkpointing": options.gradient_checkpointing,
+            "logging_steps": unit,
+            "save_steps": unit if options.quick else unit * math.ceil(options.save_steps / unit),
+            "save_total_limit": 1,
+            "report_to": options.report_to,
+            "model_init_kwargs": model_arguments(self.model),
+            **self.rows.arguments[stage],
+        }
+
+    # Folders
+
+    def folder(self, stage: str, arm: str = "") -> RunFolder:
+        """The folder of a stage, with everything that shapes what the stage makes."""
+        settings = {name: getattr(self.options, name) for name in (*COMMON, *SHAPED_BY[stage])}
+        settings |= asdict(self.model) | {"rows": self.data.get(stage)}
+        after = {"sft": None, "reward": self.root / "sft", "ppo": self.root / f"reward_{arm}"}[stage]
+        return RunFolder(self.root / "_".join(filter(None, (stage, arm))), settings, after)
 
     @property
     def supervised_model(self) -> str:
         """Where PPO and the reward models start: what the sft stage made, or else the given model."""
-        folder = self.root / "sft"
-        return str(folder) if is_done(folder) or not self.model.model_name_or_path else self.model.model_name_or_path
+        return self.needed("sft") if self.trains_supervised else self.model.model_name_or_path
 
     def needed(self, name: str) -> str:
-        folder = self.root / name
-        if not is_done(folder):
+        if not RunFolder(self.root / name, {}).is_done:
             stage = name.split("_")[0]
-            raise SystemExit(f"{folder} is not finished: run the stage that makes it (`--stages {stage}`).")
-        return str(folder)
-
-    def shared_arguments(self, folder: Path, save_unit: int = 1) -> dict[str, Any]:
-        options = self.options
-        steps = save_unit if options.quick else 24
-        return {
-            "output_dir": str(folder),
-            "seed": options.seed,
-            "per_device_train_batch_size": options.batch_size,
-            "per_device_eval_batch_size": options.batch_size,
-            "gradient_accumulation_steps": options.gradient_accumulation_steps,
-            "gradient_checkpointing": options.gradient_checkpointing,
-            "logging_steps": save_unit,
-            "save_steps": steps,
-            "save_total_limit": 1,
-            "report_to": options.report_to,
-            **self.rows.shared_arguments,
-        }
+            raise SystemExit(f"{self.root / name} is not finished: run the stage that makes it (`--stages {stage}`).")
+        return str(self.root / name)
 
     def merge(self, adapter: Path, folder: Path) -> None:
         """Merge the supervised adapter into its base model: reward model and policy start from plain weights."""
         model = AutoModelForImageTextToText.from_pretrained(self.model.model_name_or_path, dtype=self.model.dtype)
         PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(folder)
         load_processor(self.model.model_name_or_path).save_pretrained(folder)
-        write_json(folder / DONE, {"merged": str(adapter)})
-
-    def notes(self) -> list[str]:
-        options = self.options
-        return [f"seed {options.seed}", *self.rows.notes]
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options, model = TrlParser((Options, ModelConfig)).parse_args_and_config()
+    options, model = parsed(script_parser(Options, ModelConfig))
     on_testbed = model.model_name_or_path is None
-    defaults = TESTBED if on_testbed else PAPER
+    defaults = TESTBED if on_testbed else PAPER if model.use_peft else PAPER | ALL_WEIGHTS
     if options.quick:
         defaults = defaults | QUICK
-    options = options.filled(defaults)
+    options = Options(**{k: defaults.get(k) if v is None else v for k, v in asdict(options).items()})
     set_seed(options.seed)
-    rows = (TestbedRows if on_testbed else UserRows)(options, model)
-    FactRLHF(options, model, rows).run()
+    with refusals():
+        if on_testbed:
+            model.dtype = "float32"
+            rows = WorldRows(options.world_seed, options.seed, options.vision_noise, options.quick)
+        else:
+            check_model(model.model_name_or_path)
+            rows = UserRows(options, model)
+        pipeline = FactRLHF(options, model, rows)
+        pipeline.check()
+    if not options.dry_run:
+        pipeline.run()
 
 
 if __name__ == "__main__":

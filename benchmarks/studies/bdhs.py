@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studies.preference_study import ALIGNMENT_STUDY, Options, Study, parsed
+from benchmarks.studies.preference_study import ALIGNMENT_STUDY, Options, Study, study_options
 from trl_vlm.pairs import BDHS, SelfSamples
 from trl_vlm.pairs.bdhs.similarity import DEFAULT_ENCODER
-from trl_vlm.scripts.common import load_rows
+from trl_vlm.scripts.inputs import rows_of
 from trl_vlm.testbed.datasets import caption_rows
 from trl_vlm.testbed.oracle import object_overlap
 
@@ -41,9 +41,9 @@ ARMS = {
 }
 
 # The paper's final mask.
-PAPER = ALIGNMENT_STUDY | {"mask_share": 0.99}
+PAPER = ALIGNMENT_STUDY | {"mask_ratio": 0.99}
 # Nine image tokens: with the paper's 0.99, hardly a picture would show any.
-SMALL_WORLD = {"mask_share": 0.95}
+SMALL_WORLD = {"mask_ratio": 0.95}
 
 
 @dataclass
@@ -51,7 +51,7 @@ class BDHSOptions(Options):
     """Options of the pairs."""
 
     online: bool = field(default=False, metadata={"help": "Also train with fresh pairs at every step."})
-    mask_share: float | None = field(default=None, metadata={"help": "Share of image tokens that is hidden."})
+    mask_ratio: float | None = field(default=None, metadata={"help": "Ratio of image tokens that is hidden."})
     noise_steps: int = field(default=500, metadata={"help": "Steps of noise of the arm `noise`."})
     encoder: str = field(default=DEFAULT_ENCODER, metadata={"help": "Sentence encoder of the gate: hub id or folder."})
     generation_batch: int = field(default=32, metadata={"help": "Rows per batch while pairs are made."})
@@ -62,7 +62,7 @@ def sources(study: Study) -> dict[str, Callable[[], Any]]:
     options = study.options
     gate = object_overlap if study.on_testbed else options.encoder
     common = {"max_new_tokens": options.max_completion_length, "seed": options.seed}
-    mask = {"mask_ratio": options.mask_share, **common}
+    mask = {"mask_ratio": options.mask_ratio, **common}
     return {
         "self": lambda: SelfSamples(**common),
         "noise": lambda: BDHS(gate, mask_ratio=0.0, noise_steps=options.noise_steps, **common),
@@ -73,13 +73,13 @@ def sources(study: Study) -> dict[str, Callable[[], Any]]:
 
 
 def main() -> None:
-    options, model = parsed(BDHSOptions, PAPER, "bdhs", SMALL_WORLD)
+    options, model = study_options(BDHSOptions, PAPER, "bdhs", SMALL_WORLD)
     arms = {arm: title for arm, title in ARMS.items() if arm != "online" or options.online}
-    study = Study("BDHS", options, model, arms)
+    study = Study("BDHS", options, model, arms, purpose="sft")
     if study.on_testbed:
         rows = caption_rows(study.world, options.pairs, 100 * options.seed + 51)
     else:
-        rows = load_rows(options.dataset_name, "dataset_name")
+        rows = rows_of(options.dataset_name, "dataset_name")
     anchor = {"sft": options.anchor} if options.anchor else {}
 
     def train_arm(arm: str, rate: float, folder: Path) -> Any:

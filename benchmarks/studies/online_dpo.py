@@ -26,11 +26,11 @@ from typing import Any
 
 from datasets import Dataset
 
-from benchmarks.studies.preference_study import ALIGNMENT_STUDY, Options, Study, parsed
+from benchmarks.studies.preference_study import ALIGNMENT_STUDY, Options, Study, study_options
 from trl_vlm.judges import EndpointJudge, Judge, RewardJudge
 from trl_vlm.pairs import DatasetPairs, Judged, MixedPairs
 from trl_vlm.rewards import RewardModelReward
-from trl_vlm.scripts.common import load_rows
+from trl_vlm.scripts.inputs import rows_of
 from trl_vlm.testbed.datasets import prompt_rows
 from trl_vlm.testbed.oracle import truth_reward
 
@@ -67,12 +67,12 @@ def judge_of(study: Study) -> Judge:
 
 
 def main() -> None:
-    options, model = parsed(OnlineOptions, ALIGNMENT_STUDY, "online_dpo")
-    study = Study("Online DPO", options, model, ARMS)
+    options, model = study_options(OnlineOptions, ALIGNMENT_STUDY, "online_dpo")
+    study = Study("Online DPO", options, model, ARMS, purpose="ppo")
     if study.on_testbed:
         rows = prompt_rows(study.world, options.pairs, 100 * options.seed + 61).remove_columns("facts")
     else:
-        rows = load_rows(options.dataset_name, "dataset_name")
+        rows = rows_of(options.dataset_name, "dataset_name")
     anchor = {"sft": options.anchor} if options.anchor else {}
 
     def judged() -> Judged:

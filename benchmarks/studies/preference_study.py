@@ -4,7 +4,6 @@ Each arm is trained with every learning rate of a small grid. The development sp
 only that one is evaluated, once, on scenes that no choice has seen.
 """
 
-import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -16,27 +15,21 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset, load_dataset
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from trl_vlm import DPOConfig, DPOTrainer
 from trl_vlm.data.converters import Source
-from trl_vlm.evaluation import Arm, write_report
+from trl_vlm.evaluation import Arm, check_scorable_rows, write_report
+from trl_vlm.models.loading import load_generative_processor
 from trl_vlm.pairs import Policy, generating
 from trl_vlm.pairs.writer import PairWriter
-from trl_vlm.scripts.common import (
-    DONE,
-    by_split,
-    evaluate_rows,
-    history,
-    is_done,
-    load_model,
-    load_options,
-    load_rows,
-    train,
-    write_json,
-)
-from trl_vlm.testbed import SupervisedSettings, World, train_supervised
-from trl_vlm.testbed.evaluate import evaluate
+from trl_vlm.scripts.arguments import accumulation, model_arguments, parsed, refusals, script_parser
+from trl_vlm.scripts.evaluation import load_for_replies, scored
+from trl_vlm.scripts.inputs import check_first_row, check_model, rows_of
+from trl_vlm.scripts.run_folder import RunFolder, history
+from trl_vlm.testbed import World
+from trl_vlm.testbed.evaluate import by_split, evaluate
+from trl_vlm.testbed.stages import WorldRows
 
 logger = logging.getLogger("preference_study")
 
@@ -68,23 +61,25 @@ class Options:
     learning_rates: list[float] | None = field(
         default=None, metadata={"help": "Each arm is trained with each; the best on the development split stays."}
     )
-    steps: int | None = field(default=None, metadata={"help": "Optimiser steps of each training."})
+    steps: int | None = field(default=None, metadata={"help": "Optimizer steps of each training."})
+    epochs: float | None = field(default=None, metadata={"help": "Passes over the rows, where no steps are given."})
     pairs: int | None = field(default=None, metadata={"help": "Testbed: training rows."})
     beta: float | None = field(default=None, metadata={"help": "DPO's beta, where no preset sets it."})
     anchor: float | None = field(
         default=None, metadata={"help": "Weight of TRL's `sft` loss on the chosen reply beside the preference loss."}
     )
-    batch_size: int | None = field(default=None, metadata={"help": "Pairs per device and micro-batch."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches per optimiser step."})
+    total_batch_size: int | None = field(default=None, metadata={"help": "Pairs per step on all devices."})
+    batch_size: int | None = field(default=None, metadata={"help": "Pairs per device and micro-batch, at most."})
     max_completion_length: int | None = field(default=None, metadata={"help": "Longest generated reply in tokens."})
 
 
-# With a model: from the ranges that appendix A of 2407.02477 searches; it does not say what it chose, nor how long.
+# With a model: from the ranges that appendix A of 2407.02477 searches, with LoRA; it does not say what it chose.
 ALIGNMENT_STUDY = {
     "learning_rates": [1e-6],
-    "steps": 600,
+    "epochs": 3.0,
     "beta": 0.1,
     "anchor": 0.0,
+    "total_batch_size": 32,
     "batch_size": 4,
     "max_completion_length": 512,
     "gradient_checkpointing": True,
@@ -95,11 +90,12 @@ TESTBED = {
     "pairs": 800,
     "beta": 0.1,
     "anchor": 1.0,
+    "total_batch_size": 32,
     "batch_size": 32,
     "max_completion_length": 48,
     "gradient_checkpointing": False,
 }
-QUICK = {"learning_rates": [3e-4], "steps": 2, "pairs": 8, "batch_size": 4}
+QUICK = {"learning_rates": [3e-4], "steps": 2, "pairs": 8, "total_batch_size": 4, "batch_size": 4}
 
 
 class Study:
@@ -112,7 +108,7 @@ class Study:
         arms: What the command line calls each arm, and its title in the report.
     """
 
-    def __init__(self, name: str, options: Options, model: ModelConfig, arms: Mapping[str, str]):
+    def __init__(self, name: str, options: Options, model: ModelConfig, arms: Mapping[str, str], purpose: str = "dpo"):
         self.name, self.options, self.model = name, options, model
         unknown = set(options.arms or ()) - set(arms)
         if unknown:
@@ -121,41 +117,40 @@ class Study:
         self.root = Path(options.output_dir)
         self.on_testbed = model.model_name_or_path is None
         self.world = World(seed=options.world_seed) if self.on_testbed else None
-        self.keep_settings()
-        if not self.on_testbed and len(options.learning_rates) > 1 and options.development_dataset is None:
-            raise SystemExit("Several `--learning_rates` need a `--development_dataset` to choose among them.")
+        self.settings = {name: value for name, value in asdict(options).items() if name not in MAY_CHANGE}
+        self.settings |= asdict(model)
+        with refusals():
+            if not self.on_testbed:
+                self.check_rows(purpose)
+            RunFolder(self.root, self.settings).claim()
 
-    def keep_settings(self) -> None:
-        """Write down what pairs and trainings depend on, or refuse a folder that was begun with something else."""
-        settings = {name: value for name, value in asdict(self.options).items() if name not in MAY_CHANGE}
-        settings["model"] = self.model.model_name_or_path
-        path = self.root / "settings.json"
-        if path.exists():
-            before = json.loads(path.read_text())
-            changed = [name for name, value in settings.items() if before.get(name) != value]
-            if changed:
-                raise SystemExit(
-                    f"{self.root} was begun with other values of {', '.join(changed)}. Give the same ones, or another "
-                    "`--output_dir`."
-                )
-        elif PartialState().is_main_process:
-            self.root.mkdir(parents=True, exist_ok=True)
-            write_json(path, settings)
-        PartialState().wait_for_everyone()
+    def check_rows(self, purpose: str) -> None:
+        """Refuses a model or rows that could not be used, before the first training."""
+        options = self.options
+        check_model(self.model.model_name_or_path)
+        processor = load_generative_processor(self.model.model_name_or_path)
+        check_first_row(rows_of(options.dataset_name, "dataset_name"), purpose, "dataset_name", processor)
+        splits = ["evaluation_dataset"]
+        if len(options.learning_rates) > 1:
+            if options.development_dataset is None:
+                raise ValueError("Several `--learning_rates` need a `--development_dataset` to choose among them.")
+            splits.append("development_dataset")
+        for split in splits:
+            rows = rows_of(getattr(options, split), split)
+            check_first_row(rows, "ppo", split, processor, columns=("objects", "answer"))
+            check_scorable_rows(rows)
 
     def supervised_model(self) -> str:
         """The folder or name of the model that every arm starts from."""
         given = self.options.supervised_model or self.model.model_name_or_path
         if given:
             return given
-        folder = self.root / "sft"
-        if not is_done(folder):
-            small = SupervisedSettings(tower_steps=20, tower_batch=32, steps=20, batch=16)
-            settings = small if self.options.quick else None
-            seed = self.options.seed
-            train_supervised(self.world, folder, model_seed=seed, data_seed=seed, settings=settings)
-            write_json(folder / DONE, {})
-        return str(folder)
+        folder = RunFolder(self.root / "sft", self.settings)
+        if not folder.is_done:
+            rows = WorldRows(self.options.world_seed, self.options.seed, quick=self.options.quick)
+            rows.train_supervised(folder.path)
+            folder.finish()
+        return str(folder.path)
 
     def run(self, train_arm: Callable[[str, float, Path], Any]) -> None:
         """Train, choose, evaluate, report.
@@ -165,9 +160,9 @@ class Study:
         """
         for arm in self.arms:
             for rate in self.options.learning_rates:
-                folder = self.folder(arm, rate)
-                if not is_done(folder):
-                    train(train_arm(arm, rate, folder), folder)
+                folder = RunFolder(self.folder(arm, rate), self.settings | {"learning_rate": rate})
+                if not folder.is_done:
+                    folder.train(train_arm(arm, rate, folder.path))
         if PartialState().is_main_process:
             self.report()
 
@@ -194,9 +189,9 @@ class Study:
     def evaluated(self, folder: str | Path, split: str) -> dict[str, dict[str, float]]:
         """Metrics of a model on the "development" or the "test" split."""
         if not self.on_testbed:
-            rows = load_rows(getattr(self.options, SPLITS[split]), SPLITS[split])
-            return evaluate_rows(folder, rows, self.options.max_completion_length)
-        model, processor = load_model(folder)
+            rows = rows_of(getattr(self.options, SPLITS[split]), SPLITS[split])
+            return {"evaluation": scored(folder, rows, self.options.max_completion_length)}
+        model, processor = load_for_replies(folder)
         seed = {"development": 7700, "test": 4400}[split] + self.options.seed
         return by_split(evaluate(model, processor, self.world, scenes=20 if self.options.quick else 300, seed=seed))
 
@@ -214,13 +209,13 @@ class Study:
             if PartialState().is_main_process:
                 rows.to_parquet(inputs)
             PartialState().wait_for_everyone()
-            model, processor = load_model(self.supervised_model(), **load_options(self.model))
+            model, processor = load_for_replies(self.supervised_model(), **model_arguments(self.model))
             with generating(model):
                 PairWriter(
                     make_source(),
                     Policy(model, processor),
                     folder,
-                    settings=json.loads((self.root / "settings.json").read_text()),
+                    settings=self.settings,
                     batch_size=self.options.generation_batch,
                 ).write(Source(str(inputs)))
             PartialState().wait_for_everyone()
@@ -236,18 +231,20 @@ class Study:
             losses: TRL's loss types and their weights.
             given: Further fields of `DPOConfig`, and arguments of `DPOTrainer`.
         """
-        options = self.options
+        options, processes = self.options, PartialState().num_processes
+        per_device = max(1, min(options.batch_size, options.total_batch_size // processes))
         arguments = {name: given.pop(name) for name in ("pair_source", "callbacks") if name in given}
         config = DPOConfig(
             str(folder),
             loss_type=list(losses),
             loss_weights=list(losses.values()),
             learning_rate=rate,
-            max_steps=options.steps,
+            max_steps=options.steps or -1,
+            num_train_epochs=options.epochs or 1.0,
             lr_scheduler_type="cosine",
-            warmup_steps=max(1, options.steps // 10),
-            per_device_train_batch_size=options.batch_size,
-            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            warmup_steps=max(1, options.steps // 10) if options.steps else 0.1,
+            per_device_train_batch_size=per_device,
+            gradient_accumulation_steps=accumulation(options.total_batch_size, per_device, processes),
             gradient_checkpointing=options.gradient_checkpointing,
             max_length=None,  # never cut image tokens
             freeze_vision_tower=True,
@@ -256,7 +253,7 @@ class Study:
             save_steps=1 if options.quick else 20,
             save_total_limit=1,
             report_to=options.report_to,
-            model_init_kwargs=load_options(self.model),
+            model_init_kwargs=model_arguments(self.model),
             **({} if torch.cuda.is_available() else {"bf16": False, "use_cpu": True}),
             **given,
         )
@@ -271,9 +268,13 @@ class Study:
     def notes(self) -> list[str]:
         options = self.options
         rates = ", ".join(f"{rate:g}" for rate in options.learning_rates)
+        length = f"{options.steps} steps" if options.steps else f"{options.epochs:g} epochs in steps"
+        chosen = (
+            "; chosen by the F1 of caption objects on a development split" if len(options.learning_rates) > 1 else ""
+        )
         notes = [
-            f"seed {options.seed}; {options.steps} steps of {options.batch_size} pairs",
-            f"learning rates tried: {rates}; chosen by the F1 of caption objects on a development split",
+            f"seed {options.seed}; {length} of {options.total_batch_size} pairs",
+            f"learning rates tried: {rates}{chosen}",
         ]
         if self.on_testbed:
             notes += [
@@ -284,11 +285,16 @@ class Study:
 
 
 # What a folder may be continued with.
-MAY_CHANGE = (
-    *("output_dir", "arms", "online", "learning_rates", "report_to"),
-    *("evaluation_dataset", "development_dataset", "batch_size", "gradient_accumulation_steps"),
-    *("gradient_checkpointing", "generation_batch"),
-)
+MAY_CHANGE = {
+    "output_dir",
+    "arms",
+    "online",
+    "learning_rates",
+    "report_to",
+    "evaluation_dataset",
+    "development_dataset",
+}
+MAY_CHANGE |= {"batch_size", "gradient_checkpointing", "generation_batch"}
 SPLITS = {"development": "development_dataset", "test": "evaluation_dataset"}
 
 
@@ -305,8 +311,12 @@ def harmonic_mean(first: float, second: float) -> float:
     return 2 * first * second / (first + second) if first + second else 0.0
 
 
-def parsed(
-    options: type, paper: Mapping[str, Any], name: str, testbed: Mapping[str, Any] | None = None
+def study_options(
+    options: type,
+    paper: Mapping[str, Any],
+    name: str,
+    testbed: Mapping[str, Any] | None = None,
+    lora: Mapping[str, Any] | None = None,
 ) -> tuple[Any, ModelConfig]:
     """Options and model options of the command line, with the testbed's or the paper's values where none is given.
 
@@ -315,10 +325,15 @@ def parsed(
         paper: Values with a model.
         name: Default folder below `outputs`.
         testbed: Values on the testbed beside `TESTBED`.
+        lora: Values with a model and LoRA beside `paper`.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options, model = TrlParser((options, ModelConfig)).parse_args_and_config()
-    values = TESTBED | (testbed or {}) if model.model_name_or_path is None else paper
+    options, model = parsed(script_parser(options, ModelConfig))
+    if model.model_name_or_path is None:
+        model.dtype = "float32"
+        values = TESTBED | (testbed or {})
+    else:
+        values = {**paper, **((lora or {}) if model.use_peft else {})}
     defaults = {"output_dir": f"outputs/{name}", **values}
     if options.quick:
         defaults |= QUICK

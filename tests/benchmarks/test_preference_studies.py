@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.studies import preference_study
+from tests import families
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,7 +74,7 @@ def test_online_dpo_trains_beside_offline_and_mixed(dense, tmp_path):
 
 
 def study(folder, **options):
-    filled = preference_study.Options(output_dir=str(folder), **options)
+    filled = preference_study.Options(output_dir=str(folder), total_batch_size=2, batch_size=2, **options)
     return preference_study.Study("test", filled, preference_study.ModelConfig(), {"sft": "SFT", "dpo": "DPO"})
 
 
@@ -101,5 +102,28 @@ def test_an_unknown_arm_is_named(tmp_path):
 def test_a_folder_that_was_begun_with_other_settings_is_refused(tmp_path):
     study(tmp_path, learning_rates=[1e-4], beta=0.1)
     study(tmp_path, learning_rates=[3e-4], beta=0.1)
-    with pytest.raises(SystemExit, match="begun with other values of beta"):
+    with pytest.raises(SystemExit, match="`beta` was 0.1 and is now 0.5"):
         study(tmp_path, learning_rates=[1e-4], beta=0.5)
+
+
+def test_a_folder_that_was_begun_with_adapters_is_not_continued_without(tmp_path):
+    options = preference_study.Options(output_dir=str(tmp_path), learning_rates=[1e-4])
+    preference_study.Study("test", options, preference_study.ModelConfig(use_peft=True), {"sft": "SFT"})
+    with pytest.raises(SystemExit, match="`use_peft` was true and is now false"):
+        preference_study.Study("test", options, preference_study.ModelConfig(), {"sft": "SFT"})
+
+
+def test_the_report_speaks_of_a_development_split_only_where_one_chose(tmp_path):
+    one = study(tmp_path / "one", learning_rates=[1e-4], steps=2)
+    several = study(tmp_path / "several", learning_rates=[1e-4, 1e-3], steps=2)
+    assert "development" not in " ".join(one.notes())
+    assert "chosen by the F1 of caption objects on a development split" in " ".join(several.notes())
+
+
+def test_a_file_that_is_missing_is_found_before_the_first_training(tmp_path):
+    options = preference_study.Options(
+        output_dir=str(tmp_path), learning_rates=[1e-4], dataset_name=str(tmp_path / "no.jsonl")
+    )
+    model = preference_study.ModelConfig(model_name_or_path=str(families.saved("llava")))
+    with pytest.raises(SystemExit, match="`--dataset_name`: There is no file or folder"):
+        preference_study.Study("test", options, model, {"sft": "SFT"})

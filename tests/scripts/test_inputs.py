@@ -44,6 +44,7 @@ def model():
         ({"--batch_size": "4"}, "There is no option --batch_size. Did you mean .*"),
         ({"--lerning_rate": "4"}, "There is no option --lerning_rate. Did you mean --learning_rate"),
         ({"--dense_gamma": "0.5", "--dense_reduction": "mean"}, "`dense_gamma` is 0.5"),
+        ({"--use_peft": "True"}, "`--use_peft` needs `--lora_target_modules`, for PEFT knows none for llava"),
         ({"--config": "nowhere.yaml"}, "nowhere.yaml"),
         ({"--dataset_train_split": "other"}, "`--dataset_name`: .*is a single file: leave out split"),
     ],

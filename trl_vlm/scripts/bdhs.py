@@ -2,7 +2,8 @@
 
     accelerate launch -m trl_vlm.scripts.bdhs \
         --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset_name sft.parquet --output_dir outputs/bdhs \
-        --use_peft --learning_rate 1e-5 --num_train_epochs 3 --total_batch_size 32 --max_length None
+        --use_peft --lora_target_modules language-model --learning_rate 1e-5 \
+        --num_train_epochs 3 --total_batch_size 32 --max_length None
 
 Rows: `prompt`, `completion` (the chosen reply), `images` (docs/data.md). For pairs that are made once, before the
 training: `trl-vlm pairs bdhs`, and then `trl_vlm.scripts.dpo`.

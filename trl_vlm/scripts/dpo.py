@@ -2,7 +2,8 @@
 
     accelerate launch -m trl_vlm.scripts.dpo \
         --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --dataset_name pairs.parquet --output_dir outputs/dpo \
-        --use_peft --learning_rate 1e-5 --num_train_epochs 3 --total_batch_size 32 --max_length None
+        --use_peft --lora_target_modules language-model --learning_rate 1e-5 \
+        --num_train_epochs 3 --total_batch_size 32 --max_length None
 
 Dense DPO, with the values of the RLHF-V paper, is `--dense_preset paper`. Rows: `prompt`, `chosen`, `rejected`,
 `images` (docs/data.md). `--dry_run` checks everything and prints the plan; `--config run.yaml` reads options from a

@@ -7,7 +7,8 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from transformers import ProcessorMixin, Trainer, TrainingArguments
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from transformers import AutoConfig, ProcessorMixin, Trainer, TrainingArguments
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from trl_vlm.models.loading import load_generative_processor
@@ -70,7 +71,7 @@ class Job:
             trainer.push_to_hub(dataset_name=self.script.dataset_name)
 
 
-def options_of(parser: TrlParser, arguments: Sequence[str] | None) -> tuple[Any, Any, ModelConfig]:
+def options_of(parser: TrlParser, arguments: Sequence[str] | None = None) -> tuple[Any, Any, ModelConfig]:
     """Returns script, training and model options; a wrong one ends the program with a sentence."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     script, training, model = parsed(parser, arguments)
@@ -118,10 +119,27 @@ def remarks(training: TrainingArguments, model: ModelConfig) -> list[str]:
     return []
 
 
+def check_targets(model: ModelConfig) -> None:
+    """Refuses LoRA without target modules, where PEFT knows none for the model.
+
+    Raises:
+        ValueError: The message names the presets.
+    """
+    if not model.use_peft or model.lora_target_modules or model.lora_target_parameters:
+        return
+    kind = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision).model_type
+    if kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        raise ValueError(
+            f"`--use_peft` needs `--lora_target_modules`, for PEFT knows none for {kind}: `language-model`, "
+            "`language-model-and-projector` (both never the vision tower), or `all-linear`."
+        )
+
+
 def _checked(script: ScriptArguments, training: TrainingArguments, model: ModelConfig, purpose: str, unit: str) -> Job:
     if not model.model_name_or_path:
         raise ValueError("`--model_name_or_path` is missing: a folder or a hub id.")
     check_model(model.model_name_or_path)
+    check_targets(model)
     trust = getattr(training, "trust_remote_code", False)
     training.model_init_kwargs = model_arguments(model, trust_remote_code=trust) | (training.model_init_kwargs or {})
     processor = load_generative_processor(model.model_name_or_path)

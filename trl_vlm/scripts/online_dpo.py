@@ -3,7 +3,8 @@
     accelerate launch -m trl_vlm.scripts.online_dpo \
         --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset_name prompts.parquet --output_dir outputs/online_dpo \
         --endpoint http://localhost:8000/v1 --judge_model my-judge --max_requests 5000 \
-        --use_peft --learning_rate 1e-5 --num_train_epochs 1 --total_batch_size 32 --max_length None
+        --use_peft --lora_target_modules language-model --learning_rate 1e-5 \
+        --num_train_epochs 1 --total_batch_size 32 --max_length None
 
 Rows: `prompt`, `images` (docs/data.md); with `--offline_share 0.5` (mixed DPO) also `chosen` and `rejected`.
 """

@@ -2,7 +2,8 @@
 
     accelerate launch -m trl_vlm.scripts.ppo \
         --model_name_or_path outputs/sft --reward_model_name_or_path outputs/reward --dataset_name prompts.parquet \
-        --output_dir outputs/ppo --use_peft --lora_r 64 --lora_alpha 16 --learning_rate 3e-5 --num_train_epochs 4 \
+        --output_dir outputs/ppo --use_peft --lora_target_modules language-model --lora_r 64 --lora_alpha 16 \
+        --learning_rate 3e-5 --num_train_epochs 4 \
         --num_mini_batches 2 --num_ppo_epochs 2 --total_batch_size 256 --kl_coef 0.1 --missing_eos_penalty 8
 
 Rows: `prompt`, `images`, and what the reward reads, such as `facts` (docs/data.md). The critic starts from the reward

@@ -2,7 +2,8 @@
 
     accelerate launch -m trl_vlm.scripts.reward \
         --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset_name pairs.parquet --output_dir outputs/reward \
-        --use_peft --lora_r 64 --lora_alpha 16 --learning_rate 2e-5 --num_train_epochs 1 --total_batch_size 32
+        --use_peft --lora_target_modules language-model --lora_r 64 --lora_alpha 16 --learning_rate 2e-5 \
+        --num_train_epochs 1 --total_batch_size 32
 
 Rows: `prompt`, `chosen`, `rejected`, `images`, `facts` (docs/data.md). `--use_facts False` trains one that does not
 read the facts.

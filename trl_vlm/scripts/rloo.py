@@ -2,7 +2,8 @@
 
     accelerate launch -m trl_vlm.scripts.rloo \
         --model_name_or_path outputs/sft --reward_model_name_or_path outputs/reward --dataset_name prompts.parquet \
-        --output_dir outputs/rloo --use_peft --learning_rate 1e-5 --num_train_epochs 1 --total_batch_size 64
+        --output_dir outputs/rloo --use_peft --lora_target_modules all-linear --learning_rate 1e-5 \
+        --num_train_epochs 1 --total_batch_size 64
 
 Rows: `prompt`, `images`, and what the reward reads, such as `facts` (docs/data.md).
 """

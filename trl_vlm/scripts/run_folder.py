@@ -12,32 +12,43 @@ from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
 from trl_vlm.data.io.atomic import write_whole
+from trl_vlm.judges.options import ChatOptions
 from trl_vlm.models.checkpoints import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
 
 SETTINGS, DONE, HISTORY = "settings.json", "done.json", "history.json"
 
-# What a training may be continued with in another way: where it writes, what it reports, how work is laid out. The
-# batch of a step counts as a whole, and not how devices and micro-batches share it.
-FREE = {
-    *("output_dir", "resume_from_checkpoint", "run_name", "project", "trackio_space_id", "report_to", "disable_tqdm"),
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-    *("steps_per_generation", "gradient_checkpointing", "gradient_checkpointing_kwargs", "use_cpu", "deepspeed"),
-    *("local_rank", "accelerator_config", "parallelism_config", "skip_memory_metrics", "dataset_num_proc"),
-    *("do_train", "do_eval", "do_predict", "total_batch_size", "dry_run", "eval_dataset_name", "dataset_test_split"),
-    *(
-        "model_init_kwargs",
-        "prediction_loss_only",
-        "batch_eval_metrics",
-        "ignore_data_skip",
-        "torch_empty_cache_steps",
-    ),
+# What a training may be continued with in another way: where it writes and what it reports, how work is laid out (the
+# batch of a step counts as a whole), what it is evaluated on.
+PLACES = {"output_dir", "resume_from_checkpoint", "run_name", "project", "report_to", "disable_tqdm", "dry_run"}
+LAYOUT = {"per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "total_batch_size"}
+MEMORY = {
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "activation_checkpointing",
+    "use_cpu",
+    "deepspeed",
 }
-FREE_PREFIXES = (
-    *("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "dataloader_", "ddp_", "fsdp", "torch_compile"),
-    *("vllm_", "include_", "reference_cache", "degeneration_", "trackio_", "num_completions_to_print"),
+MACHINE = {"local_rank", "accelerator_config", "parallelism_config", "dataset_num_proc", "torch_empty_cache_steps"}
+EVALUATION = {"per_device_eval_batch_size", "eval_dataset_name", "dataset_test_split", "prediction_loss_only"}
+OTHERS = {"do_train", "do_eval", "do_predict", "skip_memory_metrics", "batch_eval_metrics", "ignore_data_skip"}
+ENCODER = {"encoder_device", "encoder_batch_size"}
+# The fields of a model's options stand in the settings themselves.
+FREE = {"model_init_kwargs"} | PLACES | LAYOUT | MEMORY | MACHINE | EVALUATION | OTHERS | ENCODER
+FREE |= ChatOptions.not_about_answers
+REPORTS = (
+    "logging_",
+    "log_",
+    "save_",
+    "eval_",
+    "hub_",
+    "push_to_hub",
+    "trackio_",
+    "num_completions_to_print",
+    "include_",
 )
+FREE_PREFIXES = (*REPORTS, "dataloader_", "ddp_", "fsdp", "torch_compile", "vllm_", "reference_cache", "degeneration_")
 
 
 class RunFolder:
@@ -46,11 +57,22 @@ class RunFolder:
     Args:
         path: The folder.
         settings: What shapes the result; values that JSON holds.
+        after: The folder that this one builds on; its settings shape this one's result as well.
     """
 
-    def __init__(self, path: str | PathLike, settings: Mapping[str, Any]):
+    def __init__(self, path: str | PathLike, settings: Mapping[str, Any], after: str | PathLike | None = None):
         self.path = Path(path)
-        self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings), default=str))
+        self.after = None if after is None else Path(after)
+        self._own: dict[str, Any] = json.loads(json.dumps(dict(settings), default=str))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What shapes the result, with what shaped the folder that this one builds on, if it is there."""
+        before = None if self.after is None else self.after / SETTINGS
+        if before is None or not before.exists():
+            return dict(self._own)
+        inherited = json.loads(before.read_text(encoding="utf-8"))
+        return {f"{self.after.name}: {name}": value for name, value in inherited.items()} | self._own
 
     def check(self) -> None:
         """Refuses a folder that was begun with other settings.

@@ -2,7 +2,8 @@
 
     accelerate launch -m trl_vlm.scripts.sft \
         --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset_name sft.parquet --output_dir outputs/sft \
-        --use_peft --learning_rate 1e-4 --num_train_epochs 1 --total_batch_size 128 --max_length None
+        --use_peft --lora_target_modules all-linear --learning_rate 1e-4 \
+        --num_train_epochs 1 --total_batch_size 128 --max_length None
 
 Rows: `prompt`, `completion`, `images` (docs/data.md). The vision tower is frozen unless `--train_vision_tower`.
 """

@@ -68,6 +68,22 @@ def evaluate(
     return results
 
 
+def by_split(results: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Returns results of `evaluate` as a report takes them: `adv/greedy/recall` under "adv, greedy".
+
+    The questions of a split belong to both styles of it.
+    """
+    splits: dict[str, dict[str, float]] = {}
+    for name, value in results.items():
+        split, part, metric = name.split("/")
+        if part in ("greedy", "sampled"):
+            splits.setdefault(f"{split}, {part}", {})[metric] = value
+        else:
+            for style in ("greedy", "sampled"):
+                splits.setdefault(f"{split}, {style}", {})[f"{part}_{metric}"] = value
+    return splits
+
+
 def generate_captions(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,

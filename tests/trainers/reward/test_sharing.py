@@ -50,6 +50,12 @@ def assert_the_same(shared, plain, tolerance=1e-4):
             assert (gradients[name] - gradient).norm() <= tolerance * gradient.norm(), name
 
 
+def test_every_pair_keeps_its_margin(tmp_path):
+    shared = make(tmp_path)
+    rows = [preference_row(0) | {"margin": margin} for margin in (0.5, -1.0, 2.0)]
+    assert shared.data_collator(rows)["margin"].tolist() == [0.5, -1.0, 2.0]
+
+
 @pytest.mark.parametrize("family", SHARING)
 def test_loss_and_every_gradient_equal_the_plain_path_with_no_one_and_two_images(family, tmp_path):
     shared, plain = (make(tmp_path, family, share_prefix=share) for share in (True, False))

@@ -1,0 +1,104 @@
+"""Rows and measurements of the stages of Fact-RLHF in the small world, for `examples/fact_rlhf.py`."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from trl_vlm.models.loading import load_generative_model, load_generative_processor
+from trl_vlm.testbed import datasets
+from trl_vlm.testbed.evaluate import by_split, caption_sampler, evaluate
+from trl_vlm.testbed.processor import JUDGE_TEMPLATE
+from trl_vlm.testbed.supervised import SupervisedSettings, train_supervised
+from trl_vlm.testbed.world import World, weaken_vision
+
+QUICK = SupervisedSettings(tower_steps=20, tower_batch=32, steps=20, batch=16)
+
+
+class WeakEyes:
+    """A reward function that is shown every image through extra pixel noise.
+
+    Args:
+        reward: The reward function.
+        noise: Standard deviation of the noise.
+    """
+
+    __name__ = "weak_eyes"
+
+    def __init__(self, reward: Callable[..., list[float]], noise: float):
+        self.reward, self.noise = reward, noise
+
+    def __call__(self, *, images: Sequence[Sequence[Any]], **columns: Any) -> list[float]:
+        """The rewards of replies to weakened images."""
+        weakened = [[weaken_vision(image, self.noise) for image in row] for row in images]
+        return self.reward(images=weakened, **columns)
+
+
+class WorldRows:
+    """A world that is made on the spot. Its reward models see through extra noise, so that facts can help them.
+
+    Args:
+        world_seed: Which world.
+        seed: Seed of models, rows and evaluation.
+        vision_noise: Standard deviation of the noise before the eyes of the reward models.
+        quick: A few rows and steps of everything.
+
+    Attributes:
+        arguments: Of the trainer's configuration, by stage.
+        notes: What a report says of the rows.
+    """
+
+    judge_template = JUDGE_TEMPLATE
+
+    def __init__(self, world_seed: int = 0, seed: int = 0, vision_noise: float = 0.6, quick: bool = False):
+        self.world, self.seed, self.vision_noise, self.quick = World(seed=world_seed), seed, vision_noise, quick
+        self.pair_count, self.prompt_count, self.scenes = (24, 24, 20) if quick else (2500, 4000, 300)
+        machine = {"bf16": False, "use_cpu": not torch.cuda.is_available()}
+        self.arguments = {
+            "reward": {"lr_scheduler_type": "cosine", "warmup_steps": 10, "adam_beta2": 0.98, **machine},
+            "ppo": {"vf_coef": 0.5, "cliprange_value": 5.0, "adam_beta2": 0.98, "warmup_steps": 4, **machine},
+        }
+        self.notes = [
+            f"testbed, world {world_seed}; the reward models see through noise of sd {vision_noise}",
+            "numbers of a tiny world: they show that the method works, not how well it works on photographs",
+        ]
+
+    def check(self, stage: str) -> None:
+        """Nothing to check: the rows are made."""
+
+    def count(self, stage: str) -> int | None:
+        """How many rows a stage trains on; None where the world trains by itself."""
+        return {"reward": self.pair_count, "ppo": self.prompt_count}.get(stage)
+
+    def train_supervised(self, folder: Path) -> None:
+        """Trains the model that hallucinates."""
+        settings = QUICK if self.quick else None
+        train_supervised(self.world, folder, model_seed=self.seed, data_seed=self.seed, settings=settings)
+
+    def preferences(self, model: str) -> tuple[Dataset, Dataset]:
+        """Pairs of the model's replies, to train and to evaluate on."""
+        sample = caption_sampler(*loaded(model))
+        return tuple(
+            datasets.preference_rows(self.world, count, 10 * self.seed + part, sample, vision_noise=self.vision_noise)
+            for part, count in ((1, self.pair_count), (2, max(8, self.pair_count // 5)))
+        )
+
+    def reward(self, reward_model: Callable[..., list[float]]) -> WeakEyes:
+        """The reward model as PPO uses it: behind the noise that it was trained with."""
+        return WeakEyes(reward_model, self.vision_noise)
+
+    def prompts(self) -> Dataset:
+        """Requests for captions, with facts."""
+        return datasets.prompt_rows(self.world, self.prompt_count, seed=10 * self.seed + 3)
+
+    def evaluate(self, model: str) -> dict[str, dict[str, float]]:
+        """Captions and answers on scenes that nothing was chosen by."""
+        return by_split(evaluate(*loaded(model), self.world, scenes=self.scenes, seed=8800 + self.seed))
+
+
+def loaded(folder: str | Path) -> tuple[Any, Any]:
+    """Model and processor, ready to generate."""
+    model = load_generative_model(folder).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_generative_processor(folder)

@@ -5,7 +5,7 @@
 
 The published corrections, and a 7B model with LoRA:
 
-    trl-vlm convert --from rlhf_v --output rlhf_v.parquet
+    trl-vlm convert --from rlhf-v --output rlhf_v.parquet
     accelerate launch --config_file accelerate_configs/zero2.yaml examples/dense_dpo.py \
         --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset_name rlhf_v.parquet --evaluation_dataset test.jsonl
 

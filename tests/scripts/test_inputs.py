@@ -64,7 +64,7 @@ def test_a_wrong_option_is_a_sentence(tmp_path, model, changes, message, monkeyp
 
 def test_a_column_that_is_missing_is_named(tmp_path, model):
     data = write(tmp_path, "jsonl", ("images", "prompt", "chosen"))
-    with pytest.raises(SystemExit, match="`--dataset_name`, row 0, column 'rejected': missing"):
+    with pytest.raises(SystemExit, match="`--dataset_name`, row 0, column 'rejected': it is missing"):
         dpo.main(options(model, data, tmp_path / "out"))
 
 
@@ -84,7 +84,7 @@ def test_a_split_that_is_missing_is_named_with_those_that_are_there(tmp_path, mo
 def test_rows_to_evaluate_on_are_checked_like_the_others(tmp_path, model):
     data, other = write(tmp_path, "parquet", PAIRS), write(tmp_path, "parquet", ("images", "prompt"))
     more = ("--eval_strategy", "steps", "--eval_dataset_name", other)
-    with pytest.raises(SystemExit, match="`--eval_dataset_name`, row 0, column 'chosen': missing"):
+    with pytest.raises(SystemExit, match="`--eval_dataset_name`, row 0, column 'chosen': it is missing"):
         dpo.main(options(model, data, tmp_path / "out", *more))
 
 

@@ -73,10 +73,9 @@ def check_first_row(
             f"`--{option}`: the first row has none of the columns {', '.join(columns)}; it has "
             f"{', '.join(sorted(row))}."
         )
-    report = check_dataset([row], purpose)
-    if report.problems:
-        _, column, reason = report.problems[0]
-        raise ValueError(f"`--{option}`, row 0, column {column!r}: {reason}")
+    for problem in check_dataset([row], purpose).problems:
+        if not problem.is_warning:
+            raise ValueError(f"`--{option}`, row 0, column {problem.column!r}: {problem.reason}")
     if processor is None or not hasattr(processor, "image_processor"):
         return
     reply = row[REPLIES[purpose]] if purpose in REPLIES else []

@@ -213,6 +213,10 @@ def test_what_is_missing_is_named_before_a_model_is_loaded(data, model, tmp_path
     refused([model], [MMHAL], settings(data, tmp_path / "o"), "mmhal need a judge")
     refused([model], [POPE], settings(data, tmp_path / "o", prompts={"pope": "odd"}), "pope has no prompt form 'odd'")
     refused([model], [POPE], settings(data, tmp_path / "o", prompts={"amber": "x"}), "which are not among")
+    refused(
+        [model, Subject("x", str(tmp_path / "x"))], [POPE], settings(data, tmp_path / "o"), "there is no folder or"
+    )
+    refused([model, Subject("x", str(tmp_path))], [POPE], settings(data, tmp_path / "o"), "holds no model")
     few = write_lines(tmp_path / "few.jsonl", [{"id": "random-1", "reply": "Yes"}])
     refused([Subject("few", "", few)], [POPE], settings(data, tmp_path / "o"), "no reply to 11 of 12 questions")
     odd = write_lines(tmp_path / "odd.jsonl", [{"id": "random-1", "said": "Yes"}])

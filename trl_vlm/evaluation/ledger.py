@@ -26,6 +26,7 @@ class Ledger:
     def __init__(self, folder: Path, name: str, process: int):
         self.folder, self.name = folder, name
         self.path = folder / f"{name}.{process:05}.jsonl"
+        self._is_whole = False
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """All whole entries of all processes, by id."""
@@ -42,11 +43,11 @@ class Ledger:
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
         # Bytes, so that a reply with a lone surrogate is stored, too.
         data = lines.encode("utf-8", "backslashreplace")
-        with open(self.path, "ab+") as file:
-            file.seek(0)
-            whole = len(_whole_lines(file.read()))
-            file.truncate(whole)
-            file.seek(0, os.SEEK_END)
+        if not self._is_whole and self.path.exists():
+            with open(self.path, "rb+") as file:  # without the line that a killed run left half written
+                file.truncate(len(_whole_lines(file.read())))
+        self._is_whole = True
+        with open(self.path, "ab") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

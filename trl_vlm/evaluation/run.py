@@ -124,6 +124,8 @@ def _check(subjects: Sequence[Subject], tasks: Sequence[Task], settings: RunSett
     if needy and settings.judge is None:
         raise ValueError(f"{', '.join(needy)} need a judge. Name one (`--judge-model`), or leave them out.")
     for subject in subjects:
+        if subject.replies is None:
+            subject.check()
         for task in tasks:
             if subject.replies is not None:
                 replies_of(subject, task.benchmark.name, task.questions)

@@ -13,6 +13,7 @@ from trl_vlm.data.io.source import READERS
 from trl_vlm.evaluation.benchmark import Question
 from trl_vlm.evaluation.tasks import Task
 
+MODEL_FILES = ("config.json", "adapter_config.json")
 IDS = ("id", "question_id")
 REPLIES = ("reply", "response", "answer", "text", "model_answer", "output", "prediction")
 
@@ -35,6 +36,19 @@ class Subject:
     def folder(self) -> str:
         """A name for its folder of results."""
         return re.sub(r"[^A-Za-z0-9._-]+", "_", self.name).strip("._") or "model"
+
+    def check(self) -> None:
+        """Refuses a path that is neither a folder with a model nor a hub id.
+
+        Raises:
+            ValueError: It is not.
+        """
+        place = Path(self.path)
+        if place.is_dir():
+            if not any((place / name).is_file() for name in MODEL_FILES):
+                raise ValueError(f"{self.path!r} holds no model: neither {' nor '.join(MODEL_FILES)} is in it.")
+        elif place.is_absolute() or self.path.count("/") > 1 or place.suffix in READERS:
+            raise ValueError(f"there is no folder or file {self.path!r}, and it cannot be a hub id (owner/name).")
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for results to be of the same model: its path and weights, or its file."""

@@ -3,8 +3,21 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from trl_vlm.models.generation import evaluating
+from trl_vlm.models.unsharded import is_sharded
+
+# Settings of a text model by which its logits are more than the head's output; models and TRL read them apart.
+_LOGIT_SETTINGS = (
+    "final_logit_softcapping",
+    "lm_head_multiplier",
+    "logit_scale",
+    "logits_scaling",
+    "output_multiplier",
+)
+# Log-probabilities of one token may differ by this much, in nats: rounding in bfloat16.
+_SAME_LOG_PROBS = 0.05
 # A difference below this is rounding, in nats or units of reward.
 BLIND_BELOW = 1e-6
 
@@ -59,4 +72,39 @@ def check_depends_on_pixels(output: Tensor, output_on_other_pixels: Tensor, what
             "blind to its images (a projector initialised to zeros, image tokens cut off, pixels lost by a collator "
             "or a generation backend), and would learn from the text alone. Check the checkpoint and the processor, "
             "or pass `check_pixels=False` if this is meant."
+        )
+
+
+def check_log_probs(model: nn.Module, temperature: float = 1.0) -> None:
+    """Stop before training where TRL's log-probabilities are not those of the model.
+
+    TRL computes them from hidden states and the head, with the scaling that the text model's configuration names. A
+    vision-language model may leave that scaling out (Aya Vision, Cohere2 Vision do), and then generates from another
+    distribution than the one that is trained. Models without such a setting are not run, nor sharded ones.
+
+    Args:
+        model: With TRL's fused head, whole on this process.
+        temperature: Of the head.
+
+    Raises:
+        RuntimeError: The two differ.
+    """
+    text = model.config.get_text_config()
+    settings = {name: vars(text)[name] for name in _LOGIT_SETTINGS if vars(text).get(name) is not None}
+    if not settings or is_sharded(model):
+        return
+    image = vars(model.config).get("image_token_id")
+    tokens = [token for token in range(min(16, text.vocab_size)) if token != image]
+    ids = torch.tensor([tokens], device=model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with evaluating(model):
+        found = model(**inputs, labels=ids, fused_lm_head=True).log_probs.float()  # (1, T-1)
+        logits = model(**inputs).logits[:, :-1].float() / temperature  # (1, T-1, V)
+    wanted = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    difference = (found - wanted.to(found.device)).abs().max().item()
+    if difference > _SAME_LOG_PROBS:
+        raise RuntimeError(
+            f"TRL's log-probabilities of {model.config.model_type} are not the model's own: they differ by up to "
+            f"{difference:.2f} nats, because TRL reads {settings} of the text model's configuration and the model "
+            "does not. Load the model yourself, set these to None in `model.config.get_text_config()`, and pass it."
         )

@@ -19,7 +19,7 @@ from trl_vlm.pairs.source import PairSource
 from trl_vlm.trainers import _trl
 from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.card import CardFacts
-from trl_vlm.trainers.checks import refuse
+from trl_vlm.trainers.checks import check_log_probs, refuse
 from trl_vlm.trainers.dpo import fresh_pairs, pairs_data, setup
 from trl_vlm.trainers.dpo import metrics as dpo_metrics
 from trl_vlm.trainers.dpo.card import card_facts
@@ -123,6 +123,7 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
             **kwargs,
         )
         _trl.check_attributes(self)
+        check_log_probs(self._base_model)
         self._dense = self._dense_score(args)
         self._refuse_what_does_not_combine(args, own_collator=data_collator is not None)
         if self._is_vlm or args.freeze_vision_tower:

@@ -20,7 +20,7 @@ from trl_vlm.trainers import _trl
 from trl_vlm.trainers._trl import disable_gradient_checkpointing
 from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.card import FACT_RLHF_PAPER, CardFacts
-from trl_vlm.trainers.checks import check_depends_on_pixels, other_pixels
+from trl_vlm.trainers.checks import check_depends_on_pixels, check_log_probs, other_pixels
 from trl_vlm.trainers.ppo.config import PAPER, PPOConfig
 from trl_vlm.trainers.ppo.critic import CRITIC_FILE, load_critic, make_critic, prepare_critic, save_critic
 from trl_vlm.trainers.ppo.joint_forward import (
@@ -148,6 +148,7 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
             **kwargs,
         )
         _trl.check_attributes(self)
+        check_log_probs(self.model, self.temperature)
         self.train_dataset = rollout_rows(train_dataset, "train")
         self.eval_dataset = rollout_rows(eval_dataset, "eval")
         self.kl_coef = args.beta = self.beta = args.kl_coef

@@ -22,6 +22,9 @@ def card_of(method, folder, **more):
         ("DPO", ["Direct preference optimization", "AutoModelForImageTextToText", "`chosen`", "2305.18290"]),
         ("Reward", ["Bradley-Terry", "RewardModelReward", "needs trl_vlm to load", "## Judge template", "2309.14525"]),
         ("PPO", ["Proximal policy optimization", "`count_letters`", "`value_model.safetensors`", "1707.06347"]),
+        ("SFT", ["Supervised fine-tuning on replies", "`completion`"]),
+        ("GRPO", ["Group-relative policy optimization", "`count_letters`", "2402.03300"]),
+        ("RLOO", ["REINFORCE leave-one-out", "`count_letters`"]),
     ],
 )
 def test_a_card_names_the_method_the_rows_and_the_way_to_load(method, said, tmp_path):

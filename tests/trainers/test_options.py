@@ -16,37 +16,36 @@ from tests.trainers.ppo.helpers import count_letters
 from tests.trainers.ppo.helpers import rows as prompt_rows
 from trl_vlm.models.parts import part_of
 
-METHODS = ("DPO", "Reward", "PPO")
-THEIRS = {"DPO": trl.DPOConfig, "Reward": trl.RewardConfig, "PPO": trl.GRPOConfig}
-POSITIONS = {"DPO": trl.DPOTrainer, "Reward": trl.RewardTrainer, "PPO": trl.GRPOTrainer}
+METHODS = ("DPO", "Reward", "PPO", "SFT", "GRPO", "RLOO")
+ROLLOUTS = ("PPO", "GRPO", "RLOO")
+THEIRS = {method: getattr(trl, f"{'GRPO' if method == 'PPO' else method}Config") for method in METHODS}
+POSITIONS = {method: getattr(trl, f"{'GRPO' if method == 'PPO' else method}Trainer") for method in METHODS}
 FAMILIES = ("llava", "qwen2_5_vl")
 VISION, PROJECTOR, LANGUAGE = "vision tower", "projector", "language model"
 EVERY = {VISION, PROJECTOR, LANGUAGE}
 
 
 def settings(method, folder, config=None, **options):
-    few = {"max_completion_length": 4, "num_generations": 2} if method == "PPO" else {}
+    few = {"max_completion_length": 4, "num_generations": 2} if method in ROLLOUTS else {}
     return (config or getattr(trl_vlm, f"{method}Config"))(
         str(folder),
         **few,
         per_device_train_batch_size=2,
-        max_steps=1,
-        learning_rate=1e-3,
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
+        **{"max_steps": 1, "learning_rate": 1e-3, "use_cpu": True, "bf16": False, "report_to": "none", **options},
         save_strategy="no",
-        **options,
     )
 
 
 def data(method):
-    return prompt_rows([1, 1]) if method == "PPO" else preference_rows([1, 1]).remove_columns(["facts", "margin"])
+    if method in ROLLOUTS:
+        return prompt_rows([1, 1])
+    pairs = preference_rows([1, 1]).remove_columns(["facts", "margin"])
+    return pairs.rename_column("chosen", "completion").remove_columns("rejected") if method == "SFT" else pairs
 
 
 def make(method, folder, family="llava", *, args=None, width=32, model=None, trainer=None, **options):
     """A trainer of the method; `trainer` are arguments of its constructor, `options` of its configuration."""
-    more = {"reward_funcs": count_letters} if method == "PPO" else {}
+    more = {"reward_funcs": count_letters} if method in ROLLOUTS else {}
     return getattr(trl_vlm, f"{method}Trainer")(
         str(saved(family, sharp=4.0, width=width)) if model is None else model,
         args=settings(method, folder, **options) if args is None else args,
@@ -205,18 +204,17 @@ def test_without_arguments_the_name_is_that_of_the_model_and_the_method(method, 
     monkeypatch.setattr(config, "__post_init__", lambda self: None)
     model, _ = build("llava")
     model.config._name_or_path = ""
-    name = {"DPO": "DPO", "Reward": "Reward", "PPO": "PPO"}[method]
-    assert preparation.complete_arguments(None, "org/some-model/", config).output_dir == f"some-model-{name}"
+    assert preparation.complete_arguments(None, "org/some-model/", config).output_dir == f"some-model-{method}"
     made = preparation.complete_arguments(None, model, config).output_dir
-    assert made == f"LlavaForConditionalGeneration-{name}"
+    assert made == f"LlavaForConditionalGeneration-{method}"
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("option", ["projector_learning_rate", "value_learning_rate", "vf_coef", "epsilon"])
+BELOW_ZERO = [(method, "projector_learning_rate") for method in METHODS]
+BELOW_ZERO += [("PPO", option) for option in ("value_learning_rate", "vf_coef", "epsilon")]
+
+
+@pytest.mark.parametrize("method, option", BELOW_ZERO)
 def test_a_rate_or_weight_below_zero_is_refused(method, option, tmp_path):
-    if option != "projector_learning_rate" and method != "PPO":
-        assert option not in {field.name for field in dataclasses.fields(getattr(trl_vlm, f"{method}Config"))}
-        return
     with pytest.raises(ValueError, match=f"`{option}` is -0.1; it must not be negative"):
         settings(method, tmp_path, **{option: -0.1})
 
@@ -294,3 +292,20 @@ def test_the_processor_comes_from_where_the_weights_come(method, tmp_path, monke
     where = {"revision": "main", "cache_dir": str(tmp_path / "cache"), "token": False}
     make(method, tmp_path, model_init_kwargs=where)
     assert {name: seen[name] for name in where} == where
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["SFT", "GRPO", "RLOO"])
+def test_with_nothing_of_ours_set_the_losses_are_trls(method, family, tmp_path):
+    losses = []
+    for module in (trl, trl_vlm):
+        config, model = getattr(module, f"{method}Config"), str(saved(family, sharp=4.0))
+        args = settings(method, tmp_path, config, max_steps=3, logging_steps=1)
+        more = {"reward_funcs": count_letters} if method in ROLLOUTS else {}
+        trainer = getattr(module, f"{method}Trainer")(
+            model, args=args, train_dataset=data(method), processing_class=load_processor(model), **more
+        )
+        trainer.train()
+        names = ("loss", "grad_norm")
+        losses.append([[log[name] for name in names] for log in trainer.state.log_history if "loss" in log])
+    assert len(losses[0]) == 3 and losses[0] == losses[1]

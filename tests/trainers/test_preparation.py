@@ -1,11 +1,15 @@
 """What prepares a model for any trainer, function by function."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from tests.families import build
 from trl_vlm.trainers.checks import refuse, refuse_negative
-from trl_vlm.trainers.preparation import layers_to_wrap
+from trl_vlm.trainers.preparation import layers_to_wrap, wasted_precision
 
 
 @pytest.mark.parametrize(
@@ -40,3 +44,22 @@ def test_negative_values_and_no_numbers_are_refused(value):
     refuse_negative({"rate": 0.0, "other": None}, "it climbs")
     with pytest.raises(ValueError, match="`rate` is .*; it must not be negative: it climbs. Set it to 0 or more."):
         refuse_negative({"rate": value}, "it climbs")
+
+
+def test_frozen_weights_in_float32_on_an_accelerator_are_named_with_the_remedy():
+    with torch.device("meta"):  # any device but the CPU
+        large = nn.Linear(2**15, 2**15, bias=False).requires_grad_(False)
+    assert "4 GiB of frozen weights in float32" in wasted_precision(large)
+    assert '`model_init_kwargs={"dtype": "bfloat16"}`' in wasted_precision(large)
+    assert wasted_precision(large.bfloat16()) is None
+    assert wasted_precision(large.float().requires_grad_(True)) is None  # what trains may well be in float32
+    assert wasted_precision(nn.Linear(2, 2).requires_grad_(False)) is None
+
+
+def test_arithmetic_in_float32_beside_4bit_weights_is_named_with_the_remedy():
+    with torch.device("meta"):
+        model = nn.Linear(2, 2).requires_grad_(False)
+    model.config = SimpleNamespace(quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    assert "`BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.bfloat16)`" in wasted_precision(model)
+    model.config.quantization_config.bnb_4bit_compute_dtype = torch.bfloat16
+    assert wasted_precision(model) is None

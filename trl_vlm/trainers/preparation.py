@@ -183,7 +183,28 @@ def prepare_model(model: nn.Module, args: Arguments) -> None:
     keep_4bit_layers_trainable(model)
     if args.freeze_vision_tower:
         freeze_vision_tower(model)
+    waste = wasted_precision(model)
+    if waste is not None:
+        logger.warning(waste)
     logger.info("Trainable parameters of %s:\n%s", type(model).__name__, trainable_parameter_table(model))
+
+
+def wasted_precision(model: nn.Module) -> str | None:
+    """A sentence where frozen weights, or the arithmetic beside 4-bit ones, are in float32 on an accelerator."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.device.type != "cpu"]
+    in_float32 = sum(parameter.numel() for parameter in frozen if parameter.dtype == torch.float32)
+    if in_float32 > 1e9:
+        return (
+            f"{type(model).__name__} holds {4 * in_float32 / 2**30:.0f} GiB of frozen weights in float32, TRL's default "
+            'for a model by name. `model_init_kwargs={"dtype": "bfloat16"}` halves them.'
+        )
+    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+    if frozen and getattr(quantization, "bnb_4bit_compute_dtype", None) == torch.float32:
+        return (
+            f"The 4-bit weights of {type(model).__name__} are multiplied in float32. "
+            "`BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.bfloat16)` is several times as fast."
+        )
+    return None
 
 
 def why_no_shared_prefix(

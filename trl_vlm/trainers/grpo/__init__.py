@@ -1,0 +1,1 @@
+"""Group-relative policy optimization of vision-language models."""

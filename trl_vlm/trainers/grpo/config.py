@@ -1,0 +1,12 @@
+"""Options of `GRPOTrainer` that TRL does not have."""
+
+from dataclasses import dataclass
+
+import trl
+
+from trl_vlm.trainers.options import PartOptions
+
+
+@dataclass
+class GRPOConfig(PartOptions, trl.GRPOConfig):
+    """TRL's `GRPOConfig`, with what trains of a vision-language model, and how fast its projector learns."""

@@ -1,0 +1,12 @@
+"""Options of `RLOOTrainer` that TRL does not have."""
+
+from dataclasses import dataclass
+
+import trl
+
+from trl_vlm.trainers.options import PartOptions
+
+
+@dataclass
+class RLOOConfig(PartOptions, trl.RLOOConfig):
+    """TRL's `RLOOConfig`, with what trains of a vision-language model, and how fast its projector learns."""

@@ -1,0 +1,73 @@
+"""TRL's `RLOOTrainer` with what all trainers of this package do to a vision-language model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from trl_vlm.trainers.adapters import complete_peft_config
+from trl_vlm.trainers.card import CardFacts
+from trl_vlm.trainers.preparation import (
+    PreparedTrainer,
+    Processor,
+    complete_arguments,
+    complete_processor,
+    prepare_model,
+)
+from trl_vlm.trainers.rloo.config import RLOOConfig
+
+RewardFunction = str | PreTrainedModel | Callable[..., list[float | None]]
+
+
+class RLOOTrainer(PreparedTrainer, trl.RLOOTrainer):
+    """A drop-in for `trl.RLOOTrainer`: a processor that can train, frozen parts, own rates, LoRA presets.
+
+    The arguments are those of `trl.RLOOTrainer`; `peft_config.target_modules` may be "language-model" or
+    "language-model-and-projector". With nothing of ours set the losses are TRL's.
+    """
+
+    _tag_names = ["trl", "rloo", "trl-vlm"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: RewardFunction | list[RewardFunction],
+        args: trl.RLOOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: Processor | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ):
+        args = complete_arguments(args, model, RLOOConfig)
+        super().__init__(
+            model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=complete_processor(
+                processing_class, model, args, padding_side="left", truncation_side="left"
+            ),
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=complete_peft_config(peft_config, model, args),
+            **kwargs,
+        )
+        prepare_model(self.model, args)
+
+    def card_facts(self) -> CardFacts:
+        """What the model card says of this run."""
+        rewards = ", ".join(f"`{name}`" for name in self.reward_func_names)
+        papers = [self._paper] if self._paper else []
+        return CardFacts(["REINFORCE leave-one-out.", f"Rewards: {rewards}."], papers=papers)

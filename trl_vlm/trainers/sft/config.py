@@ -1,0 +1,12 @@
+"""Options of `SFTTrainer` that TRL does not have."""
+
+from dataclasses import dataclass
+
+import trl
+
+from trl_vlm.trainers.options import PartOptions
+
+
+@dataclass
+class SFTConfig(PartOptions, trl.SFTConfig):
+    """TRL's `SFTConfig`, with what trains of a vision-language model, and how fast its projector learns."""

@@ -195,8 +195,8 @@ def wasted_precision(model: nn.Module) -> str | None:
     in_float32 = sum(parameter.numel() for parameter in frozen if parameter.dtype == torch.float32)
     if in_float32 > 1e9:
         return (
-            f"{type(model).__name__} holds {4 * in_float32 / 2**30:.0f} GiB of frozen weights in float32, TRL's default "
-            'for a model by name. `model_init_kwargs={"dtype": "bfloat16"}` halves them.'
+            f"{type(model).__name__} holds {4 * in_float32 / 2**30:.0f} GiB of frozen weights in float32, TRL's "
+            'default for a model by name. `model_init_kwargs={"dtype": "bfloat16"}` halves them.'
         )
     quantization = getattr(getattr(model, "config", None), "quantization_config", None)
     if frozen and getattr(quantization, "bnb_4bit_compute_dtype", None) == torch.float32:

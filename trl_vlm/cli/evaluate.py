@@ -78,7 +78,7 @@ def about(benchmark: "Benchmark") -> str:
         "needs": benchmark.files,
         "from": benchmark.source,
         "size": benchmark.size,
-        "license": benchmark.licence,
+        "license": benchmark.license,
         "judge": "none"
         if benchmark.judging is None
         else f"one that {'sees' if benchmark.judging.sees_images else 'reads'}",

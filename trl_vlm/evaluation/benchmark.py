@@ -116,7 +116,7 @@ class Benchmark:
         name: What `--tasks` calls it.
         title: What it measures, in a few words.
         source: Where its files are published.
-        licence: Of its data.
+        license: Of its data.
         size: Items and bytes, roughly.
         files: What must lie in the data folder.
         read: The questions in a data folder; raises `ValueError` naming what is missing or wrong.
@@ -130,7 +130,7 @@ class Benchmark:
     name: str
     title: str
     source: str
-    licence: str
+    license: str
     size: str
     files: str
     read: Callable[[Path], list[Question]]

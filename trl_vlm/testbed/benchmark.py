@@ -39,7 +39,7 @@ def scenes_benchmark(
         name="testbed",
         title="captions of and questions about a small world in which the truth is known",
         source="drawn when it is needed",
-        licence="that of this package",
+        license="that of this package",
         size=f"{scenes} scenes of each of {len(splits)} splits, 13 questions each at most",
         files="nothing",
         read=read,

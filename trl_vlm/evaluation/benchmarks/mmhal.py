@@ -52,7 +52,7 @@ Question: {question}
 Reference answer: {reference}
 Answer of the model: {reply}
 
-Explain your judgement in a few sentences. Then write a last line that holds the rating and nothing else, such \
+Explain your judgment in a few sentences. Then write a last line that holds the rating and nothing else, such \
 as "Rating: 4"."""
 TEXT_ONLY = _TASK.replace("{sight}", "You do not see the image; you get a list of objects in it, which is incomplete.")
 WITH_IMAGE = _TASK.replace("{sight}", "You see the image, and get an incomplete list of objects in it.")
@@ -146,7 +146,7 @@ MMHAL = Benchmark(
     name="mmhal",
     title="informativeness and hallucination, rated by a judge that reads",
     source=_SOURCE,
-    licence="Apache-2.0; images of OpenImages",
+    license="Apache-2.0; images of OpenImages",
     size="96 questions, 174 MB",
     files=_FILES,
     read=read,
@@ -159,7 +159,7 @@ MMHAL_V = Benchmark(
     name="mmhal-v",
     title="informativeness and hallucination, rated by a judge that sees",
     source=_SOURCE,
-    licence="Apache-2.0; images of OpenImages",
+    license="Apache-2.0; images of OpenImages",
     size="96 questions, 174 MB",
     files=_FILES,
     read=read,

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing import assert_close
 
 from tests.families import image, saved
 from tests.trainers.dpo.helpers import lora, losses, make, rows, text_rows
 from tests.trainers.dpo.test_averaged import OTHER, with_extra
 from trl_vlm import DPOConfig, DPOTrainer
+from trl_vlm.trainers.dpo import reference_cache
 from trl_vlm.trainers.dpo.reference_cache import ReferenceCache, fingerprint, image_digest, model_identity, reply_keys
 
 SHORT = {"max_steps": 3}
@@ -106,6 +110,7 @@ def test_a_damaged_shard_is_named(tmp_path):
 
 WRITER = """
 import sys, torch
+from trl_vlm.trainers.dpo import reference_cache
 from trl_vlm.trainers.dpo.reference_cache import ReferenceCache
 cache = ReferenceCache(sys.argv[1], {"model": "m"})
 for shard in range(100_000):
@@ -151,9 +156,67 @@ def test_keys_tell_images_prompts_and_replies_apart():
         assert not set(reply_keys(row | change)) & set(keys), change
 
 
-def test_an_image_that_has_no_pixels_cannot_be_hashed():
-    with pytest.raises(TypeError, match="came as str, and its pixels cannot be hashed"):
-        image_digest("photo.png")
+def test_keys_are_made_of_the_stored_bytes_and_nothing_is_decoded(tmp_path, monkeypatch):
+    def decodes(*_, **__):
+        raise AssertionError("an image was decoded")
+
+    path = tmp_path / "0.png"
+    image(0).save(path)
+    monkeypatch.setattr("PIL.Image.open", decodes)
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    stored = {"bytes": path.read_bytes(), "path": "0.png"}
+    forms = [path, str(path), path.read_bytes(), stored, {"bytes": None, "path": str(path)}]
+    keys = [reply_keys(row | {"images": [form]}) for form in forms]
+    assert keys == [keys[0]] * 5 and reply_keys(row | {"image": stored}) == keys[0]
+    path.write_bytes(b"other")
+    assert reply_keys(row | {"images": [path]}) != keys[0]
+
+
+def test_an_image_of_an_unknown_kind_cannot_be_hashed():
+    with pytest.raises(TypeError, match="came as int, which cannot be hashed"):
+        image_digest(3)
+
+
+def test_a_second_start_with_a_full_cache_reads_no_row(tmp_path, monkeypatch):
+    make(DPOTrainer, DPOConfig, tmp_path, reference_cache=tmp_path / "cache")
+    hashed = []
+    monkeypatch.setattr(reference_cache, "reply_keys", lambda row: hashed.append(row) or reply_keys(row))
+    again = make(DPOTrainer, DPOConfig, tmp_path, reference_cache=tmp_path / "cache")
+    assert not hashed and len(again.data_collator.reference.__self__.log_probs) == 8
+    (kept,) = (tmp_path / "cache").glob("keys-*.json")
+    kept.write_text(kept.read_text()[:-9])
+    make(DPOTrainer, DPOConfig, tmp_path, reference_cache=tmp_path / "cache")
+    assert len(hashed) == 4
+
+
+def test_an_empty_name_of_a_cache_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`reference_cache` is empty"):
+        DPOConfig(str(tmp_path), reference_cache="", use_cpu=True, bf16=False)
+
+
+def test_a_folder_that_another_node_does_not_see_is_refused_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference_cache, "gather_object", lambda seen: [*seen, False])
+    with pytest.raises(ValueError, match=r"The processes \[1\] do not see .* storage that all nodes share"):
+        make(DPOTrainer, DPOConfig, tmp_path, reference_cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("probe-*"))
+
+
+def test_what_a_killed_write_left_is_removed_at_the_next_start(tmp_path):
+    left = tmp_path / f".a.safetensors.{socket.gethostname()}.{2**22 + 5}-1.tmp"
+    left.touch()
+    ReferenceCache(tmp_path, {"model": "m"})
+    assert not left.exists()
+
+
+def test_parameters_of_fsdp2_have_the_fingerprint_of_whole_ones(tmp_path):
+    weight = torch.arange(12.0).view(4, 3)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        assert fingerprint([("w", distribute_tensor(weight, mesh, [Shard(0)]))]) == fingerprint([("w", weight)])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_fingerprint_sees_one_weight_and_not_the_order(tmp_path):

@@ -114,7 +114,7 @@ class PreferenceCollator:
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
         """The batch of `rows`, which are not changed."""
-        rows = [self.loaded(row, index) for index, row in enumerate(rows)]
+        given, rows = rows, [self.loaded(row, index) for index, row in enumerate(rows)]
         # TRL's collators edit their rows, hence the copies.
         batch = self._collated([dict(pair) for pair in self._pairs(rows)], len(rows))
         if self.vision and self.count_image_tokens:
@@ -128,7 +128,7 @@ class PreferenceCollator:
         if self.segments is not None:
             batch[CHANGED] = self._changed(batch, rows)
         if self.reference is not None:
-            batch[REFERENCE] = self._reference(batch, rows)
+            batch[REFERENCE] = self._reference(batch, given, rows)
         return batch
 
     def loaded(self, row: Row, index: int = 0) -> Row:
@@ -244,11 +244,11 @@ class PreferenceCollator:
     def _decoded(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
-    def _reference(self, batch: dict[str, Tensor], rows: list[Row]) -> Tensor:
-        """(K * P, T - 1), float32, 0 outside the replies."""
+    def _reference(self, batch: dict[str, Tensor], given: list[Row], rows: list[Row]) -> Tensor:
+        """(K * P, T - 1), float32, 0 outside the replies; `given` are the rows before their images were decoded."""
         is_reply = batch["completion_mask"][:, 1:].bool()
         result = torch.zeros(is_reply.shape)
-        for row, values in enumerate(map(self.reference, rows)):
+        for row, values in enumerate(map(self.reference, given)):
             for reply, log_probs in enumerate(values):
                 sequence = reply * len(rows) + row
                 if len(log_probs) != int(is_reply[sequence].sum()):

@@ -261,6 +261,8 @@ class DPOConfig(PartOptions, trl.DPOConfig):
         )
 
     def _check_reference_cache(self) -> None:
+        if not str(self.reference_cache).strip():
+            raise ValueError("`reference_cache` is empty. Name a folder for it, or leave it out.")
         names = ("precompute_ref_log_probs", "sync_ref_model")
         reason = "it holds the log-probabilities of one fixed reference"
         refuse("`reference_cache`", {f"`{name}`": (bool(getattr(self, name)), reason) for name in names})

@@ -10,25 +10,28 @@ import json
 import logging
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from trl_vlm.data.io.atomic import remove_leftovers, whole, write_whole
+from trl_vlm.data.rows import ROW_NAME, row_images
 from trl_vlm.trainers import _trl
 from trl_vlm.trainers.dpo.collator import PreferenceCollator, Row
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "1"
+FORMAT = "2"
 MANIFEST = "manifest.json"
 ROWS_PER_SHARD = 512
 
@@ -49,6 +52,7 @@ class ReferenceCache:
         self.identity = {"format": FORMAT, **identity}
         self.log_probs: dict[str, Tensor] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
         if not (self.folder / MANIFEST).exists():
             # Before any shard, so that those of a run that is killed are not taken for another model's.
             self._write_manifest({})
@@ -75,15 +79,14 @@ class ReferenceCache:
             self.log_probs |= dict(zip(keys, values.split(lengths.tolist()), strict=True))
 
     def write(self, log_probs: dict[str, Tensor]) -> None:
-        """Add a shard: first under another name, then renamed, which file systems do at once."""
+        """Add a shard, whole or not at all."""
         if not log_probs:
             return
         values = [value.float().cpu() for value in log_probs.values()]
         tensors = {"log_probs": torch.cat(values), "lengths": torch.tensor([len(value) for value in values])}
         name = hashlib.sha256("".join(log_probs).encode()).hexdigest()[:32]
-        unfinished = self.folder / f"{name}.{os.getpid()}.tmp"
-        save_file(tensors, unfinished, metadata={"keys": json.dumps(list(log_probs))})
-        _rename(unfinished, self.folder / f"{name}.safetensors")
+        with whole(self.folder / f"{name}.safetensors") as unfinished:
+            save_file(tensors, unfinished, metadata={"keys": json.dumps(list(log_probs))})
 
     def finish(self, name: str, keys: Iterable[str]) -> None:
         """Note in the manifest that the dataset `name` with exactly these replies is complete."""
@@ -108,14 +111,12 @@ class ReferenceCache:
             raise ValueError(
                 f"The reference cache {self.folder} does not hold {len(missing)} of the {len(keys)} replies of a row. "
                 "Data that were not given to the trainer at its construction are not cached; pass them as "
-                "`train_dataset` or `eval_dataset`."
+                "`train_dataset` or `eval_dataset`. If they were, an image file has changed since: delete the folder."
             )
         return [self.log_probs[key] for key in keys]
 
     def _write_manifest(self, complete: dict[str, str]) -> None:
-        unfinished = self.folder / f"{MANIFEST}.{os.getpid()}.tmp"
-        unfinished.write_text(json.dumps({"identity": self.identity, "complete": complete}, indent=2))
-        _rename(unfinished, self.folder / MANIFEST)
+        write_whole(self.folder / MANIFEST, json.dumps({"identity": self.identity, "complete": complete}, indent=2))
 
     def _manifest(self) -> dict[str, Any]:
         try:
@@ -125,13 +126,14 @@ class ReferenceCache:
 
 
 def reply_keys(row: Row) -> list[str]:
-    """A key for each reply of a row as a collator sees it: the chosen one, the rejected one, the extra ones."""
+    """A key for each reply of a row of the dataset, images undecoded: the chosen one, the rejected, the extra ones."""
     if "prompt_ids" in row:
         prompt = row["prompt_ids"]
         replies = [row["chosen_ids"], row["rejected_ids"], *row.get("rejected_extra_ids", ())]
     else:
         settings = [row.get(name) for name in ("tools", "chat_template_kwargs")]
-        prompt = [[image_digest(image) for image in row.get("images") or ()], row["prompt"], settings]
+        images = [image_digest(image) for image in row_images(row, row.get(ROW_NAME) or "a row")]
+        prompt = [images, row["prompt"], settings]
         replies = [row["chosen"], row["rejected"], *(row.get("rejected_extra") or ())]
     start = hashlib.sha256(json.dumps(prompt, default=image_digest).encode())
     keys = []
@@ -143,10 +145,76 @@ def reply_keys(row: Row) -> list[str]:
 
 
 def image_digest(image: Any) -> str:
-    """A hash of an image's pixels."""
+    """A hash of an image as it is stored, nothing decoded: of the file's bytes, or of the pixels of a PIL image."""
+    if isinstance(image, dict):
+        image = image["path"] if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, bytes | bytearray):
+        return hashlib.sha256(image).hexdigest()
+    if isinstance(image, str | os.PathLike):
+        try:
+            return hashlib.sha256(Path(image).read_bytes()).hexdigest()
+        except (OSError, ValueError):  # decoding it, later, names the row
+            return _digest(["no file", str(image)])
     if hasattr(image, "tobytes") and hasattr(image, "size"):  # PIL images and arrays
         return _digest([str(image.size).encode(), str(getattr(image, "mode", None)).encode(), image.tobytes()])
-    raise TypeError(f"An image came as {type(image).__name__}, and its pixels cannot be hashed. Pass PIL images.")
+    raise TypeError(
+        f"An image came as {type(image).__name__}, which cannot be hashed. Pass PIL images, paths or bytes."
+    )
+
+
+def dataset_keys(cache: ReferenceCache, dataset: Any, name: str, accelerator: Accelerator) -> list[list[str]]:
+    """`reply_keys` of every row, hashed once: by each process its share, and kept by the dataset's fingerprint."""
+    identity = dataset_identity(dataset)
+    file = cache.folder / f"keys-{_digest([name, identity])[:32]}.json" if identity is not None else None
+    kept = [_kept_keys(file, len(dataset)) if accelerator.is_main_process else None]
+    if (keys := broadcast_object_list(kept)[0]) is not None:
+        return keys
+    processes = accelerator.num_processes
+    own = [reply_keys(dataset[row]) for row in range(accelerator.process_index, len(dataset), processes)]
+    shares = gather_object([own])
+    keys = [shares[row % processes][row // processes] for row in range(len(dataset))]
+    if file is not None and accelerator.is_main_process:
+        write_whole(file, json.dumps(keys))
+    return keys
+
+
+def dataset_identity(dataset: Any) -> str | None:
+    """What tells a dataset from others without reading it; None if nothing does."""
+    rows, numbers = getattr(dataset, "rows", dataset), getattr(dataset, "numbers", None)
+    # `_fingerprint` has no public name; `datasets` keeps its own cache files by it. Without it keys are hashed anew.
+    fingerprint = getattr(rows, "_fingerprint", None)
+    return None if fingerprint is None else f"{fingerprint} {numbers}"
+
+
+def _kept_keys(file: Path | None, rows: int) -> list[list[str]] | None:
+    """The keys in a file; None if there is none, or a damaged one."""
+    try:
+        keys = json.loads(file.read_text()) if file is not None else None
+    except (FileNotFoundError, ValueError):
+        return None
+    return keys if isinstance(keys, list) and len(keys) == rows else None
+
+
+def check_shared(folder: Path, accelerator: Accelerator) -> None:
+    """Refuses a folder that not all processes see, before anything is computed.
+
+    Raises:
+        ValueError: On every process.
+    """
+    probe = folder / f"probe-{broadcast_object_list([uuid.uuid4().hex])[0]}"
+    if accelerator.is_main_process:
+        probe.touch()
+    accelerator.wait_for_everyone()
+    seen = gather_object([probe.exists()])
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        probe.unlink()
+    if not all(seen):
+        blind = [process for process, sees in enumerate(seen) if not sees]
+        raise ValueError(
+            f"The processes {blind} do not see what the first one writes to the reference cache {folder}. Choose a "
+            "`reference_cache` on storage that all nodes share."
+        )
 
 
 def fill(
@@ -158,7 +226,6 @@ def fill(
     score: Callable[[dict[str, Tensor]], Tensor],
     batch_size: int,
     accelerator: Accelerator,
-    workers: int = 0,
 ) -> None:
     """Compute what the cache lacks of a dataset, each process its share.
 
@@ -166,8 +233,7 @@ def fill(
         score: a batch -> (K * P, T - 1), reference log-probabilities, 0 outside the replies.
     """
     cache.read()
-    loader = DataLoader(dataset, batch_size=64, num_workers=workers, collate_fn=_Keys(collator))
-    keys = [row_keys for batch in loader for row_keys in batch]
+    keys = dataset_keys(cache, dataset, name, accelerator)
     cache.check_data(name, (key for row_keys in keys for key in row_keys))
     lacking = [row for row, row_keys in enumerate(keys) if any(key not in cache.log_probs for key in row_keys)]
     # A process that reads later may find what another one has written by now, and they would share out other rows.
@@ -203,6 +269,7 @@ def filled_for(trainer: Any, score: Callable[[nn.Module, dict[str, Tensor]], Ten
     identity = model_identity(trainer.accelerator.unwrap_model(reference))
     identity |= {"processor": processor_identity(trainer.processing_class), "settings": settings}
     cache = ReferenceCache(args.reference_cache, identity)
+    check_shared(cache.folder, trainer.accelerator)
     datasets = {"train": trainer.train_dataset}
     if trainer.eval_dataset is not None:
         evaluation = trainer.eval_dataset
@@ -218,17 +285,17 @@ def filled_for(trainer: Any, score: Callable[[nn.Module, dict[str, Tensor]], Ten
             score=lambda batch: score(reference, batch),
             batch_size=args.precompute_ref_batch_size or args.per_device_train_batch_size,
             accelerator=trainer.accelerator,
-            workers=args.dataloader_num_workers,
         )
     return cache
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """A hash of names, shapes, types and values, also of parameters that ZeRO-3 has spread over processes."""
+    """A hash of names, shapes, types and values, also of parameters that ZeRO-3 or FSDP2 has spread over processes."""
     digest = hashlib.sha256()
     for name, parameter in sorted(parameters, key=lambda item: item[0]):
         with _whole(parameter):
-            value = parameter.detach().cpu().contiguous()
+            value = parameter.detach()
+            value = (value.full_tensor() if isinstance(value, DTensor) else value).cpu().contiguous()
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -252,16 +319,6 @@ def processor_identity(processor: ProcessorMixin | PreTrainedTokenizerBase) -> s
         processor.save_pretrained(folder)
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         return _digest(part for path in files for part in (path.name.encode(), path.read_bytes()))
-
-
-class _Keys:
-    """Collates rows to their keys, in a worker."""
-
-    def __init__(self, collator: PreferenceCollator):
-        self.collator = collator
-
-    def __call__(self, rows: list[Row]) -> list[list[str]]:
-        return [reply_keys(self.collator.loaded(row)) for row in rows]
 
 
 def _batches(rows: list[int], size: int, accelerator: Accelerator) -> Iterator[tuple[list[int], bool]]:
@@ -297,10 +354,3 @@ def _digest(parts: Iterable[bytes | str]) -> str:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()
-
-
-def _rename(unfinished: Path, path: Path) -> None:
-    """Put a file in its place once its bytes are on the disk."""
-    with open(unfinished, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)

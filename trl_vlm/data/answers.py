@@ -2,9 +2,11 @@
 
 import re
 
-# "Not sure", "Nobody" and "Yesterday" are other words; "No doubt ..." and "No idea" begin with no, but do not say it.
-_LEADING_YES_NO = re.compile(r"\W*(yes|no)\b(?!\s+(?:doubt|idea|clue)\b)", re.IGNORECASE)
-_STATED_YES_NO = re.compile(r"\banswer(?:\s+is)?\s*:?\W*(yes|no)\b", re.IGNORECASE)
+# "Not sure", "Nobody" and "Yesterday" are other words; "No doubt ...", "No idea" and "No one is visible." begin with
+# no, but do not say it; "Yes and no" and "yes/no" say both.
+_YES_NO = r"(yes|no)\b(?!\s+(?:doubt|idea|clue)\b)(?![\s-]+one\b)(?!\s*(?:,?\s*(?:and|or)\s+|/\s*)(?:yes|no)\b)"
+_LEADING_YES_NO = re.compile(rf"\W*{_YES_NO}", re.IGNORECASE)
+_STATED_YES_NO = re.compile(rf"\banswer(?:\s+is)?\s*:?\W*{_YES_NO}", re.IGNORECASE)
 
 # A letter alone ("B", "(b)", "B."), or before the text of its option ("A. a cat", "a) a cat", "(A) a cat").
 _ONLY_LETTER = re.compile(r"\W*([A-Za-z])\W*")
@@ -17,11 +19,18 @@ _STATED_LETTER = re.compile(
 )
 
 
+# After a letter: the reply speaks of the option to reject it.
+_REJECTED = re.compile(
+    r"[\s\"'*_).]*(?:(?:is|are|was|seems|looks)(?:n['’]t|\s+(?:\w+\s+)?(?:not|wrong|incorrect|false))|can(?:not|['’]t)\b)",
+    re.IGNORECASE,
+)
+
+
 def yes_or_no(reply: str) -> str | None:
     """What the reply says: "yes", "no", or `None` for neither.
 
     The reply's first word decides; else a statement such as "the answer is no". Words that only begin with these
-    letters ("Not sure", "Nobody") are neither.
+    letters ("Not sure", "Nobody", "No one is visible") are neither, and so is "Yes and no".
     """
     match = _LEADING_YES_NO.match(reply) or _STATED_YES_NO.search(reply)
     return match.group(1).lower() if match else None
@@ -31,13 +40,15 @@ def option_letter(reply: str) -> str | None:
     """The upper-case letter of the option that the reply chooses, or `None`.
 
     A statement ("The correct option is A.") decides; without one, the letter that the reply consists of or begins
-    with ("A.", "a)", "(A) a cat"). A reply that states two different options chooses none.
+    with ("A.", "a)", "(A) a cat"). An option that is called wrong does not count. A reply that states two different
+    options chooses none.
     """
-    stated = {_letter(match) for match in _STATED_LETTER.finditer(reply)}
+    matches = [match for match in _STATED_LETTER.finditer(reply) if not _REJECTED.match(reply, match.end())]
+    stated = {_letter(match) for match in matches}
     if stated:
         return stated.pop() if len(stated) == 1 else None
     match = _ONLY_LETTER.fullmatch(reply) or _LEADING_LETTER.match(reply)
-    return _letter(match) if match else None
+    return _letter(match) if match and not _REJECTED.match(reply, match.end()) else None
 
 
 def _letter(match: re.Match) -> str:

@@ -100,7 +100,7 @@ def prompt_batches(
         processor: The model's processor.
         rows: Rows with `prompt` and, if they have any, `images` (or `image`).
         batch_size: Rows per batch.
-        names: What errors call the rows; by default they are numbered.
+        names: What errors call the rows; by default their own names, or their numbers.
 
     Raises:
         RowError: A row's image is broken or does not match its placeholders; the error names the row.
@@ -108,7 +108,10 @@ def prompt_batches(
     for start in range(0, len(rows), batch_size):
         places = range(start, min(start + batch_size, len(rows)))
         chunk = [rows[place] for place in places]
-        called = [names[place] if names is not None else f"row {place}" for place in places]
+        called = [
+            names[place] if names is not None else name_of(row, place)
+            for place, row in zip(places, chunk, strict=True)
+        ]
         yield encode(
             processor,
             [row["prompt"] for row in chunk],

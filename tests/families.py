@@ -10,7 +10,9 @@ draws it at random.
 import tempfile
 from collections.abc import Callable
 from functools import cache
+from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,14 +34,64 @@ SENTENCES = [
     "There is a dog and a green tree.",
     "user assistant system",
 ]
-CHAT = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def _of_trl(name: str) -> str:
+    """A chat template as the hub has it, of the copies that TRL ships."""
+    return (resources.files("trl") / "chat_templates" / f"{name}.jinja").read_text()
+
+
+# Role and colon, the images of a turn first, then its texts, each with a space behind it. No reply is ended.
+VICUNA = """\
+{% for message in messages %}\
+{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}\
+{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}\
+{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}\
+{% endfor %}\
+{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
+# ChatML; contents may be strings.
+INTERNVL = """\
+{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}\
+{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}\
+{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}\
+{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+# A prefix of images and text that a line feed ends, and an answer: the form of its training data, without roles.
+PALIGEMMA = """\
+{% for message in messages %}\
+{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}\
+{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}\
+{{ '<eos>' if message['role'] == 'assistant' else '\\n' }}{% endfor %}"""
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}{{ 'IMAGE' }}{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
+class Chat(NamedTuple):
+    """The chat template of a family, and the token that ends its replies."""
+
+    template: str
+    end: str
+
+
+# As the families' checkpoints have them: those that TRL ships, and the others by what they render.
+TEMPLATES = {
+    "llava": Chat(VICUNA, "</s>"),
+    "llava_next": Chat(_of_trl("llava_next"), "</s>"),
+    "qwen2_vl": Chat(_of_trl("qwen2_5_vl"), "<|im_end|>"),
+    "qwen2_5_vl": Chat(_of_trl("qwen2_5_vl"), "<|im_end|>"),
+    "qwen3_vl": Chat(_of_trl("qwen3_vl"), "<|im_end|>"),
+    "idefics3": Chat(_of_trl("idefics3"), "<end_of_utterance>"),
+    "smolvlm": Chat(_of_trl("smolvlm"), "<end_of_utterance>"),
+    "gemma3": Chat(_of_trl("gemma3"), "<end_of_turn>"),
+    "paligemma": Chat(PALIGEMMA, "<eos>"),
+    "internvl": Chat(INTERNVL, "<|im_end|>"),
+}
 
 
 def build(family: str, seed: int = 0, sharp: float = 1.0, width: int = 32) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -130,7 +182,7 @@ def _trained_tokenizer(special: tuple[str, ...]) -> str:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=320,
-        special_tokens=["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", *special],
+        special_tokens=list(dict.fromkeys(["<pad>", "<s>", "</s>", "<|im_start|>", *special])),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -138,20 +190,30 @@ def _trained_tokenizer(special: tuple[str, ...]) -> str:
     return tokenizer.to_str()
 
 
-def _tokenizer(*special: str, **attributes: str) -> PreTrainedTokenizerFast:
-    """Knows `special` tokens; each of `attributes` becomes an attribute `<name>` and `<name>_id` of the tokenizer."""
+def _tokenizer(
+    *special: str, end: str = "<|im_end|>", eos: str | None = None, **attributes: str
+) -> PreTrainedTokenizerFast:
+    """Knows `special` tokens; each of `attributes` becomes an attribute `<name>` and `<name>_id` of the tokenizer.
+
+    Args:
+        special: Tokens, beside those that all families have.
+        end: The token that ends a reply.
+        eos: The tokenizer's own end token, if it is another one.
+    """
+    special = tuple(dict.fromkeys([end, eos or end, *special]))
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained_tokenizer(special)),
         pad_token="<pad>",
         bos_token="<s>",
-        eos_token="<|im_end|>",
+        eos_token=eos or end,
         extra_special_tokens=attributes,
         model_max_length=4096,
     )
 
 
 def _chat(image_text: str) -> str:
-    return CHAT.replace("IMAGE", image_text)
+    """A form of its own, of no checkpoint."""
+    return CHATML.replace("IMAGE", image_text)
 
 
 def _text(tokenizer: PreTrainedTokenizerFast, width: int) -> dict:
@@ -191,7 +253,7 @@ def _processor(kind: str, images, tokenizer: PreTrainedTokenizerFast, *, videos:
 
 
 def _llava(width: int):
-    tokenizer = _tokenizer("<image>", image_token="<image>")
+    tokenizer = _tokenizer("<image>", end=TEMPLATES["llava"].end, image_token="<image>")
     config = transformers.LlavaConfig(
         vision_config=_vision(width, model_type="clip_vision_model", projection_dim=width),
         text_config={"model_type": "llama", **_text(tokenizer, width)},
@@ -207,13 +269,13 @@ def _llava(width: int):
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=_chat("<image>"),
+        chat_template=TEMPLATES["llava"].template,
     )
     return transformers.LlavaForConditionalGeneration(config), processor
 
 
 def _llava_next(width: int):
-    tokenizer = _tokenizer("<image>", image_token="<image>")
+    tokenizer = _tokenizer("<image>", end=TEMPLATES["llava_next"].end, image_token="<image>")
     grids = [[28, 56], [56, 28], [56, 56]]
     config = transformers.LlavaNextConfig(
         vision_config=_vision(width, model_type="clip_vision_model", projection_dim=width),
@@ -233,14 +295,15 @@ def _llava_next(width: int):
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=_chat("<image>"),
+        chat_template=TEMPLATES["llava_next"].template,
     )
     return transformers.LlavaNextForConditionalGeneration(config), processor
 
 
 def _qwen(width: int, name: str, vision: dict, *, text: dict | None = None, processor: str | None = None, **rope):
     """The Qwen generations differ in their vision tower and in how rotary positions are shared out."""
-    tokenizer = _tokenizer(*QWEN_TOKENS)
+    family = {"Qwen2VL": "qwen2_vl", "Qwen2_5_VL": "qwen2_5_vl", "Qwen3VL": "qwen3_vl"}[processor or name]
+    tokenizer = _tokenizer(*QWEN_TOKENS, end=TEMPLATES[family].end)
     start, end, picture, video = tokenizer.convert_tokens_to_ids(list(QWEN_TOKENS))
     config = getattr(transformers, f"{name}Config")(
         # Rotary sections sum to half of a head: 4 for the default width of 32 and four heads.
@@ -262,7 +325,7 @@ def _qwen(width: int, name: str, vision: dict, *, text: dict | None = None, proc
         size={"shortest_edge": 28 * 28, "longest_edge": 4 * 28 * 28},
     )
     videos = "Qwen3VL" if name.startswith("Qwen3") else "Qwen2VL"
-    template = _chat("".join(QWEN_TOKENS[i] for i in (0, 2, 1)))
+    template = TEMPLATES[family].template
     made = _processor(processor or name, images, tokenizer, videos=videos, chat_template=template)
     return getattr(transformers, f"{name}ForConditionalGeneration")(config), made
 
@@ -299,8 +362,11 @@ def _qwen3_vl(width: int):
 
 
 def _idefics3(width: int, name: str = "Idefics3"):
+    family = name.lower()
     rows = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-    tokenizer = _tokenizer("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *rows)
+    tokenizer = _tokenizer(
+        "<image>", "<fake_token_around_image>", "<global-img>", "<|begin_of_text|>", *rows, end=TEMPLATES[family].end
+    )
     tokenizer.add_tokens(["<video>"], special_tokens=True)
     config = getattr(transformers, f"{name}Config")(
         vision_config=_vision(width, size=56),
@@ -313,7 +379,9 @@ def _idefics3(width: int, name: str = "Idefics3"):
         size={"longest_edge": 112}, max_image_size={"longest_edge": 56}
     )
     videos = "SmolVLM" if name == "SmolVLM" else None
-    processor = _processor(name, images, tokenizer, videos=videos, image_seq_len=4, chat_template=_chat("<image>"))
+    processor = _processor(
+        name, images, tokenizer, videos=videos, image_seq_len=4, chat_template=TEMPLATES[family].template
+    )
     return getattr(transformers, f"{name}ForConditionalGeneration")(config), processor
 
 
@@ -323,7 +391,7 @@ def _smolvlm(width: int):
 
 def _gemma3(width: int):
     special = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
-    tokenizer = _tokenizer(*special.values(), **special)
+    tokenizer = _tokenizer(*special.values(), end=TEMPLATES["gemma3"].end, eos="<eos>", **special)
     config = transformers.Gemma3Config(
         text_config={
             **_text(tokenizer, width),
@@ -340,16 +408,18 @@ def _gemma3(width: int):
     model = transformers.Gemma3ForConditionalGeneration(config)
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.02)
     images = transformers.Gemma3ImageProcessorPil(size={"height": 56, "width": 56})
-    template = _chat("<start_of_image>")
+    # What ends a reply is no end of text: only the generation config names both.
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
+    template = TEMPLATES["gemma3"].template
     return model, transformers.Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template=template)
 
 
 def _paligemma(width: int):
-    tokenizer = _tokenizer("<image>", image_token="<image>")
+    tokenizer = _tokenizer("<image>", end=TEMPLATES["paligemma"].end, image_token="<image>")
     images = transformers.SiglipImageProcessorPil(size={"height": 28, "width": 28})
     images.image_seq_length = 4
     # The processor adds 1152 tokens to the tokenizer: it comes before the config.
-    processor = _processor("PaliGemma", images, tokenizer, chat_template=_chat("<image>"))
+    processor = _processor("PaliGemma", images, tokenizer, chat_template=TEMPLATES["paligemma"].template)
     config = transformers.PaliGemmaConfig(
         vision_config=_vision(width, model_type="siglip_vision_model", projection_dim=width, vision_use_head=False),
         text_config={"model_type": "gemma", **_text(tokenizer, width), "head_dim": width // 4},
@@ -367,7 +437,7 @@ def _internvl(width: int):
         "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
     }
-    tokenizer = _tokenizer(*special.values(), **special)
+    tokenizer = _tokenizer(*special.values(), end=TEMPLATES["internvl"].end, **special)
     config = transformers.InternVLConfig(
         vision_config=_vision(width) | {"image_size": [56, 56], "patch_size": [14, 14]},
         text_config={"model_type": "qwen2", **_text(tokenizer, width)},
@@ -379,7 +449,7 @@ def _internvl(width: int):
     images = transformers.GotOcr2ImageProcessorPil(
         size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=4
     )
-    settings = {"image_seq_length": 4, "chat_template": _chat("<IMG_CONTEXT>")}
+    settings = {"image_seq_length": 4, "chat_template": TEMPLATES["internvl"].template}
     processor = _processor("InternVL", images, tokenizer, videos="InternVL", **settings)
     return transformers.InternVLForConditionalGeneration(config), processor
 

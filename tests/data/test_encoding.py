@@ -9,6 +9,7 @@ from tests.families import FAMILIES, image, load_processor
 from tests.preference_rows import preference_row
 from trl_vlm.data.encoding import RewardCollator, encode
 from trl_vlm.data.facts import JudgeTemplate
+from trl_vlm.models.reply_ends import with_reply_ends
 
 SHORT = JudgeTemplate("judge . {facts}", "facts : {bullets} .", bullet="{fact}", separator=" ; ", opening="it is")
 
@@ -32,7 +33,7 @@ def texts(batch, processor):
 
 @pytest.fixture(scope="module")
 def llava():
-    return load_processor("llava")
+    return with_reply_ends(load_processor("llava"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -141,7 +142,7 @@ class TestRewardCollator:
         batch = RewardCollator(llava, SHORT)(rows)
         replies = [row[side][0]["content"] for side in ("chosen", "rejected") for row in rows]
         for text, reply in zip(texts(batch, llava), replies, strict=True):
-            assert f"assistant\n{reply}<|im_end|>" in text
+            assert f"ASSISTANT: {reply}</s>" in text
         assert batch["pixel_values"].shape[0] == 2  # one image, read for both candidates
 
     def test_margins_come_first_and_are_zero_where_a_row_has_none(self, llava):
@@ -176,7 +177,7 @@ class TestRewardCollator:
 
     def test_without_a_template_a_row_ends_with_the_closed_reply(self, llava):
         batch = RewardCollator(llava, JudgeTemplate.none())([preference_row(0)])
-        assert all(text.endswith("<|im_end|>\n") for text in texts(batch, llava))
+        assert all(text.endswith("</s>") for text in texts(batch, llava))
 
     def test_a_row_may_hold_its_prompt_in_the_candidates(self, llava):
         row = preference_row(0)

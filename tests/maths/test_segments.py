@@ -68,15 +68,15 @@ def test_an_empty_side_changes_the_other_one_entirely():
 
 def test_character_spans_mark_the_tokens_that_they_touch():
     # "A red|cat| sat" as tokens "A", " red", " cat", " sat"; the span covers "d ca".
-    ends = [1, 5, 9, 13]
-    assert tokens_in_spans(ends, [(4, 8)]) == [False, True, True, False]
-    assert tokens_in_spans(ends, [(5, 9)]) == [False, False, True, False]
-    assert tokens_in_spans(ends, []) == [False] * 4
+    places = [(0, 1), (1, 5), (5, 9), (9, 13)]
+    assert tokens_in_spans(places, [(4, 8)]) == [False, True, True, False]
+    assert tokens_in_spans(places, [(5, 9)]) == [False, False, True, False]
+    assert tokens_in_spans(places, []) == [False] * 4
 
 
 def test_character_spans_count_from_where_the_reply_begins():
     # The text is "> A red", and the reply begins at the third character.
-    assert tokens_in_spans([2, 3, 7], [(0, 1)], start=2) == [False, True, False]
+    assert tokens_in_spans([(0, 2), (2, 3), (3, 7)], [(0, 1)], start=2) == [False, True, False]
 
 
 def test_the_dense_score_of_the_papers_formula_by_hand():

@@ -57,19 +57,15 @@ def changed_tokens(
     return is_changed
 
 
-def tokens_in_spans(token_ends: Sequence[int], spans: Sequence[tuple[int, int]], start: int = 0) -> list[bool]:
+def tokens_in_spans(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], start: int = 0) -> list[bool]:
     """The tokens that touch one of the character spans.
 
     Args:
-        token_ends: for each token, how many characters the text has up to and with it; never falls.
-        spans: (first, behind the last) characters, counted from `start`.
+        places: for each token, the (start, end) of its characters in the text, end exclusive.
+        spans: (start, end) of characters, end exclusive, counted from `start`.
         start: where in the text the characters of the spans begin to count.
     """
-    is_inside, token_start = [], 0
-    for token_end in token_ends:
-        is_inside.append(any(token_start < start + last and start + first < token_end for first, last in spans))
-        token_start = token_end
-    return is_inside
+    return [any(first < start + end and start + begin < last for begin, end in spans) for first, last in places]
 
 
 def segment_weights(is_changed: Tensor, is_reply: Tensor, *, gamma: float, reduction: str) -> Tensor:

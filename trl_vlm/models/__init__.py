@@ -6,6 +6,7 @@ from trl_vlm.models.continuation.continuations import Continuations, Job
 from trl_vlm.models.masked_images import draw_hidden, masked_inputs
 from trl_vlm.models.parts import freeze_vision_tower, part_of, trainable_parameter_table
 from trl_vlm.models.processors import load_processor
+from trl_vlm.models.reply_ends import leaves_replies_open, with_reply_ends
 from trl_vlm.models.reward_model import load_reward_model, reward_model_class
 
 __all__ = [
@@ -15,10 +16,12 @@ __all__ = [
     "freeze_vision_tower",
     "keep_parameter_names",
     "last_complete_checkpoint",
+    "leaves_replies_open",
     "load_processor",
     "load_reward_model",
     "masked_inputs",
     "part_of",
     "reward_model_class",
     "trainable_parameter_table",
+    "with_reply_ends",
 ]

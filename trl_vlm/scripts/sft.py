@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from trl_vlm.models import freeze_vision_tower, keep_parameter_names
+from trl_vlm.models.reply_ends import with_reply_ends
 from trl_vlm.scripts.arguments import ScriptArguments, script_parser
 from trl_vlm.scripts.job import options_of, prepared
 
@@ -23,6 +24,10 @@ class SFTArguments(ScriptArguments):
     """Options beside TRL's."""
 
     train_vision_tower: bool = field(default=False, metadata={"help": "Train the vision tower as well."})
+    append_eos: bool = field(
+        default=True,
+        metadata={"help": "Where the chat template does not end a reply (LLaVA-1.5), append the end token to it."},
+    )
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
@@ -39,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     job = prepared(*options_of(make_parser(), arguments), purpose="sft", unit="rows")
     if job is None:
         return
-    trainer = SFTTrainer(job.model.model_name_or_path, processing_class=job.processor, **job.trainer_arguments)
+    processor = with_reply_ends(job.processor) if job.script.append_eos else job.processor
+    trainer = SFTTrainer(job.model.model_name_or_path, processing_class=processor, **job.trainer_arguments)
     keep_parameter_names(trainer.model)
     if not job.script.train_vision_tower:
         freeze_vision_tower(trainer.model)

@@ -7,7 +7,7 @@ from trl_vlm.trainers.checks import refuse_negative
 
 @dataclass
 class PartOptions:
-    """Which parts of a vision-language model train, and how fast: a mixin before TRL's configuration."""
+    """Which parts of a vision-language model train, how fast, and on what: a mixin before TRL's configuration."""
 
     freeze_vision_tower: bool = field(
         default=False,
@@ -16,6 +16,13 @@ class PartOptions:
     projector_learning_rate: float | None = field(
         default=None,
         metadata={"help": "Learning rate of the projector between vision tower and language model, if it differs."},
+    )
+    append_eos: bool = field(
+        default=True,
+        metadata={
+            "help": "Where the chat template does not end a reply (LLaVA-1.5), append the end token to it in what is "
+            "trained on and in the saved processor, so that the model learns to stop."
+        },
     )
 
     def __post_init__(self) -> None:

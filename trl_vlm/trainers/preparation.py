@@ -25,6 +25,7 @@ from trl_vlm.models._transformers import hub_arguments, keep_4bit_layers_trainab
 from trl_vlm.models.loading import base_of
 from trl_vlm.models.parts import freeze_vision_tower, part_of, trainable_parameter_table
 from trl_vlm.models.processors import as_trainable, load_processor
+from trl_vlm.models.reply_ends import with_reply_ends
 from trl_vlm.trainers.card import CardFacts, write_card
 from trl_vlm.trainers.options import PartOptions
 
@@ -40,6 +41,7 @@ class Arguments(Protocol):
     trust_remote_code: bool
     freeze_vision_tower: bool
     projector_learning_rate: float | None
+    append_eos: bool
 
 
 class SharingArguments(Protocol):
@@ -155,6 +157,8 @@ def complete_processor(
 ) -> Processor:
     """A processor that can train: the given one, or the model's own, from where the model's weights come.
 
+    With `append_eos` its chat template ends each reply.
+
     TRL tokenises replies without images, which PaliGemma's own processor refuses, and AutoProcessor cannot load Qwen,
     InternVL and SmolVLM without torchvision.
 
@@ -168,10 +172,12 @@ def complete_processor(
         ValueError: The processor is to be loaded, and the model was made in memory.
     """
     if processor is not None:
-        return as_trainable(processor)
-    source, arguments = source_of(model), loading_arguments(model, args)
-    load = load_processor if hasattr(config_of(model, **arguments), "vision_config") else AutoProcessor.from_pretrained
-    return load(source, **arguments, **sides)
+        processor = as_trainable(processor)
+    else:
+        source, arguments = source_of(model), loading_arguments(model, args)
+        sees = hasattr(config_of(model, **arguments), "vision_config")
+        processor = (load_processor if sees else AutoProcessor.from_pretrained)(source, **arguments, **sides)
+    return with_reply_ends(processor) if args.append_eos else processor
 
 
 # Model

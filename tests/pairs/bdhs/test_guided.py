@@ -58,7 +58,11 @@ def test_the_text_of_new_tokens_keeps_the_space_before_it():
 @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_5_vl"])
 def test_kept_tokens_spell_the_sentences_before_and_the_prefix(family):
     processor = families.load_processor(family)
-    decode = processor.tokenizer.decode
+
+    def decode(ids):
+        """Without the space that some chat templates put before a reply."""
+        return processor.tokenizer.decode(ids).lstrip()
+
     for reply in REPLIES:
         tokens = ReplyTokens.of(processor, reply)
         assert decode(tokens.ids) == reply
@@ -108,7 +112,7 @@ def test_an_answer_of_one_word_is_swapped_or_written_anew():
         cut_sentences(tokens, processor.tokenizer, Draws(seed, 0, "row"), row=0, iteration=1)[1] for seed in range(50)
     ]
     assert {cut.prefix for cut in cuts} == {"Yes", ""}
-    assert {processor.tokenizer.decode(cut.context) for cut in cuts} == {"It rains. Yes", "It rains."}
+    assert {processor.tokenizer.decode(cut.context).lstrip() for cut in cuts} == {"It rains. Yes", "It rains."}
 
 
 def test_a_token_that_spells_an_end_and_the_lines_behind_it_is_kept():

@@ -9,6 +9,7 @@ from peft import LoraConfig
 
 from tests.families import load_processor, saved
 from tests.preference_rows import preference_rows
+from trl_vlm.models.reply_ends import with_reply_ends
 
 TIMES = ("runtime", "second", "epoch", "step", "learning_rate")
 # What a step of Adam makes of rounding: relative, and for values near zero absolute.
@@ -43,6 +44,7 @@ def make(
         for name in ("peft_config", "eval_dataset", "ref_model", "model", "pair_source", "pair_loss", "callbacks")
         if name in options
     }
+    processor = options.pop("processing_class", None)
     settings = {
         "max_steps": 10,
         "per_device_train_batch_size": 2,
@@ -60,7 +62,7 @@ def make(
         more.pop("model", str(model)),
         args=config(str(folder), **settings | options),
         train_dataset=rows() if data is None else data,
-        processing_class=load_processor(model),
+        processing_class=processor or with_reply_ends(load_processor(model)),
         **more,
     )
 

@@ -9,10 +9,11 @@ from tests.preference_rows import preference_rows
 from trl_vlm import RewardConfig, RewardTrainer
 from trl_vlm.data.encoding import RewardCollator
 from trl_vlm.data.facts import JudgeTemplate
+from trl_vlm.models.reply_ends import with_reply_ends
 
 SHORT = JudgeTemplate("judge . {facts}", "facts : {bullets} .", bullet="{fact}", separator=" ; ", opening="it is")
 IMAGES = [1, 0, 2, 1]  # of the rows of `preference_rows()`
-LLAVA = load_processor("llava")
+LLAVA = with_reply_ends(load_processor("llava"))
 
 
 SETTINGS = dict(

@@ -1,5 +1,7 @@
 """Reward training with prompt and images computed once per pair is reward training."""
 
+import math
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -113,6 +115,19 @@ def test_prompt_and_images_are_computed_once_and_judge_turns_for_each_reply(tmp_
     replies = (lengths - prompts).reshape(2, 2).sum(0)
     # The check of the pixels reads the batch twice more.
     assert set(seen) == {(2, int(prompts.max() + replies.max()))}
+
+
+@pytest.mark.parametrize("images", [(1,), (1, 2)])
+def test_pairs_of_two_identical_replies_alone_in_a_batch_add_nothing_and_stop_nothing(images, tmp_path):
+    rows = preference_rows(list(images)).map(lambda row: {"rejected": row["chosen"]})
+    changes = {"max_steps": 2, "per_device_train_batch_size": len(images), "rows": rows}
+    assert_close(losses(trained(llava(tmp_path, **changes))), [math.log(2)] * 2)
+
+
+def test_margins_of_several_pairs_stay_beside_them(tmp_path):
+    trainer = llava(tmp_path)
+    rows = [preference_row(0, margin=0.5), preference_row(1, margin=1.5), preference_row(2, images=0)]
+    assert trainer.data_collator(rows)["margin"].tolist() == [0.5, 1.5, 0.0]
 
 
 def test_paligemma_takes_the_plain_path_and_says_why_once(tmp_path, caplog):

@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from trl_vlm.models.families import SHARING_FAMILIES, family_of
+from trl_vlm.models.families import IMAGE_INPUTS, SHARING_FAMILIES, family_of
 from trl_vlm.models.prefix_sharing.masks import Masks, Packing, packed_masks
 from trl_vlm.models.prefix_sharing.trial import gives_the_same, may_be_tried, plain_inputs
 
@@ -155,9 +155,13 @@ def share_pairs(batch: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[s
     ids, attention_mask = batch["input_ids"], batch["attention_mask"]
     pairs = len(ids) // 2
     differs = (ids[:pairs] != ids[pairs:]) | (attention_mask[:pairs] * attention_mask[pairs:] == 0)
-    ends = torch.where(differs.any(1), differs.int().argmax(1), ids.size(1)).repeat(2)
-    # What has no entry per token belongs to the images.
-    shared = {name: value if value.shape == ids.shape else value[: len(value) // 2] for name, value in batch.items()}
+    # Also two identical sequences keep their last token apart: it is what their heads read.
+    last = attention_mask.sum(1).view(2, pairs).amin(0) - 1
+    ends = torch.where(differs.any(1), differs.int().argmax(1).clamp(max=last), last).repeat(2)
+    shared = {
+        name: value[: len(value) // 2] if name in IMAGE_INPUTS or name.startswith(("pixel", "image")) else value
+        for name, value in batch.items()
+    }
     return shared | {SHARED_PREFIX: torch.stack([torch.arange(pairs).repeat(2), ends], dim=1)}
 
 

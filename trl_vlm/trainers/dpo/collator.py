@@ -17,6 +17,7 @@ from trl_vlm.data.rows import ROW_NAME, check_row, name_of, row_images
 from trl_vlm.maths.segments import changed_tokens, tokens_in_spans
 from trl_vlm.models.image_tokens import check_image_tokens, image_tokens
 from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX
+from trl_vlm.trainers.dpo.spans import token_places
 
 Row = dict[str, Any]
 
@@ -231,18 +232,16 @@ class PreferenceCollator:
                     f"{name}: the span ({first}, {last}) is not inside the reply of {len(reply)} characters. Spans "
                     "are (first character, one behind the last) of the reply's text."
                 )
-        # Decoding ever longer pieces is exact for any tokenizer, and the replies themselves are tokenised once only.
-        texts = [self._decoded(ids[: end + 1]) for end in range(len(ids))]
-        ends, start = [len(text) for text in texts], texts[-1].find(reply)
+        text, places = token_places(self.tokenizer, ids)
+        # A chat template may strip the white space around a reply.
+        start = text.find(reply.strip())
         if start < 0:
             raise ValueError(
                 f"{name}: the reply's tokens do not decode to its text, so characters cannot be assigned to them. Was "
                 "it cut by `max_length`, or changed by the chat template? Leave the spans out to have them found."
             )
-        return tokens_in_spans(ends, [tuple(span) for span in spans], start)
-
-    def _decoded(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        start -= len(reply) - len(reply.lstrip())
+        return tokens_in_spans(places, [tuple(span) for span in spans], start)
 
     def _reference(self, batch: dict[str, Tensor], given: list[Row], rows: list[Row]) -> Tensor:
         """(K * P, T - 1), float32, 0 outside the replies; `given` are the rows before their images were decoded."""

@@ -27,6 +27,7 @@ from trl_vlm.data.rows import IMAGE_COLUMNS, PURPOSES, ROW_NAME
 from trl_vlm.maths.losses import mean_reward_penalty
 from trl_vlm.models.image_tokens import image_tokens
 from trl_vlm.models.prefix_sharing.sharing import share_prefix
+from trl_vlm.models.reply_ends import with_reply_ends
 from trl_vlm.trainers import _trl
 from trl_vlm.trainers.adapters import classifier_adapter, complete_peft_config
 from trl_vlm.trainers.card import CardFacts
@@ -123,10 +124,11 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
         if not wants_images(model, args, train_dataset, processing_class):
             refuse_image_options(args, judge_template)
             args.max_length = TEXT_MAX_LENGTH if args.max_length == "auto" else args.max_length
+            tokenizer = processing_class or load_tokenizer(model, args)
             super().__init__(
                 model,
                 data_collator=data_collator,
-                processing_class=processing_class or load_tokenizer(model, args),
+                processing_class=with_reply_ends(tokenizer) if args.append_eos else tokenizer,
                 quantization_config=quantization_config,
                 peft_config=complete_peft_config(peft_config, model, args),
                 **kwargs,
@@ -135,7 +137,7 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
         self.judge_template = resolve_judge_template(model, args, judge_template)
         processor = complete_processor(processing_class, model, args)
         set_chat_template(processor, args)
-        self._processor = processor
+        processor = self._processor = with_reply_ends(processor) if args.append_eos else processor
         self._reward_collator = data_collator or make_collator(processor, self.judge_template, args)
         self._init_with_images(model, processor, quantization_config, peft_config, kwargs)
         self._share_prefixes(own_collator=data_collator is not None)

@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
 from transformers import BitsAndBytesConfig
 
 from tests.families import build
 from trl_vlm.trainers.checks import refuse, refuse_negative
-from trl_vlm.trainers.preparation import layers_to_wrap, wasted_precision
+from trl_vlm.trainers.preparation import keep_float_outputs, layers_to_wrap, wasted_precision
 
 
 @pytest.mark.parametrize(
@@ -63,3 +64,14 @@ def test_arithmetic_in_float32_beside_4bit_weights_is_named_with_the_remedy():
     assert "`BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.bfloat16)`" in wasted_precision(model)
     model.config.quantization_config.bnb_4bit_compute_dtype = torch.bfloat16
     assert wasted_precision(model) is None
+
+
+def test_fsdp2_gives_outputs_as_the_model_computes_them():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
+    assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16
+    keep_float_outputs(plugin)
+    policy = plugin.mixed_precision_policy
+    assert (policy.output_dtype, policy.param_dtype) == (None, torch.bfloat16)
+    for untouched in (None, FullyShardedDataParallelPlugin(fsdp_version=2)):
+        keep_float_outputs(untouched)
+        assert untouched is None or untouched.mixed_precision_policy is None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import FullyShardedDataParallelPlugin, is_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -264,15 +264,33 @@ def give_own_learning_rate(optimizer: torch.optim.Optimizer, parameters: Iterabl
         optimizer.add_param_group({**settings, "params": moved, "lr": rate})
 
 
+def keep_float_outputs(plugin: FullyShardedDataParallelPlugin | None) -> None:
+    """Let FSDP2 give outputs as the model computes them, not rounded to the precision of its parameters.
+
+    Accelerate sets `output_dtype` to bfloat16 with the rest of the policy, and log-probabilities then come in steps of
+    1/128 or more, scores in steps of 2^-10: small margins become ties.
+
+    Args:
+        plugin: The accelerator's; None, and FSDP1's, stay as they are.
+    """
+    policy = None if plugin is None or plugin.fsdp_version != 2 else plugin.mixed_precision_policy
+    if policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
+
+
 class PreparedTrainer(Trainer):
     """What our trainers override of `Trainer`: a mixin before TRL's trainer."""
 
     args: PartOptions
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As in Trainer; under FSDP the layers to wrap are chosen for this model, unless the user chose."""
+        """As in Trainer; under FSDP the layers to wrap are chosen for this model, unless the user chose.
+
+        It comes before TRL wraps a reference, so policy and reference give their outputs alike.
+        """
         super().create_accelerator_and_postprocess()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        keep_float_outputs(plugin)
         if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
             plugin.transformer_cls_names_to_wrap = layers_to_wrap(self.model)
 

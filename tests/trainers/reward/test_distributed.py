@@ -33,6 +33,6 @@ def test_two_processes_give_the_losses_and_metrics_of_one(kind, single, model, t
     assert_close(report["losses"], single["losses"], rtol=1e-4, atol=1e-5)
     assert_close(report["margins"], single["margins"], rtol=1e-3, atol=1e-4)
     assert_close(report["evaluation"], single["evaluation"], rtol=1e-3, atol=1e-4)
-    assert abs(single["losses"][-1] - single["losses"][0]) > 0.1  # it did train
+    assert abs(single["losses"][-1] - single["losses"][0]) > 0.01  # it did train
     # Under DDP a process may have a batch without images while the other has one.
     assert report.get("mixed_batches_train", False) == mixed

@@ -26,13 +26,15 @@ from tests.trainers.reward.helpers import (
 from trl_vlm import RewardTrainer
 from trl_vlm.data.facts import JudgeTemplate
 from trl_vlm.models.parts import part_of
+from trl_vlm.models.reply_ends import with_reply_ends
 from trl_vlm.models.reward_model import load_reward_model
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains_on_rows_with_none_one_and_two_images(family, kind, tmp_path):
-    path, processor, rows = saved(family, sharp=8), load_processor(saved(family, sharp=8)), preference_rows()
+    path, rows = saved(family, sharp=8), preference_rows()
+    processor = with_reply_ends(load_processor(path))
     lora = LoraConfig(target_modules="all-linear", r=4) if kind == "lora" else None
     trainer = RewardTrainer(
         str(path),

@@ -139,8 +139,9 @@ def make(tmp_path, dataset, reward=count_letters, **more):
     ids=["column", "empty", "few", "prompt"],
 )
 def test_a_dataset_that_cannot_be_trained_on_is_refused_before_the_model_is_loaded(dataset, message, tmp_path):
+    processor = families.load_processor("llava")
     with pytest.raises(ValueError, match=message):
-        PPOTrainer("no/such/model", count_letters, settings(tmp_path), dataset, processing_class=object())
+        PPOTrainer("no/such/model", count_letters, settings(tmp_path), dataset, processing_class=processor)
 
 
 def test_an_evaluation_set_is_checked_as_well(tmp_path):

@@ -37,7 +37,7 @@ def launch(
         kind: One of `DISTRIBUTED_TYPES`.
         processes: World size.
         folder: An empty folder for the script's files.
-        mixed_precision: "no" or "bf16", for DeepSpeed and FSDP.
+        mixed_precision: "no" or "bf16".
         arguments: JSON-able, passed to the script's `main` as keywords.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,6 +65,7 @@ def launch(
     report = json.loads((folder / "report.json").read_text())
     assert report["processes"] == processes, f"{kind}: {report['processes']} processes ran, not {processes}"
     assert report["distributed_type"] == DISTRIBUTED_TYPES[kind], f"{kind} ran as {report['distributed_type']}"
+    assert report["mixed_precision"] == mixed_precision, f"{kind} ran with {report['mixed_precision']}"
     if kind.startswith("zero"):
         assert report["zero_stage"] == int(kind[-1])
     return report
@@ -136,6 +137,7 @@ def _run(task: Path) -> None:
         "processes": accelerator.num_processes,
         "distributed_type": accelerator.distributed_type.value,
         "zero_stage": plugin.zero_stage if plugin is not None else None,
+        "mixed_precision": accelerator.mixed_precision,
     }
     if accelerator.is_main_process:
         (Path(description["folder"]) / "report.json").write_text(json.dumps(report))

@@ -1,0 +1,95 @@
+"""What `tests.distributed.launch` runs: DPO, reward training and PPO, full and with LoRA, one after the other.
+
+Each run reports its losses and the precisions of what its losses read.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, Trainer
+
+from tests.families import load_processor
+from tests.preference_rows import preference_rows
+from tests.trainers.dpo import helpers as dpo
+from tests.trainers.ppo import helpers as ppo
+from trl_vlm import DPOConfig, DPOTrainer, PPOTrainer, RewardConfig, RewardTrainer
+
+METHODS = ("dpo", "reward", "ppo")
+OUTPUTS = ("log_probs", "logits", "values")
+IMAGES = (1, 2, 1, 1)
+
+
+def settings(folder: Path, batch: int, adapter: bool, **trainer_arguments: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "max_steps": 3,
+        "per_device_train_batch_size": batch,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **trainer_arguments,
+    }
+
+
+def make(method: str, model: Any, folder: str, adapter: bool, options: dict[str, Any]) -> Trainer:
+    peft_config = dpo.lora() if adapter else None
+    processor = load_processor(folder)
+    if method == "dpo":
+        args = DPOConfig(**options, max_length=None, dense_preset="paper")
+        return DPOTrainer(
+            model, args=args, train_dataset=dpo.rows(IMAGES), processing_class=processor, peft_config=peft_config
+        )
+    if method == "reward":
+        args = RewardConfig(**options)
+        return RewardTrainer(folder, args, train_dataset=preference_rows(list(IMAGES)), peft_config=peft_config)
+    args = ppo.settings(
+        **{"folder": options.pop("output_dir"), **options},
+        shuffle_dataset=False,
+        kl_coef=0.5,
+        generation_kwargs={"do_sample": False},  # so that replies do not depend on the number of processes
+    )
+    return PPOTrainer(
+        model,
+        reward_funcs=ppo.count_letters,
+        args=args,
+        train_dataset=ppo.rows(list(IMAGES)),
+        processing_class=processor,
+        peft_config=peft_config,
+    )
+
+
+def watched(trainer: Trainer) -> dict[str, set[str]]:
+    """The precisions of what the wrapped model gives, while training."""
+    found: dict[str, set[str]] = {}
+
+    def note(_: Any, __: Any, ___: Any, output: Any) -> None:
+        for name in OUTPUTS:
+            value = output.get(name) if isinstance(output, dict) else None
+            if isinstance(value, torch.Tensor):
+                found.setdefault(name, set()).add(str(value.dtype).removeprefix("torch."))
+
+    trainer.model.register_forward_hook(note, with_kwargs=True)
+    return found
+
+
+def main(folder: Path, trainer_arguments: dict[str, Any], model: str, batch: int, methods: list[str] = METHODS):
+    report: dict[str, Any] = {}
+    for method in methods:
+        for adapter in (False, True):
+            name = f"{method} {'lora' if adapter else 'full'}"
+            options = settings(folder / name.replace(" ", "_"), batch, adapter, **trainer_arguments)
+            # TRL seeds, loads, then draws the adapter; with ZeRO-3, loading draws other numbers.
+            loaded = AutoModelForImageTextToText.from_pretrained(model) if adapter else model
+            trainer = make(method, loaded, model, adapter, options)
+            dtypes = watched(trainer)
+            trainer.train()
+            logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+            report[name] = {
+                "loss": [entry["loss"] for entry in logs],
+                "dtypes": {output: sorted(found) for output, found in dtypes.items()},
+                "margin": [entry.get("rewards/margins", entry.get("margin", entry.get("ppo/kl"))) for entry in logs],
+            }
+    return trainer, report

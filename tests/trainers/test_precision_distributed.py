@@ -1,0 +1,37 @@
+"""As the shipped configurations run it: bf16 under ZeRO-2, ZeRO-3 and FSDP2, beside one bf16 process."""
+
+import pytest
+from torch.testing import assert_close
+
+from tests.distributed import launch
+from tests.families import saved
+
+SCRIPT = "tests/trainers/distributed_main.py"
+# One process computes under autocast from float32 weights, DeepSpeed and FSDP2 from bf16 copies of them: losses of
+# around 0.7 differ in the third digit.
+TOLERANCE = 0.03
+
+
+@pytest.fixture(scope="module")
+def model():
+    return str(saved("llava", sharp=4.0))
+
+
+@pytest.fixture(scope="module")
+def single(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single")
+    return launch(SCRIPT, "single", processes=1, folder=folder, mixed_precision="bf16", model=model, batch=4)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["zero2", "zero3", "fsdp2"])
+def test_two_processes_in_bf16_give_the_losses_of_one_and_scores_in_float32(kind, single, model, tmp_path):
+    report = launch(SCRIPT, kind, processes=2, folder=tmp_path, mixed_precision="bf16", model=model, batch=2)
+    for name in ("dpo full", "dpo lora", "reward full", "reward lora", "ppo full", "ppo lora"):
+        found, wanted = report[name], single[name]
+        tolerance = TOLERANCE["bf16"]
+        assert_close(
+            found["loss"], wanted["loss"], rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+        scores = "logits" if name.startswith("reward") else "log_probs"
+        assert found["dtypes"][scores] == ["float32"], name

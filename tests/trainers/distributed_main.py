@@ -16,7 +16,7 @@ from tests.trainers.ppo import helpers as ppo
 from trl_vlm import DPOConfig, DPOTrainer, PPOTrainer, RewardConfig, RewardTrainer
 
 METHODS = ("dpo", "reward", "ppo")
-OUTPUTS = ("log_probs", "logits", "values")
+OUTPUTS = ("log_probs", "logits", "token_values")
 IMAGES = (1, 2, 1, 1)
 
 

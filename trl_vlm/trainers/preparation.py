@@ -19,9 +19,11 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.trainer_utils import TrainOutput
 
 from trl_vlm.data.rows import ROW_NAME
 from trl_vlm.models._transformers import hub_arguments, keep_4bit_layers_trainable, keep_parameter_names
+from trl_vlm.models.checkpoints import last_complete_checkpoint
 from trl_vlm.models.loading import base_of
 from trl_vlm.models.parts import freeze_vision_tower, part_of, trainable_parameter_table
 from trl_vlm.models.processors import as_trainable, load_processor
@@ -282,6 +284,17 @@ class PreparedTrainer(Trainer):
     """What our trainers override of `Trainer`: a mixin before TRL's trainer."""
 
     args: PartOptions
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in Trainer; `resume_from_checkpoint=True` passes over a checkpoint that a killed run wrote in part."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"`resume_from_checkpoint=True` finds no complete checkpoint in {self.args.output_dir}. Start "
+                    "anew without it, or give the path of a checkpoint."
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in Trainer; under FSDP the layers to wrap are chosen for this model, unless the user chose.

@@ -34,3 +34,18 @@ def test_a_saved_policy_is_an_ordinary_checkpoint(tmp_path):
     assert not report["missing_keys"] and not report["unexpected_keys"]
     for name, value in trainer.model.state_dict().items():
         assert_close(loaded.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_resuming_passes_over_a_checkpoint_that_was_not_written_to_its_end(tmp_path):
+    whole, wanted = run(tmp_path)
+    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()  # a kill while it was saved
+    (tmp_path / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
+    resumed, found = run(tmp_path, resume=True)
+    assert found == wanted
+    for (name, one), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert_close(other, one, rtol=0, atol=0, msg=name)
+
+
+def test_resuming_where_there_is_nothing_to_resume_from_says_so(tmp_path):
+    with pytest.raises(ValueError, match="finds no complete checkpoint in .* Start anew without it"):
+        run(tmp_path, resume=True)

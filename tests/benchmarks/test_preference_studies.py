@@ -10,6 +10,8 @@ import pytest
 from benchmarks.studies import preference_study
 from tests import families
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

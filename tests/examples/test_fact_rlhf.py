@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "fact_rlhf.py"
 STAGES = ("sft", "reward", "ppo", "evaluate")
 

@@ -5,6 +5,8 @@ import json
 from tests import families
 from tests.examples.test_fact_rlhf import run
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("dog", "cat", "tree")
 
 

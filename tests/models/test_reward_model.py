@@ -324,6 +324,7 @@ def test_4bit_layers_train_after_an_evaluation(quantization, tmp_path):
     assert_close(scores(reloaded, rows), after, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_in_a_fresh_process_the_import_is_lazy_and_the_auto_class_loads_a_saved_model(tmp_path):
     model, rows = load_reward_model(saved("idefics3")), batch(load_processor("idefics3"), [0])
     model.save_pretrained(tmp_path)

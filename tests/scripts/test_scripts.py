@@ -15,6 +15,8 @@ from trl_vlm.scripts import bdhs, dpo, grpo, online_dpo, ppo, reward, rloo, sft
 from trl_vlm.scripts.arguments import ScriptArguments
 from trl_vlm.scripts.sources import source_arguments, source_from
 
+pytestmark = pytest.mark.slow
+
 PAIRS = ("images", "prompt", "chosen", "rejected", "facts")
 LORA = ("--use_peft", "--lora_target_modules", "all-linear", "--lora_r", "4")
 

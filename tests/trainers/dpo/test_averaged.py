@@ -8,6 +8,8 @@ from tests.families import saved
 from tests.trainers.dpo.helpers import logs, lora, losses, make, rows, text_rows
 from trl_vlm import DPOConfig, DPOTrainer
 
+pytestmark = pytest.mark.slow
+
 OTHER = [{"role": "assistant", "content": "No dog is there."}]
 THIRD = [{"role": "assistant", "content": "A wall, and another wall."}]
 SHORT = {"max_steps": 3}

@@ -10,6 +10,8 @@ from tests.trainers.dpo.sources import Greedy, message
 from tests.trainers.dpo.test_pair_sources import Written, instructions
 from trl_vlm import DPOConfig, DPOTrainer, PairSourceCallback
 
+pytestmark = pytest.mark.slow
+
 OURS, TRLS = (DPOTrainer, DPOConfig), (trl.DPOTrainer, trl.DPOConfig)
 BOTH = pytest.mark.parametrize("kind", [OURS, TRLS], ids=["ours", "trl"])
 SHORT = {"max_steps": 4, "per_device_train_batch_size": 2}

@@ -13,6 +13,8 @@ from tests.trainers.dpo.helpers import SHARED, largest_difference, logs, lora, l
 from tests.trainers.dpo.test_averaged import OTHER, THIRD, with_extra
 from trl_vlm import DPOConfig, DPOTrainer
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"max_steps": 3}
 SIMPO = {"dense_gamma": 1.0, "dense_reduction": "mean", "reference_free": True}
 

@@ -11,6 +11,8 @@ from tests.trainers.dpo.sources import Greedy, message
 from trl_vlm import DPOConfig, DPOTrainer
 from trl_vlm.trainers.dpo.fresh_pairs import check_arguments, made_pairs
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"max_steps": 3, "per_device_train_batch_size": 4}
 
 

@@ -9,6 +9,8 @@ from tests.distributed import launch
 from tests.families import saved
 from tests.trainers.dpo.pairs_distributed_main import main
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = "tests/trainers/dpo/pairs_distributed_main.py"
 TRAINED = "draws of the first step, by the trained policy"
 

@@ -26,28 +26,33 @@ def test_ten_steps_of_full_training_on_images_equal_trl(family, tmp_path):
     assert found[-1]["loss"] < 0.6  # and something was learnt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ten_steps_of_lora_on_images_equal_trl(family, tmp_path):
     found = compare(tmp_path, family, peft_config=lora())
     assert math.isclose(found[0]["loss"], math.log(2), abs_tol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ten_steps_on_text_equal_trl(family, tmp_path):
     compare(tmp_path, family, data=text_rows())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "paligemma"])
 def test_without_sharing_the_numbers_are_trls_to_rounding(family, tmp_path):
     compare(tmp_path, family, tolerance=EXACT)
 
 
+@pytest.mark.slow
 def test_lora_on_text_and_without_sharing_equals_trl(tmp_path):
     compare(tmp_path, data=text_rows(), peft_config=lora())
     compare(tmp_path, data=text_rows(), tolerance=EXACT)
     compare(tmp_path, peft_config=lora(), tolerance=EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

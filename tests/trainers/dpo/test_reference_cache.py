@@ -22,6 +22,8 @@ from trl_vlm import DPOConfig, DPOTrainer
 from trl_vlm.trainers.dpo import reference_cache
 from trl_vlm.trainers.dpo.reference_cache import ReferenceCache, fingerprint, image_digest, model_identity, reply_keys
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"max_steps": 3}
 
 

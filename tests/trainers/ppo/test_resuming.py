@@ -13,6 +13,8 @@ from trl_vlm import PPOTrainer
 from trl_vlm.models import last_complete_checkpoint
 from trl_vlm.trainers.resuming import ResumableRepeatSampler
 
+pytestmark = pytest.mark.slow
+
 ROLLOUT_STEPS = 2  # two epochs of one mini-batch over each rollout
 
 

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests import families
 from tests.examples.test_fact_rlhf import run
 

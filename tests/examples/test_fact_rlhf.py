@@ -56,6 +56,15 @@ def test_a_finished_stage_is_not_run_again(finished):
     assert (finished / "ppo_facts" / "model.safetensors").stat().st_mtime_ns == stamp
 
 
+def test_a_stage_is_not_continued_with_other_settings_and_the_difference_is_named(finished):
+    failed = subprocess.run(
+        command(finished, "--kl_coef", "0.9", "--vision_noise", "0.1"), capture_output=True, text=True, timeout=300
+    )
+    assert failed.returncode != 0
+    assert "`vision_noise` was 0.6 and is now 0.1" in failed.stderr and "Traceback" not in failed.stderr
+    assert (finished / "report" / "report.json").exists()
+
+
 @pytest.mark.slow
 def test_killed_in_every_stage_it_resumes_and_ends_with_the_same_report(finished, tmp_path):
     # What a stage has written by the time that it is killed: a checkpoint each.

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from datasets import Dataset
 
 from tests import families
 from tests.examples.test_fact_rlhf import run
@@ -31,10 +32,15 @@ def write_rows(folder, count=24):
         files["sft"].append(row | {"completion": reply(f"A {kind}.")})
         pair = {"chosen": reply(f"A {kind}."), "rejected": reply(f"A {other}."), "facts": [f"There is a {kind}."]}
         files["pairs"].append(row | pair)
+        # The other form of messages, and a file of captions and questions.
+        row = row | {
+            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+        }
         files["prompts"].append(row | {"facts": pair["facts"], "answer": "yes", "length_weight": -0.5})
-        files["test"].append(row | {"objects": [kind], "answer": "yes" if index % 2 else "no"})
+        files["test"].append(row | ({"objects": [kind]} if index % 2 else {"answer": "yes" if index % 4 else "no"}))
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Dataset.from_list(files["pairs"]).save_to_disk(folder / "pairs")
 
 
 def test_all_stages_run_on_files_with_adapters(tmp_path):
@@ -45,7 +51,8 @@ def test_all_stages_run_on_files_with_adapters(tmp_path):
         "prompt_dataset": "prompts",
         "evaluation_dataset": "test",
     }
-    options = [part for name, file in datasets.items() for part in (f"--{name}", str(tmp_path / f"{file}.jsonl"))]
+    places = {name: tmp_path / (file if file == "pairs" else f"{file}.jsonl") for name, file in datasets.items()}
+    options = [part for name, place in places.items() for part in (f"--{name}", str(place))]
     options += [
         "--model_name_or_path",
         str(families.saved("llava")),

@@ -167,3 +167,8 @@ def test_scripts_load_in_bfloat16_on_cuda_and_float32_on_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     assert hardware_defaults() == {"bf16": False, "use_cpu": True}
     assert dpo.make_parser().parse_args_and_config(["--output_dir", "out"])[2].dtype == "float32"
+
+
+def test_trls_own_use_of_a_deprecated_name_warns_nobody(tmp_path, model, recwarn):
+    dpo.main(options(model, write(tmp_path, "parquet", PAIRS), tmp_path / "out", "--dry_run"))
+    assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]

@@ -28,7 +28,8 @@ def finished(tmp_path_factory):
 def test_a_folder_is_not_continued_with_other_settings_and_each_difference_is_named(finished):
     _, command = finished
     with pytest.raises(SystemExit) as refused:
-        dpo.main([*command, "--use_peft", "--per_device_train_batch_size", "4"])
+        lora = ("--use_peft", "--lora_target_modules", "all-linear")
+        dpo.main([*command, *lora, "--per_device_train_batch_size", "4"])
     message = str(refused.value)
     assert "`use_peft` was false and is now true" in message
     assert "`batch of a step` was 2 and is now 4" in message
@@ -86,6 +87,15 @@ def test_an_option_that_a_new_release_brings_is_no_difference(tmp_path):
     assert json.loads((tmp_path / "settings.json").read_text()) == {"beta": 0.1}
     with pytest.raises(ValueError, match="`beta` was 0.1 and is now 0.5"):
         RunFolder(tmp_path, {"beta": 0.5}).claim()
+
+
+def test_a_folder_depends_on_the_one_that_it_builds_on(tmp_path):
+    RunFolder(tmp_path / "sft", {"seed": 0}).claim()
+    RunFolder(tmp_path / "ppo", {"kl": 0.1}, tmp_path / "sft").claim()
+    RunFolder(tmp_path / "ppo", {"kl": 0.1}, tmp_path / "sft").check()
+    (tmp_path / "sft" / "settings.json").write_text('{"seed": 1}')
+    with pytest.raises(ValueError, match="`sft: seed` was 0 and is now 1"):
+        RunFolder(tmp_path / "ppo", {"kl": 0.1}, tmp_path / "sft").check()
 
 
 def test_the_settings_count_the_batch_as_a_whole_and_no_places():

@@ -3,6 +3,7 @@
 import difflib
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -57,6 +58,9 @@ def parsed(parser: TrlParser, arguments: Sequence[str] | None = None) -> tuple[A
     With `--total_batch_size`, `gradient_accumulation_steps` follows from the number of processes.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # TRL's configurations still have the name that transformers has deprecated, so every one of them warns. Delete
+    # when TRL has `activation_checkpointing`.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     with refusals():
         try:
             parts = parser.parse_args_and_config(arguments)

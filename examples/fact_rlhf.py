@@ -32,12 +32,12 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+from trl import ModelConfig, get_peft_config
 
-from trl_vlm import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
+from trl_vlm import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl_vlm.data import JudgeTemplate
 from trl_vlm.evaluation import Arm, check_scorable_rows, write_report
-from trl_vlm.models import freeze_vision_tower, keep_parameter_names, load_processor
+from trl_vlm.models import load_processor
 from trl_vlm.rewards import FactRLHFReward, RewardModelReward
 from trl_vlm.scripts.arguments import accumulation, model_arguments, parsed, refusals, script_parser
 from trl_vlm.scripts.evaluation import scored
@@ -279,11 +279,8 @@ class FactRLHF:
                 self.model.model_name_or_path,
                 args=self.sft_arguments(trained.path),
                 train_dataset=self.rows.supervised(),
-                processing_class=load_processor(self.model.model_name_or_path),
                 peft_config=get_peft_config(self.model),
             )
-            keep_parameter_names(trainer.model)
-            freeze_vision_tower(trainer.model)
             trained.train(trainer)
         if self.model.use_peft:
             if PartialState().is_main_process:
@@ -362,6 +359,7 @@ class FactRLHF:
             learning_rate=self.options.sft_learning_rate,
             num_train_epochs=self.options.sft_epochs,
             max_length=None,  # never cut image tokens
+            freeze_vision_tower=True,
             **self.shared_arguments("sft", folder, self.options.sft_batch_size),
         )
 

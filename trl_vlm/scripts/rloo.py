@@ -1,8 +1,8 @@
-"""TRL's RLOO with rewards that read images and facts, with every option of `RLOOConfig`.
+"""RLOO with rewards that read images and facts, with every option of `RLOOConfig`.
 
     accelerate launch -m trl_vlm.scripts.rloo \
         --model_name_or_path outputs/sft --reward_model_name_or_path outputs/reward --dataset_name prompts.parquet \
-        --output_dir outputs/rloo --use_peft --lora_target_modules all-linear --learning_rate 1e-5 \
+        --output_dir outputs/rloo --use_peft --lora_target_modules language-model --learning_rate 1e-5 \
         --num_train_epochs 1 --total_batch_size 64
 
 Rows: `prompt`, `images`, and what the reward reads, such as `facts` (docs/data.md).
@@ -10,8 +10,9 @@ Rows: `prompt`, `images`, and what the reward reads, such as `facts` (docs/data.
 
 from collections.abc import Sequence
 
-from trl import ModelConfig, RLOOConfig, RLOOTrainer, TrlParser
+from trl import ModelConfig, TrlParser
 
+from trl_vlm import RLOOConfig, RLOOTrainer
 from trl_vlm.scripts.arguments import model_arguments, script_parser
 from trl_vlm.scripts.job import options_of, prepared
 from trl_vlm.scripts.rewards import RolloutArguments, check_rewards, rewards_of

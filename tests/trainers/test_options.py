@@ -15,6 +15,7 @@ from tests.preference_rows import preference_rows
 from tests.trainers.ppo.helpers import count_letters
 from tests.trainers.ppo.helpers import rows as prompt_rows
 from trl_vlm.models.parts import part_of
+from trl_vlm.models.reply_ends import with_reply_ends
 
 METHODS = ("DPO", "Reward", "PPO", "SFT", "GRPO", "RLOO")
 ROLLOUTS = ("PPO", "GRPO", "RLOO")
@@ -297,13 +298,14 @@ def test_the_processor_comes_from_where_the_weights_come(method, tmp_path, monke
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["SFT", "GRPO", "RLOO"])
 def test_with_nothing_of_ours_set_the_losses_are_trls(method, family, tmp_path):
-    losses = []
+    losses, model = [], str(saved(family, sharp=4.0))
+    processor = with_reply_ends(load_processor(model))  # of LLaVA-1.5, TRL would train replies without an end
     for module in (trl, trl_vlm):
-        config, model = getattr(module, f"{method}Config"), str(saved(family, sharp=4.0))
+        config = getattr(module, f"{method}Config")
         args = settings(method, tmp_path, config, max_steps=3, logging_steps=1)
         more = {"reward_funcs": count_letters} if method in ROLLOUTS else {}
         trainer = getattr(module, f"{method}Trainer")(
-            model, args=args, train_dataset=data(method), processing_class=load_processor(model), **more
+            model, args=args, train_dataset=data(method), processing_class=processor, **more
         )
         trainer.train()
         names = ("loss", "grad_norm")

@@ -48,7 +48,7 @@ def make(method: str, model: Any, folder: str, adapter: bool, options: dict[str,
     args = ppo.settings(
         **{"folder": options.pop("output_dir"), **options},
         shuffle_dataset=False,
-        kl_coef=0.5,
+        num_ppo_epochs=3,  # one rollout: a rounding would change the replies of the next one
         generation_kwargs={"do_sample": False},  # so that replies do not depend on the number of processes
     )
     return PPOTrainer(

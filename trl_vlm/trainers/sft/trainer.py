@@ -1,6 +1,9 @@
 """TRL's `SFTTrainer` with what all trainers of this package do to a vision-language model."""
 
+import copy
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +13,11 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import BitsAndBytesConfig, DataCollator, EvalPrediction, PreTrainedModel, TrainerCallback
 
+from trl_vlm.data.rows import ROW_NAME
+from trl_vlm.models.reply_ends import with_reply_ends
 from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.card import CardFacts
+from trl_vlm.trainers.ppo.rollout_rows import rollout_rows
 from trl_vlm.trainers.preparation import (
     PreparedTrainer,
     Processor,
@@ -19,14 +25,21 @@ from trl_vlm.trainers.preparation import (
     complete_processor,
     prepare_model,
 )
+from trl_vlm.trainers.sft.collator import SupervisedCollator
 from trl_vlm.trainers.sft.config import SFTConfig
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE_FILES = (".jinja", ".j2")
 
 
 class SFTTrainer(PreparedTrainer, trl.SFTTrainer):
     """A drop-in for `trl.SFTTrainer`: a processor that can train, frozen parts, own rates, LoRA presets.
 
     The arguments are those of `trl.SFTTrainer`; `peft_config.target_modules` may be "language-model" or
-    "language-model-and-projector". With nothing of ours set the losses are TRL's.
+    "language-model-and-projector". A reply that the chat template leaves open gets its end (`append_eos`), and a row
+    whose whole reply `max_length` cuts off is an error (with images) or left out with a warning (without). Otherwise,
+    with nothing of ours set, the losses are TRL's.
     """
 
     _tag_names = ["trl", "sft", "trl-vlm"]
@@ -51,13 +64,15 @@ class SFTTrainer(PreparedTrainer, trl.SFTTrainer):
         **kwargs: Any,
     ):
         args = complete_arguments(args, model, SFTConfig)
+        processing_class = _with_template(complete_processor(processing_class, model, args), args)
+        template_path, args.chat_template_path = args.chat_template_path, _left_to_trl(args)
         super().__init__(
             model,
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=complete_processor(processing_class, model, args),
+            processing_class=processing_class,
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -69,8 +84,52 @@ class SFTTrainer(PreparedTrainer, trl.SFTTrainer):
             formatting_func=formatting_func,
             **kwargs,
         )
+        args.chat_template_path = template_path
         prepare_model(self.model, args)
+        if self._is_vision_dataset and data_collator is None:
+            self.data_collator = SupervisedCollator(self.data_collator, args.max_length)
+            self.train_dataset = rollout_rows(self.train_dataset, "train")
+            self.eval_dataset = rollout_rows(self.eval_dataset, "eval")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if ROW_NAME not in self._signature_columns:
+            self._signature_columns.append(ROW_NAME)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """As in TRL, which drops rows without images whose reply `max_length` cuts off: here it says how many."""
+        prepared = super()._prepare_dataset(
+            dataset, processing_class, args, packing, formatting_func, dataset_name=dataset_name
+        )
+        if packing or not isinstance(dataset, Dataset) or len(prepared) == len(dataset):
+            return prepared
+        cut = (
+            f"`max_length={args.max_length}` cuts off the whole reply of {len(dataset) - len(prepared)} of the "
+            f"{len(dataset)} rows of the {dataset_name} dataset"
+        )
+        if len(prepared) == 0:
+            raise ValueError(f"{cut}: none is left. Raise it, or set it to None.")
+        logger.warning("%s, and they are left out.", cut)
+        return prepared
 
     def card_facts(self) -> CardFacts:
         """What the model card says of this run."""
         return CardFacts(["Supervised fine-tuning on replies."])
+
+
+def _left_to_trl(args: SFTConfig) -> str | None:
+    """The template's path if TRL is to read it: the template of another tokenizer, whose tokens it adds."""
+    path = args.chat_template_path
+    return None if path is None or Path(path).suffix in TEMPLATE_FILES else path
+
+
+def _with_template(processor: Processor, args: SFTConfig) -> Processor:
+    """The processor with the template of the file `args.chat_template_path`, if any, which then ends replies, too."""
+    path = args.chat_template_path
+    if path is None or _left_to_trl(args) is not None:
+        return processor
+    processor = copy.copy(processor)
+    processor.chat_template = Path(path).read_text(encoding="utf-8")
+    return with_reply_ends(processor) if args.append_eos else processor

@@ -2,10 +2,15 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trl_vlm.cli.options import ROWS, add_input, add_source, positive, source_of, write
+from trl_vlm.cli.options import ROWS, CommandFailed, add_input, add_source, positive, source_of, write
 from trl_vlm.data.checks import PURPOSES, CheckReport, check_dataset
+
+if TYPE_CHECKING:
+    from trl_vlm.data.model_check import ModelCheck, Spread
+
+SHOWN_TOKENS = 12
 
 
 def add(command: argparse.ArgumentParser) -> None:
@@ -22,6 +27,8 @@ def add(command: argparse.ArgumentParser) -> None:
         default=20,
         help="how many problems to list (default: %(default)s)",
     )
+    command.add_argument("--model", help="vision-language model (hub id or folder) whose processor reads the rows")
+    command.add_argument("--max-length", type=positive, help="with --model: a row with more tokens is bad")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -29,6 +36,7 @@ def run(options: argparse.Namespace) -> int:
     """Checks, and reports; 1 if anything is wrong, or there is no row."""
     from tqdm.auto import tqdm
 
+    model = _model_check(options)
     source = source_of(options, options.input)
     rows = tqdm(source.records(limit=options.limit), total=source.total, unit="row", disable=None)
     report = check_dataset(
@@ -37,9 +45,66 @@ def run(options: argparse.Namespace) -> int:
         load_images=not options.no_images,
         images=Path(options.images) if options.images else None,
         max_problems=options.max_problems,
+        **({} if model is None else {"control_tokens": model.control_tokens, "further": model}),
     )
-    write(check_json(report) if options.json else check_text(report, options.purpose))
+    if options.json:
+        write(check_json(report) | ({} if model is None else {"model": model_json(model)}))
+    else:
+        write("\n".join([*([] if model is None else model_lines(model)), check_text(report, options.purpose)]))
     return 0 if report.is_good else 1
+
+
+def _model_check(options: argparse.Namespace) -> "ModelCheck | None":
+    """What is asked of a model; None if none is given, and then nothing heavy is imported."""
+    if options.model is None:
+        if options.max_length is not None:
+            raise CommandFailed("--max-length needs --model: how many tokens a row has depends on the processor.")
+        return None
+    if options.no_images:
+        raise CommandFailed("--model cannot be combined with --no-images: images decide how many tokens a row has.")
+    from trl_vlm.data.model_check import ModelCheck
+
+    images = Path(options.images) if options.images else None
+    return ModelCheck(options.model, options.purpose, options.max_length, images)
+
+
+def model_json(model: "ModelCheck") -> dict[str, Any]:
+    """What a model makes of the rows, for programs."""
+
+    def spread(found: "Spread | None") -> dict[str, float] | None:
+        return None if found is None else found._asdict()
+
+    return {
+        "path": model.path,
+        "processor": type(model.processor).__name__,
+        "reply_end": model.end or model.processor.tokenizer.eos_token,
+        "reply_end_is_appended": model.end is None,
+        "tokens_per_row": spread(model.tokens_per_row),
+        "image_tokens_per_row": spread(model.image_tokens_per_row),
+        "too_long_rows": model.too_long,
+        "refused_rows": model.refused,
+        "control_tokens": list(model.control_tokens),
+    }
+
+
+def model_lines(model: "ModelCheck") -> list[str]:
+    """What a model makes of the rows, for people."""
+    tokenizer, tokens = model.processor.tokenizer, model.control_tokens
+    if model.end is None:
+        end = f"{tokenizer.eos_token!r}, appended by the trainers: the chat template leaves replies open"
+    else:
+        end = f"{model.end!r}, from the chat template"
+    more = f" and {len(tokens) - SHOWN_TOKENS} more" if len(tokens) > SHOWN_TOKENS else ""
+    lines = [f"{model.path} ({type(model.processor).__name__})", f"end of a reply: {end}"]
+    if model.tokens_per_row is not None and model.image_tokens_per_row is not None:
+        for name, found in (("image tokens", model.image_tokens_per_row), ("tokens", model.tokens_per_row)):
+            lines.append(
+                f"{name} per row: {found.least} at least, {found.median:g} in the median, {found.most} at most"
+            )
+    if model.max_length is not None:
+        lines.append(f"rows with more than {model.max_length} tokens: {model.too_long}")
+    lines.append(f"rows whose placeholders and images differ, or that the processor refuses: {model.refused}")
+    return [*lines, f"control tokens: {' '.join(tokens[:SHOWN_TOKENS])}{more}"]
 
 
 def check_json(report: CheckReport) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Validation of a whole dataset before a run: every row, every fault, instead of the first one an hour in."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,6 +64,8 @@ def check_dataset(
     load_images: bool = True,
     images: Path | None = None,
     max_problems: int | None = None,
+    control_tokens: Iterable[str] = CONTROL_TOKENS,
+    further: Callable[[Row], list[Fault]] | None = None,
 ) -> CheckReport:
     """Checks every row and collects what is wrong, by the rules of the trainers.
 
@@ -76,18 +78,23 @@ def check_dataset(
         load_images: Decode every image, the only way to find a truncated one.
         images: Folder that relative image paths start at.
         max_problems: Keep this many faults in `problems`; all are counted.
+        control_tokens: What a tokenizer reads as the end of a turn or the like; by default that of many families.
+        further: Finds more faults in a row that has none so far, such as those of a model's processor.
     """
+    control_tokens = tuple(control_tokens)
     if purpose not in PURPOSES:
         raise ValueError(f"`purpose` is {purpose!r}; it must be one of {', '.join(PURPOSES)}.")
     report, extra_replies = CheckReport(), None
     for index, row in enumerate(rows):
-        found = row_faults(row, purpose, load_images=load_images, folder=images)
+        found = row_faults(row, purpose, load_images=load_images, folder=images, control_tokens=control_tokens)
         if purpose == "dpo":
             count = _extra_replies(row)
             extra_replies = count if extra_replies is None else extra_replies
             if count is not None and count != extra_replies:
                 reason = f"it holds {count} replies, and the first row's {extra_replies}. Every row needs as many."
                 found.append(Fault("rejected_extra", OTHER_NUMBER, reason))
+        if further is not None and all(fault.is_warning for fault in found):
+            found += further(row)
         report.rows += 1
         report.bad_rows += not all(fault.is_warning for fault in found)
         report.images += image_count(row)
@@ -97,9 +104,16 @@ def check_dataset(
     return report
 
 
-def row_faults(row: Row, purpose: str, *, load_images: bool = True, folder: Path | None = None) -> list[Fault]:
+def row_faults(
+    row: Row,
+    purpose: str,
+    *,
+    load_images: bool = True,
+    folder: Path | None = None,
+    control_tokens: Iterable[str] = CONTROL_TOKENS,
+) -> list[Fault]:
     """All faults of a row, those of its images among them; see `PURPOSES` for `purpose`."""
-    found = list(faults(row, purpose, control_tokens=CONTROL_TOKENS))
+    found = list(faults(row, purpose, control_tokens=control_tokens))
     return found + list(image_file_faults(row, folder)) if load_images else found
 
 

@@ -72,6 +72,11 @@ def with_reply_ends(processor: Processor) -> Processor:
 
 def leaves_replies_open(processor: ProcessorMixin | PreTrainedTokenizerBase) -> bool:
     """Whether the chat template renders no end token, and no other special token, behind a reply."""
+    return reply_end(processor) is None
+
+
+def reply_end(processor: ProcessorMixin | PreTrainedTokenizerBase) -> str | None:
+    """The first special token that the chat template renders behind a reply; None if it leaves replies open."""
     question, reply = "What is it?", "An answer."
     if isinstance(processor, ProcessorMixin):
         contents = [[{"type": "text", "text": text}] for text in (question, reply)]
@@ -81,7 +86,9 @@ def leaves_replies_open(processor: ProcessorMixin | PreTrainedTokenizerBase) -> 
     behind = processor.apply_chat_template(messages, tokenize=False).rpartition(reply)[2]
     tokenizer = _tokenizer(processor)
     special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
-    return special.isdisjoint(tokenizer(behind, add_special_tokens=False).input_ids)
+    found = (token for token in tokenizer(behind, add_special_tokens=False).input_ids if token in special)
+    first = next(found, None)
+    return None if first is None else tokenizer.convert_ids_to_tokens(first)
 
 
 def _closed(template: str, end: str) -> str:

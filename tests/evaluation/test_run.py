@@ -20,6 +20,8 @@ from trl_vlm.evaluation.tasks import part_of, read_tasks
 from trl_vlm.judges.chat import CUT_OFF, Answer
 from trl_vlm.models.loading import load_generative_model
 
+pytestmark = pytest.mark.slow
+
 POPE, CHAIR, MMHAL = (BENCHMARKS[name] for name in ("pope", "chair", "mmhal"))
 
 

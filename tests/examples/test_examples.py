@@ -15,6 +15,8 @@ from tests.scripts.helpers import write
 from trl_vlm.pairs import SentenceEncoder
 from trl_vlm.testbed.files import write_files
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SHORT = [path for path in EXAMPLES if path.stem != "fact_rlhf"]

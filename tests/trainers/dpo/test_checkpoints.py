@@ -7,6 +7,8 @@ from transformers import AutoModelForImageTextToText
 from tests.trainers.dpo.helpers import lora, make
 from trl_vlm import DPOConfig, DPOTrainer
 
+pytestmark = pytest.mark.slow
+
 
 def run(folder, resume=None, **options):
     trainer = make(DPOTrainer, DPOConfig, folder, max_steps=4, save_strategy="steps", save_steps=2, **options)

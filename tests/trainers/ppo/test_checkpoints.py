@@ -13,6 +13,8 @@ from tests import families
 from tests.trainers.ppo.helpers import count_letters, lora, rows, settings
 from trl_vlm import PPOTrainer
 
+pytestmark = pytest.mark.slow
+
 
 def make(folder, adapter, model=None, **options):
     return PPOTrainer(

@@ -5,7 +5,7 @@ Each says why it is needed, where upstream stands, and when it can be deleted;
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from transformers import (
@@ -13,18 +13,21 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
-    ProcessorMixin,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+if TYPE_CHECKING:
+    from transformers import LlavaNextProcessor
 
 # Arguments of `from_pretrained` that say where files come from.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
-def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `from_pretrained`'s arguments that say where files come from."""
     return {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
 
@@ -34,20 +37,21 @@ def backbone_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel
 
     The auto classes have no public look-up by config; `_model_mapping` has held it since transformers 4.0.
     """
-    return AutoModel._model_mapping.get(config_class, None)
+    return cast(type[PreTrainedModel] | None, AutoModel._model_mapping.get(config_class, None))
 
 
 def processor_class(config_class: type[PreTrainedConfig]) -> type | None:
     """The processor class of a model's config, or None. Private for the same reason as `backbone_class`."""
-    return PROCESSOR_MAPPING.get(config_class, None)
+    return cast(type | None, PROCESSOR_MAPPING.get(config_class, None))
 
 
 def reads_images(config_class: type[PreTrainedConfig]) -> bool:
     """Whether a config is that of a model which turns images and text into text; imports no model."""
-    return "vision_config" in config_class.sub_configs and config_class in AutoModelForImageTextToText._model_mapping
+    parts: Mapping[str, type] = config_class.sub_configs  # pyright: ignore[reportAssignmentType]  a class property
+    return "vision_config" in parts and config_class in AutoModelForImageTextToText._model_mapping
 
 
-def anyres_features(processor: ProcessorMixin, image_size: tuple[int, int], tile_size: tuple[int, int]) -> int:
+def anyres_features(processor: "LlavaNextProcessor", image_size: tuple[int, int], tile_size: tuple[int, int]) -> int:
     """Number of features, class token included, of an image (height, width) that LLaVA-NeXT cuts into tiles.
 
     The number depends on the canvas that fits the image best and on how its padding is cut off again; the processor
@@ -74,7 +78,7 @@ def generation_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> T
             "text. Pass on everything that the processor returned."
         )
     others = {name: value for name, value in inputs.items() if name != "input_ids"}
-    return model._prepare_position_ids_for_generation(inputs["input_ids"], others)
+    return cast(GenerationMixin, model)._prepare_position_ids_for_generation(inputs["input_ids"], others)
 
 
 def borrow_key_names(model_class: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> None:
@@ -86,7 +90,9 @@ def borrow_key_names(model_class: type[PreTrainedModel], config_class: type[PreT
     Delete when classes from outside can name the class whose checkpoints they read.
     """
     generative = AutoModelForImageTextToText._model_mapping.get(config_class, None)
-    generative = generative or AutoModelForCausalLM._model_mapping.get(config_class, None)
+    generative = cast(
+        type[PreTrainedModel] | None, generative or AutoModelForCausalLM._model_mapping.get(config_class, None)
+    )
     mapping = get_checkpoint_conversion_mapping(generative.__name__) if generative is not None else None
     if mapping is None:
         mapping = get_checkpoint_conversion_mapping(config_class.model_type)
@@ -144,7 +150,7 @@ def keep_parameter_names(model: PreTrainedModel) -> None:
     Upstream: https://github.com/huggingface/transformers/issues/43701 (also #40187, #48805).
     Delete when `Trainer.train(resume_from_checkpoint=...)` restores a llava; a test watches for that.
     """
-    model._weight_conversions = []
+    model._weight_conversions = []  # pyright: ignore[reportArgumentType]  nn.Module's stub: tensors and modules alone
 
 
 def keep_4bit_layers_trainable(model: nn.Module) -> None:
@@ -159,7 +165,7 @@ def keep_4bit_layers_trainable(model: nn.Module) -> None:
     for module in model.modules():
         # hasattr: bitsandbytes is optional, and the attribute is what tells its 4-bit layers apart.
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]  as above
 
 
 def adapter_state(folder: str, **kwargs: Any) -> dict:

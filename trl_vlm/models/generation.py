@@ -11,7 +11,7 @@ Judges, evaluation, pair sources, the watch of the DPO trainer and the testbed a
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,16 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+
+from trl_vlm.models.loading import is_adapted
+
+
+class _Generative(Protocol):
+    """A model with a language head."""
+
+    def generate(self, **inputs: object) -> Tensor:
+        """Prompts and their continuations, (B, T)."""
+        ...
 
 
 class Policy(NamedTuple):
@@ -96,7 +106,7 @@ def generated(
                 )
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             sequences = range(len(replies), len(replies) + len(batch["input_ids"]))
-            output = model.generate(
+            output = cast(_Generative, model).generate(
                 **inputs,
                 generation_config=config,
                 # Left out where nothing is said: a model may come with a `generate` that knows better.
@@ -108,14 +118,16 @@ def generated(
     return replies
 
 
-def ends_of_reply(model: nn.Module, processor: ProcessorMixin | PreTrainedTokenizerBase | None = None) -> list[int]:
+def ends_of_reply(
+    model: PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerBase | None = None
+) -> list[int]:
     """Ids of the tokens that end a reply: those of the model's `generation_config`, or else its tokenizer's."""
     ends = model.generation_config.eos_token_id
     if ends is None and processor is not None:
         ends = _tokenizer(processor).eos_token_id
     if ends is None:
         return []
-    return list(ends) if isinstance(ends, list | tuple) else [ends]
+    return cast(list[int], list(ends) if isinstance(ends, list | tuple) else [ends])
 
 
 @contextmanager
@@ -174,10 +186,9 @@ def _plain_config(policy: Policy, max_new_tokens: int, temperature: float) -> Ge
 
 
 @contextmanager
-def _plain(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+def _plain(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """The model with `config` as its own: `generate` fills what a passed configuration leaves open from there."""
-    # hasattr: importing peft for an isinstance takes seconds, which a model without adapters can spare.
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = cast(PreTrainedModel, model.get_base_model() if is_adapted(model) else model)
     given = inner.generation_config
     inner.generation_config = config
     try:

@@ -1,8 +1,8 @@
 """Image features computed once, and handed to a model's forward again and again, whole or in part."""
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -11,18 +11,30 @@ from transformers import PreTrainedModel
 from trl_vlm.models.image_tokens import image_token_mask
 
 
+class _Output(Protocol):
+    """What it returns; in Qwen3-VL also `deepstack_features`, which have the same form."""
+
+    pooler_output: Tensor | Sequence[Tensor]
+
+
+class _Encoder(Protocol):
+    """`get_image_features` of a family."""
+
+    def __call__(self, *, return_dict: bool, **pixels: Tensor) -> _Output: ...
+
+
 class ImageFeatures:
     """What the vision tower and projector make of a batch: one feature for each of its image tokens, in their order.
 
     Besides the features that take the places of the tokens, Qwen3-VL has some that are added in later layers.
     """
 
-    def __init__(self, output: Any):
-        self._kind = type(output)
+    def __init__(self, output: _Output):
+        self._kind: Callable[..., _Output] = type(output)
         self._is_tensor = isinstance(output.pooler_output, Tensor)
         self._tokens = _flat(output.pooler_output)  # (S, D)
-        # hasattr: the output of Qwen3-VL alone has them.
-        deep = output.deepstack_features if hasattr(output, "deepstack_features") else ()
+        # getattr: the output of Qwen3-VL alone has them.
+        deep: Sequence[Tensor | Sequence[Tensor]] = getattr(output, "deepstack_features", ())
         self._deep = [_flat(layer) for layer in deep]
 
     @classmethod
@@ -35,7 +47,7 @@ class ImageFeatures:
         """
         if "pixel_values" not in batch:
             return None
-        encode = model.base_model.get_image_features
+        encode = cast(_Encoder, model.base_model.get_image_features)
         pixels = {name: batch[name] for name in inspect.signature(encode).parameters if name in batch}
         features = cls(encode(**pixels, return_dict=True))
         placeholders = int(image_token_mask(batch["input_ids"], model.config).sum())
@@ -53,7 +65,7 @@ class ImageFeatures:
             return {}
         tokens = self._tokens[which]
         # Some families concatenate a list over images, others take a tensor (images, tokens, D).
-        parts = {"pooler_output": tokens[None] if self._is_tensor else [tokens]}
+        parts: dict[str, object] = {"pooler_output": tokens[None] if self._is_tensor else [tokens]}
         if self._deep:
             parts["deepstack_features"] = [[layer[which]] for layer in self._deep]
         return {"mm_encoder_outputs": {"image": self._kind(**parts)}}

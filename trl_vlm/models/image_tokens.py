@@ -8,13 +8,22 @@ package ends with `check_image_tokens`.
 import contextlib
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import Tensor
-from transformers import PreTrainedConfig, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_vlm.models import _transformers
 from trl_vlm.models.families import family_of
+
+if TYPE_CHECKING:
+    from transformers import Idefics3Processor, LlavaNextProcessor, LlavaProcessor
+
+
+class _HasSize(Protocol):
+    """Processors of families whose images, or tiles of them, all have the same number of features."""
+
+    image_seq_length: int
 
 
 def image_token_id(source: PreTrainedConfig | ProcessorMixin) -> int:
@@ -36,7 +45,7 @@ def image_token_id(source: PreTrainedConfig | ProcessorMixin) -> int:
     )
 
 
-def image_tokens(processor: Any) -> tuple[str, ...]:
+def image_tokens(processor: ProcessorMixin | PreTrainedTokenizerBase) -> tuple[str, ...]:
     """What stands for an image in a text that this processor reads; none for a tokenizer.
 
     A text that spells one of them out has one more image, or one more placeholder.
@@ -77,11 +86,11 @@ def features_per_row(
     if counting == "masks" and "pixel_attention_mask" in batch:
         # (B, tiles, height, width), a row's missing tiles are all zero
         tiles = batch["pixel_attention_mask"].flatten(2).any(-1).sum(-1)
-        return (tiles * processor.image_seq_len).tolist()
+        return (tiles * cast("Idefics3Processor", processor).image_seq_len).tolist()
     if counting == "grids":  # (images, 3): frames, rows and columns of patches, merged in squares
         per_image = (batch["image_grid_thw"].prod(-1) // processor.image_processor.merge_size**2).tolist()
     elif counting == "anyres":
-        per_image = _anyres_features(batch, processor)
+        per_image = _anyres_features(batch, cast("LlavaNextProcessor", processor))
     elif (size := _features_of_one(batch, processor)) is not None:
         per_image = [size] * len(batch["pixel_values"])
     else:
@@ -131,7 +140,7 @@ def _check_tiles(
 ) -> None:
     """The check where a row's number of tiles is unknown: whole tiles in each row, and the right number in all."""
     size = _features_of_one(batch, processor)
-    most = processor.image_seq_length if family_of(processor).counting == "at most" else None
+    most = cast(_HasSize, processor).image_seq_length if family_of(processor).counting == "at most" else None
     for name, images, found in zip(names, images_per_row, placeholders, strict=True):
         if (found > 0) != (images > 0):
             raise ValueError(_mismatch(name, images, found, "does not fit", cut=found == 0))
@@ -163,12 +172,13 @@ def _mismatch(name: str, images: int, found: int, wanted: str, *, cut: bool) -> 
     )
 
 
-def _anyres_features(batch: Mapping[str, Tensor], processor: ProcessorMixin) -> list[int]:
+def _anyres_features(batch: Mapping[str, Tensor], processor: "LlavaNextProcessor") -> list[int]:
     """Features of each image of LLaVA-NeXT: a small copy, the tiles without their padding, one end per line."""
     # The method counts a class token where `num_additional_image_tokens` says so, and leaves it to its caller to drop.
     dropped = processor.vision_feature_select_strategy == "default"
+    height, width = batch["pixel_values"].shape[-2:]
     return [
-        _transformers.anyres_features(processor, size, batch["pixel_values"].shape[-2:]) - dropped
+        _transformers.anyres_features(processor, size, (height, width)) - dropped
         for size in batch["image_sizes"].tolist()
     ]
 
@@ -177,10 +187,12 @@ def _features_of_one(batch: Mapping[str, Tensor], processor: ProcessorMixin) -> 
     """Features of one entry of `pixel_values` where all have the same number: an image, or a tile of one."""
     counting = family_of(processor).counting
     if counting == "tiles":
-        return processor.image_seq_length
+        return cast(_HasSize, processor).image_seq_length
     if counting == "patches":
+        processor = cast("LlavaProcessor", processor)
         height, width = batch["pixel_values"].shape[-2:]
         # The class token is one feature more, unless the model drops it.
         class_tokens = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
-        return (height // processor.patch_size) * (width // processor.patch_size) + class_tokens
+        patch = cast(int, processor.patch_size)
+        return (height // patch) * (width // patch) + class_tokens
     return None

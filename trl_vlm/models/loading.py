@@ -1,18 +1,28 @@
 """Loading a generative model from a folder or the hub, whether it holds all weights or a PEFT adapter."""
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from torch import nn
-from transformers import AutoModelForImageTextToText, ProcessorMixin
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 from transformers.utils import find_adapter_config_file
 
 from trl_vlm.models import _transformers
 from trl_vlm.models.processors import load_processor
 
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-def load_generative_model(path: str | PathLike, **kwargs: Any) -> nn.Module:
+
+def is_adapted(model: nn.Module) -> "TypeGuard[PeftModel]":
+    """Whether PEFT's wrapper is around a model."""
+    # hasattr: importing peft for an isinstance takes seconds, which a model without adapters can spare.
+    return hasattr(model, "get_base_model")
+
+
+def load_generative_model(path: str | PathLike, **kwargs: Any) -> PreTrainedModel:
     """Returns the vision-language model of `path`; an adapter comes with its base model, from where it says that lies.
 
     Args:
@@ -35,7 +45,8 @@ def load_generative_model(path: str | PathLike, **kwargs: Any) -> nn.Module:
             f"{path} is an adapter of the model {base!r}, which cannot be loaded from there. Put it back, or correct "
             "`base_model_name_or_path` in the adapter's adapter_config.json."
         ) from error
-    return PeftModel.from_pretrained(model, path, **hub)
+    # PEFT's wrapper hands on what is asked of the model inside.
+    return cast(PreTrainedModel, PeftModel.from_pretrained(model, str(path), **hub))
 
 
 def load_generative_processor(path: str | PathLike, **kwargs: Any) -> ProcessorMixin:
@@ -55,7 +66,7 @@ def load_generative_processor(path: str | PathLike, **kwargs: Any) -> ProcessorM
         return load_processor(base, **without_place(hub))
 
 
-def without_place(kwargs: dict[str, Any]) -> dict[str, Any]:
+def without_place(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `from_pretrained` for the base of an adapter: where in a repository the adapter lies is its own."""
     return {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
 
@@ -65,9 +76,9 @@ def base_of(path: str | PathLike, **hub: Any) -> str | None:
     place = Path(path, hub.get("subfolder") or "")
     if place.is_dir():  # transformers looks into a subfolder of a repository, and not of a folder on disk
         path, hub = place, {name: value for name, value in hub.items() if name != "subfolder"}
-    if find_adapter_config_file(path, **hub) is None:
+    if find_adapter_config_file(str(path), **hub) is None:
         return None
     # Importing peft imports bitsandbytes and torch's compiler: many seconds that a model without adapter can spare.
     from peft import PeftConfig
 
-    return str(PeftConfig.from_pretrained(path, **hub).base_model_name_or_path)
+    return str(PeftConfig.from_pretrained(str(path), **hub).base_model_name_or_path)

@@ -1,11 +1,19 @@
 """The parts of a vision-language model, told by parameter names: what is frozen, what trains, and how much of it."""
 
 from collections import Counter
-from typing import Literal
+from typing import Literal, Protocol
 
+import torch
 from torch import nn
 
 from trl_vlm.models.families import HEADS, PROJECTORS, TOWERS
+
+
+class _QuantState(Protocol):
+    """What bitsandbytes knows of a 4-bit parameter."""
+
+    shape: torch.Size
+
 
 Part = Literal["vision tower", "projector", "language model", "head"]
 PARTS: tuple[Part, ...] = ("vision tower", "projector", "language model", "head")
@@ -63,9 +71,9 @@ def trainable_parameter_table(model: nn.Module) -> str:
 
 def _size(parameter: nn.Parameter) -> int:
     """Number of weights, also of partitioned (ZeRO-3) and 4-bit parameters, whose tensors are smaller."""
-    # hasattr: DeepSpeed and bitsandbytes are optional and mark their parameters by these attributes.
-    if hasattr(parameter, "ds_numel"):
-        return parameter.ds_numel
-    if hasattr(parameter, "quant_state") and parameter.quant_state is not None:
-        return parameter.quant_state.shape.numel()
-    return parameter.numel()
+    # getattr: DeepSpeed and bitsandbytes are optional and mark their parameters by these attributes.
+    size: int | None = getattr(parameter, "ds_numel", None)
+    if size is not None:
+        return size
+    state: _QuantState | None = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()

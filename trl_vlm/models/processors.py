@@ -7,14 +7,18 @@ function that trainers, rewards and evaluation call.
 import types
 from itertools import compress
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import transformers
-from transformers import AutoConfig, AutoProcessor, PaliGemmaProcessor, ProcessorMixin
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor, PaliGemmaProcessor, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import is_torchvision_available
 
 from trl_vlm.models import _transformers
 from trl_vlm.models.image_tokens import image_tokens
+
+_Processor = TypeVar("_Processor", bound=ProcessorMixin | PreTrainedTokenizerBase)
 
 
 def load_processor(path: str | PathLike, **kwargs: Any) -> ProcessorMixin:
@@ -50,7 +54,7 @@ def trainable_processor(processor_class: type[ProcessorMixin]) -> type[Processor
     return processor_class
 
 
-def as_trainable(processor: Any) -> Any:
+def as_trainable(processor: _Processor) -> _Processor:
     """Returns a processor in the variant that training needs: itself, or a copy of the same parts that behaves so."""
     if not isinstance(processor, ProcessorMixin):
         return processor  # a tokenizer
@@ -60,7 +64,7 @@ def as_trainable(processor: Any) -> Any:
     # Not made anew by its constructor: that would add tokens again, and lose what was set on the processor since.
     copied = wanted.__new__(wanted)
     vars(copied).update(vars(processor))
-    return copied
+    return cast(_Processor, copied)
 
 
 def control_tokens(processor: ProcessorMixin) -> list[str]:
@@ -110,7 +114,7 @@ class _ImageOnly(ProcessorMixin):
         named = dict(zip(cls.get_attributes(), args, strict=True)) | {"video_processor": None}
         loaded = super().from_args_and_dict([], processor_dict, **named, **kwargs)
         processor = loaded[0] if isinstance(loaded, tuple) else loaded
-        processor.video_settings = processor_dict.get("video_processor")
+        cast(_ImageOnly, processor).video_settings = processor_dict.get("video_processor")
         return loaded
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,7 +139,7 @@ class _PaliGemmaProcessor(PaliGemmaProcessor):
     Delete when TRL trains PaliGemma with the stock processor.
     """
 
-    def __call__(self, images=None, text=None, suffix=None, **kwargs):
+    def __call__(self, images=None, text=None, suffix=None, **kwargs: Any):
         unpadded = not kwargs.get("padding") and kwargs.get("return_tensors") is None
         if unpadded:  # the stock class makes an array of the rows, which must then have one length
             kwargs["padding"] = True
@@ -148,13 +152,13 @@ class _PaliGemmaProcessor(PaliGemmaProcessor):
             result.pop("labels")
             for ids, token_types in zip(result["input_ids"], result["token_type_ids"], strict=True):
                 if self.image_token_id not in ids:
-                    token_types[:] = [1] * len(ids) if isinstance(token_types, list) else 1
+                    _fill(token_types, 1)
         return result
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         images, text, *_ = ProcessorMixin.prepare_inputs_layout(self, images=images, text=text, **kwargs)
         if text is not None:
-            text = [self._as_prefix(row) if self.image_token in row else row for row in text]
+            text = [self._as_prefix(row) if self.image_token in row else row for row in cast(list[str], text)]
         return images, text, None, None
 
     def _as_prefix(self, row: str) -> str:
@@ -164,6 +168,13 @@ class _PaliGemmaProcessor(PaliGemmaProcessor):
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         ProcessorMixin.validate_inputs(self, images=images, text=text, **kwargs)
+
+
+def _fill(values: list[int] | Tensor | np.ndarray, value: int) -> None:
+    if isinstance(values, list):
+        values[:] = [value] * len(values)
+    else:
+        values[:] = value
 
 
 # `processor_config.json` names the class: the saved folder must load with the stock one.

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class RewardModel(PreTrainedModel):
     def __init__(self, config: PreTrainedConfig, backbone: PreTrainedModel | None = None):
         """Make a model of `config`, or put a head on `backbone`, whose configuration it is."""
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = cast(int, config.num_labels)
         self.model = AutoModel.from_config(config) if backbone is None else backbone
         self.score = ScoreHead(config.get_text_config().hidden_size, self.num_labels, bias=False)
         self.post_init()
@@ -129,7 +129,7 @@ def last_attended_token(attention_mask: Tensor | None, hidden: Tensor) -> Tensor
     return (positions * (attention_mask != 0).to(hidden.device)).argmax(-1)
 
 
-def reward_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def reward_model_class(config: PreTrainedConfig) -> type[RewardModel]:
     """Returns `<Family>ForSequenceClassification` for a config, made once per family.
 
     It reads the published generative checkpoints of its family. Families that transformers serves itself (Gemma3,
@@ -139,7 +139,7 @@ def reward_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 @cache
-def _class_for(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+def _class_for(config_class: type[PreTrainedConfig]) -> type[RewardModel]:
     backbone = _transformers.backbone_class(config_class)
     if backbone is None or not backbone.__name__.endswith("Model"):
         raise ValueError(
@@ -148,7 +148,9 @@ def _class_for(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
         )
     name = backbone.__name__.removesuffix("Model") + "ForSequenceClassification"
     family = next(parent for parent in backbone.__mro__ if parent.__name__.endswith("PreTrainedModel"))
-    made = type(name, (RewardModel, family), {"__module__": __name__, "config_class": config_class})
+    made = cast(
+        type[RewardModel], type(name, (RewardModel, family), {"__module__": __name__, "config_class": config_class})
+    )
     setattr(sys.modules[__name__], name, made)  # so that pickle finds it
     _transformers.borrow_key_names(made, config_class)
     _transformers.borrow_implementations(made, backbone)
@@ -165,7 +167,7 @@ def load_reward_model(
     head_seed: int = 0,
     base_model: str | PathLike | None = None,
     **kwargs: Any,
-) -> nn.Module:
+) -> PreTrainedModel:
     """Load a reward model, or make one of an ordinary generative checkpoint.
 
     Args:
@@ -195,7 +197,7 @@ def _no_head(path: str | PathLike) -> str:
     )
 
 
-def _load_full(path: str | PathLike, head_seed: int, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, bool]:
+def _load_full(path: str | PathLike, head_seed: int, kwargs: dict[str, Any]) -> tuple[RewardModel, bool]:
     """The model of a folder with all weights, and whether its head was in there."""
     kwargs = dict(kwargs)
     config = kwargs.pop("config", None)
@@ -203,7 +205,8 @@ def _load_full(path: str | PathLike, head_seed: int, kwargs: dict[str, Any]) -> 
         config = AutoConfig.from_pretrained(path, num_labels=1, **_transformers.hub_arguments(kwargs))
     if isinstance(kwargs.get("quantization_config"), BitsAndBytesConfig):
         kwargs["quantization_config"] = _sparing_the_head(kwargs["quantization_config"])
-    model, report = reward_model_class(config).from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    loaded = reward_model_class(config).from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    model, report = cast(tuple[RewardModel, dict[str, Any]], loaded)
     missing = set(report["missing_keys"])
     if not missing <= {"score.weight"}:
         others = sorted(missing - {"score.weight"})
@@ -222,10 +225,11 @@ def _load_full(path: str | PathLike, head_seed: int, kwargs: dict[str, Any]) -> 
 
 def _sparing_the_head(quantization: BitsAndBytesConfig) -> BitsAndBytesConfig:
     """The same quantisation with the head left as it is; a list of the user's would otherwise replace the default."""
-    if quantization.llm_int8_skip_modules is None:
+    skipped = quantization.llm_int8_skip_modules
+    if skipped is None:
         return quantization  # transformers then spares a model's last module, which the head is
     quantization = copy.deepcopy(quantization)
-    quantization.llm_int8_skip_modules = sorted({*quantization.llm_int8_skip_modules, "score"})
+    quantization.llm_int8_skip_modules = sorted({*skipped, "score"})
     return quantization
 
 
@@ -235,34 +239,36 @@ def _load_adapter(
     head_seed: int,
     base_model: str | PathLike | None,
     kwargs: dict[str, Any],
-) -> nn.Module:
+) -> PreTrainedModel:
     """A PEFT adapter with its base model; the head comes from the adapter, else from the base model."""
     # Importing peft imports bitsandbytes and torch's compiler: many seconds that a model without adapter can spare.
     from peft import PeftConfig, PeftModel
 
     hub = _transformers.hub_arguments(kwargs)
-    adapter = PeftConfig.from_pretrained(path, **hub)
-    brings_head = any("score" in name.split(".") for name in _transformers.adapter_state(path, **hub))
+    adapter = PeftConfig.from_pretrained(str(path), **hub)
+    brings_head = any("score" in name.split(".") for name in _transformers.adapter_state(str(path), **hub))
     if adapter.task_type != "SEQ_CLS" and not brings_head:
         raise ValueError(
             f"{path} holds the adapter of a {adapter.task_type} model, not of a reward model (SEQ_CLS). To start a "
             "reward model from it, merge it into its base first (`merge_and_unload`, `save_pretrained`)."
         )
-    base = base_model if base_model is not None else adapter.base_model_name_or_path
+    base = str(base_model if base_model is not None else adapter.base_model_name_or_path)
     try:
         model, base_has_head = _load_full(base, head_seed, without_place(kwargs))
     except OSError as error:
         raise ValueError(
-            f"{path} is an adapter of the model {str(base)!r}, which cannot be loaded from there. If it has moved, "
+            f"{path} is an adapter of the model {base!r}, which cannot be loaded from there. If it has moved, "
             "pass its folder as `base_model`."
         ) from error
     if for_scoring and not (brings_head or base_has_head):
         raise ValueError(_no_head(path))
-    model = PeftModel.from_pretrained(model, path, config=adapter, is_trainable=not for_scoring, **hub)
-    return model.eval() if for_scoring else model
+    # PEFT's wrapper hands on what is asked of the model inside.
+    made = PeftModel.from_pretrained(model, str(path), config=adapter, is_trainable=not for_scoring, **hub)
+    adapted = cast(PreTrainedModel, made)
+    return adapted.eval() if for_scoring else adapted
 
 
-def _draw_head(model: PreTrainedModel, seed: int) -> None:
+def _draw_head(model: RewardModel, seed: int) -> None:
     """Draw a new head with transformers' own spread (normal, `initializer_range`), reproducibly."""
     head = model.score
     std = getattr(model.config.get_text_config(), "initializer_range", 0.02)

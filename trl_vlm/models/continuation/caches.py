@@ -1,15 +1,16 @@
 """Key-value caches that many continuations start from, made of one cache of their rows."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import Cache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 
-def share_out(cache: Cache, seen: Tensor, row: Tensor, lengths: Tensor, room: int) -> tuple[Cache, Tensor]:
+def share_out(cache: DynamicCache, seen: Tensor, row: Tensor, lengths: Tensor, room: int) -> tuple[Cache, Tensor]:
     """To each of J jobs the first tokens of its row, with room for more.
 
     They are aligned on the right, so that windows, which count back from a token, reach as far as in a plain prompt.
@@ -26,15 +27,20 @@ def share_out(cache: Cache, seen: Tensor, row: Tensor, lengths: Tensor, room: in
     """
     index = torch.arange(int(lengths.max()), device=row.device) - lengths.max() + lengths[:, None]  # (J, N)
     real, index, row = index >= 0, index.clamp(min=0), row[:, None]
-    layers = [
-        _RoomyLayer(keys[row, :, index].transpose(1, 2), values[row, :, index].transpose(1, 2), room)
-        for keys, values, *_ in cache
-    ]
-    return Cache(layers=layers), real & seen[row, index]
+    shared = Cache(
+        layers=[
+            _RoomyLayer(keys[row, :, index].transpose(1, 2), values[row, :, index].transpose(1, 2), room)
+            for keys, values, *_ in cast(Iterable[tuple[Tensor, Tensor]], cache)  # filled, so none is None
+        ]
+    )
+    return shared, real & seen[row, index]
 
 
 class _RoomyLayer(DynamicLayer):
     """A layer with room for tokens to come: a step writes its own keys, where `DynamicLayer` copies all of them."""
+
+    keys: Tensor  # from the start, where `DynamicLayer` has None until its first step
+    values: Tensor
 
     def __init__(self, keys: Tensor, values: Tensor, room: int):
         super().__init__()

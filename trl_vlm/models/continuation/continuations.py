@@ -21,7 +21,7 @@ prompt and kept tokens written out; `tests/models/continuation/test_continuation
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -35,7 +35,11 @@ from trl_vlm.models.families import family_of
 from trl_vlm.models.generation import Sampler, ends_of_reply
 from trl_vlm.models.image_features import ImageFeatures
 from trl_vlm.models.image_tokens import image_token_id
+from trl_vlm.models.loading import is_adapted
 from trl_vlm.models.masked_images import check_hidden
+
+if TYPE_CHECKING:
+    from peft import PeftType
 
 
 class Job(NamedTuple):
@@ -131,9 +135,7 @@ class Continuations:
         tokens, positions = self._rows.ids[row, last], self._rows.positions[..., row, last]
         while True:
             seen = pad(seen, (0, 1), value=True)
-            logits = self._forward(
-                cache, seen, input_ids=tokens[:, None], position_ids=positions[..., None], logits_to_keep=1
-            )
+            logits = self._forward(cache, seen, input_ids=tokens[:, None], position_ids=positions[..., None])
             tokens, stay = decoding.step(logits[:, -1])
             if not len(stay):
                 return decoding.replies
@@ -159,7 +161,9 @@ class Continuations:
                 )
 
     def _forward(self, cache: Cache, seen: Tensor, **inputs: Tensor) -> Tensor:
-        return self._model(**inputs, attention_mask=seen.long(), past_key_values=cache, use_cache=True).logits
+        """The logits of each sequence's last token, (N, 1, V)."""
+        state = {"attention_mask": seen.long(), "past_key_values": cache, "use_cache": True}
+        return self._model(**inputs, **state, logits_to_keep=1).logits
 
     def _prefill(self, hidden: Tensor, row: Tensor, last: Tensor, room: int) -> tuple[Cache, Tensor]:
         """Keys and values of what each job has before its last token, and which of them it sees, (J, N)."""
@@ -181,7 +185,7 @@ class Continuations:
             inputs |= self._features.at(computed[rows.is_image])
         # Without a configuration the cache keeps every key; the model's masks still hold windows to their width.
         cache, seen = DynamicCache(), real & ~hidden[needed].gather(1, index)
-        self._forward(cache, seen, **inputs, logits_to_keep=1)
+        self._forward(cache, seen, **inputs)
         place = torch.searchsorted(needed, row)
         return share_out(cache, seen, place, lengths=computed.cumsum(1)[row, last - 1], room=room)
 
@@ -261,14 +265,14 @@ def _check_jobs(jobs: Sequence[Job], rows: _Rows) -> None:
 
 def _generative(model: PreTrainedModel) -> PreTrainedModel:
     """The model itself: adapters are layers inside it, and work without PEFT's wrapper."""
-    # hasattr: importing peft for an isinstance takes seconds, which a model without adapters can spare.
-    if hasattr(model, "get_base_model"):
-        if model.active_peft_config.is_prompt_learning:
+    if is_adapted(model):
+        adapter = model.active_peft_config
+        if adapter.is_prompt_learning:
             raise ValueError(
-                f"A {model.active_peft_config.peft_type.value} adapter puts tokens of its own before the prompt, "
+                f"A {cast('PeftType', adapter.peft_type).value} adapter puts tokens of its own before the prompt, "
                 "which are not continued. Use an adapter that changes layers, as LoRA does."
             )
-        model = model.get_base_model()
+        model = cast(PreTrainedModel, model.get_base_model())
     reason = why_not_continuable(model)
     if reason is not None:
         raise ValueError(f"{type(model).__name__} cannot continue replies: {reason}.")

@@ -1,6 +1,7 @@
 """Attention masks for replies that lie behind a common prompt; see `prefix_sharing`."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -29,7 +30,7 @@ class Packing(NamedTuple):
     prefix: int
 
 
-def packed_masks(config: PreTrainedConfig, packing: Packing, plain: dict[str, Any], dtype: torch.dtype) -> Masks:
+def packed_masks(config: PreTrainedConfig, packing: Packing, plain: Mapping[str, Tensor], dtype: torch.dtype) -> Masks:
     """Which packed tokens see which: what the family's own masks say about the plain sequences.
 
     Args:
@@ -43,9 +44,9 @@ def packed_masks(config: PreTrainedConfig, packing: Packing, plain: dict[str, An
         other causally, which an attention kernel does faster without a mask. A dictionary by layer type where the
         layers differ.
     """
-    text = config.get_text_config()
-    if family_of(config).own_masks is not None:
-        masks = _own_masks(config, packing, plain)
+    text, own_masks = config.get_text_config(), family_of(config).own_masks
+    if own_masks is not None:
+        masks = _own_masks(config, own_masks, packing, plain)
     else:
         window = vars(text).get("sliding_window")
         window = window if vars(text).get("use_sliding_window", True) else None
@@ -90,11 +91,12 @@ def _with_padding(sees: Tensor, packing: Packing, first: int) -> Tensor:
     return ((sees & ~is_padding[:, :, None]) | itself)[:, None]
 
 
-def _own_masks(config: PreTrainedConfig, packing: Packing, plain: dict[str, Any]) -> Masks:
+def _own_masks(config: PreTrainedConfig, owner: str, packing: Packing, plain: Mapping[str, Tensor]) -> Masks:
+    """The masks that the generative class called `owner` makes."""
     attention_mask = plain["attention_mask"]
     # The functions read nothing but shape, dtype and device off the embeddings.
     nothing = torch.zeros(1, 1, 1, device=attention_mask.device).expand(*attention_mask.shape, 1)
-    masks = getattr(transformers, family_of(config).own_masks).create_masks_for_generate(
+    masks = getattr(transformers, owner).create_masks_for_generate(
         config=config,
         inputs_embeds=nothing,
         attention_mask=attention_mask,

@@ -17,7 +17,7 @@ and with ZeRO, because the model still runs once, on an ordinary batch.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,8 @@ def share_prefix(model: PreTrainedModel) -> None:
     pack = _Pack(is_proven=True if family_of(model.config).shares_prefix else None)
     backbone.register_forward_pre_hook(pack, with_kwargs=True)
     if family_of(model.config).one_mask:
-        backbone.language_model.register_forward_pre_hook(pack.masks_by_layer, with_kwargs=True)
+        language_model = backbone.get_submodule("language_model")
+        language_model.register_forward_pre_hook(pack.masks_by_layer, with_kwargs=True)
     backbone.register_forward_hook(pack.unpack)
 
 
@@ -176,6 +177,20 @@ class _Piece(NamedTuple):
     segment: int
 
 
+class _HiddenStates(Protocol):
+    """What a backbone returns."""
+
+    last_hidden_state: Tensor
+
+
+class _HasGrid(Protocol):
+    """Backbones with M-RoPE."""
+
+    def compute_3d_position_ids(self, **inputs: Tensor | None) -> Tensor | None:
+        """(3, B, T), or None without images."""
+        ...
+
+
 class _Pack:
     """The hooks around a backbone: packs a batch that carries `SHARED_PREFIX`, and unpacks its hidden states."""
 
@@ -185,7 +200,7 @@ class _Pack:
         self.first_column = 0
         self.masks: Masks | None = None
 
-    def __call__(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+    def __call__(self, backbone: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         if SHARED_PREFIX in kwargs and self.is_proven is None:
             self.is_proven = True  # for the pass that is to prove it
             self.is_proven = gives_the_same(backbone, kwargs, KEYS)
@@ -200,19 +215,21 @@ class _Pack:
         shared_prefix, first_column = plain.pop(SHARED_PREFIX), plain.pop(FIRST_COLUMN, 0)
         slots = packing(plain["attention_mask"], shared_prefix)
         self.target = slots.target[:, first_column:]
-        packed = {name: _pack(name, value, slots, plain) for name, value in plain.items()}
+        packed: dict[str, Any] = {name: _pack(name, value, slots, plain) for name, value in plain.items()}
         packed["input_ids"] = packed["input_ids"].masked_fill(slots.segment < 0, _filler(backbone.config))
         packed["position_ids"] = _positions(backbone, slots, packed)
         self.masks = packed_masks(backbone.config, slots, plain, backbone.dtype)
-        one_mask = family_of(backbone.config).one_mask and isinstance(self.masks, dict)
-        packed["attention_mask"] = self.masks["full_attention"] if one_mask else self.masks
+        mask = self.masks
+        if family_of(backbone.config).one_mask and isinstance(mask, dict):
+            mask = mask["full_attention"]
+        packed["attention_mask"] = mask
         return args, packed
 
     def masks_by_layer(self, language_model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """Hand on the masks of all kinds of layers, where the backbone around `language_model` takes only one."""
         return args, kwargs if self.masks is None else {**kwargs, "attention_mask": self.masks}
 
-    def unpack(self, backbone: nn.Module, args: tuple, output: Any) -> Any:
+    def unpack(self, backbone: nn.Module, args: tuple, output: _HiddenStates) -> _HiddenStates:
         """Give `last_hidden_state` back as plain sequences, (B, L, H) -> (N, T, H)."""
         if self.target is not None:
             states = output.last_hidden_state.flatten(0, 1)
@@ -224,7 +241,7 @@ class _Pack:
         return output
 
 
-def _pack(name: str, value: Any, slots: Packing, plain: dict[str, Any]) -> Any:
+def _pack(name: str, value: object, slots: Packing, plain: Mapping[str, Any]) -> object:
     """A tensor with one entry per token goes through the packing; all else (pixels, sizes, flags) stays."""
     if name == "attention_mask" or not isinstance(value, Tensor) or value.shape != plain["input_ids"].shape:
         return value
@@ -236,7 +253,7 @@ def _filler(config: PreTrainedConfig) -> int:
     return 0 if config.image_token_id != 0 else 1
 
 
-def _positions(backbone: nn.Module, slots: Packing, packed: dict[str, Any]) -> Tensor:
+def _positions(backbone: PreTrainedModel, slots: Packing, packed: Mapping[str, Any]) -> Tensor:
     """(B, L), or (3, B, L) for Qwen: the positions that the tokens have in their plain sequences."""
     family = family_of(backbone.config)
     # hasattr: this method is what tells M-RoPE in a family that is not in the table.
@@ -245,7 +262,7 @@ def _positions(backbone: nn.Module, slots: Packing, packed: dict[str, Any]) -> T
         return slots.index + family.first_position
     prompt = {name: packed[name][:, : slots.prefix] for name in ("input_ids", "mm_token_type_ids") if name in packed}
     is_prompt = slots.segment[:, : slots.prefix] == 0
-    grid = backbone.compute_3d_position_ids(
+    grid = cast(_HasGrid, backbone).compute_3d_position_ids(
         inputs_embeds=None,
         image_grid_thw=packed.get("image_grid_thw"),
         video_grid_thw=packed.get("video_grid_thw"),
@@ -274,7 +291,7 @@ def _attention(
     if rows >= query.size(2) or query.size(2) != key.size(2):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     split = query.size(2) - rows
-    before = (tensor[:, :, :split] for tensor in (query, key, value))
+    before = (query[:, :, :split], key[:, :, :split], value[:, :, :split])
     prefix, _ = sdpa_attention_forward(module, *before, None, **kwargs)
     replies, _ = sdpa_attention_forward(module, query[:, :, split:], key, value, attention_mask, **kwargs)
     return torch.cat([prefix, replies], dim=1), None

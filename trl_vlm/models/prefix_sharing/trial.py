@@ -4,7 +4,8 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from trl_vlm.models.generation import evaluating
 
@@ -39,7 +40,7 @@ def plain_inputs(inputs: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any
     return plain | {name: torch.cat([plain[name]] * copies) for name in per_image if name in plain}
 
 
-def gives_the_same(backbone: nn.Module, inputs: dict[str, Any], keys: tuple[str, ...]) -> bool:
+def gives_the_same(backbone: PreTrainedModel, inputs: dict[str, Any], keys: tuple[str, ...]) -> bool:
     """Compute a batch in both ways, and say (and log) whether replies have the same hidden states in both.
 
     From hidden states follow log-probabilities and scores alike, whatever head reads them.
@@ -64,10 +65,10 @@ def gives_the_same(backbone: nn.Module, inputs: dict[str, Any], keys: tuple[str,
     return _said(backbone, f"replies behind a common prompt come out differently (by {largest:.1%})")
 
 
-def _said(backbone: nn.Module, reason: str) -> bool:
+def _said(backbone: PreTrainedModel, reason: str) -> bool:
     logger.warning("%s: prompts are computed once per reply, not once per row: %s.", _name(backbone), reason)
     return False
 
 
-def _name(backbone: nn.Module) -> str:
+def _name(backbone: PreTrainedModel) -> str:
     return backbone.config.model_type

@@ -10,7 +10,7 @@ from base64 import b64encode
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 LARGEST_BODY_BYTES = 8 << 20
 CHUNK_BYTES = 1 << 16
@@ -98,19 +98,20 @@ class JSONServer:
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
         is_safe, port = address.scheme == "https", address.port
-        proxy = _proxy(address.scheme, address.hostname)
+        host = _host(address)
+        proxy = _proxy(address.scheme, host)
         if proxy is None:
-            return self._to(address.hostname, port, is_safe), address.path, headers
+            return self._to(host, port, is_safe), address.path, headers
         where = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
         login = {}
         if where.username is not None:
             pair = f"{unquote(where.username)}:{unquote(where.password or '')}"
             login = {"Proxy-Authorization": f"Basic {b64encode(pair.encode()).decode()}"}
         if is_safe:
-            tunnel = self._to(where.hostname, where.port, is_safe)
-            tunnel.set_tunnel(address.hostname, port, login)
+            tunnel = self._to(_host(where), where.port, is_safe)
+            tunnel.set_tunnel(host, port, login)
             return tunnel, address.path, headers
-        return self._to(where.hostname, where.port, is_safe), self.address, headers | login
+        return self._to(_host(where), where.port, is_safe), self.address, headers | login
 
     def _to(self, host: str, port: int | None, is_safe: bool) -> http.client.HTTPConnection:
         if is_safe:
@@ -130,6 +131,12 @@ def _limited(response: http.client.HTTPResponse) -> bytes:
     return bytes(body)
 
 
+def _host(address: SplitResult) -> str:
+    if not address.hostname:  # the address itself may hold a password
+        raise ValueError("The address of the endpoint, or of the proxy before it, names no host.")
+    return address.hostname
+
+
 def _proxy(scheme: str, host: str) -> str | None:
     if host in LOOPBACK or urllib.request.proxy_bypass(host):
         return None
@@ -140,7 +147,9 @@ def _certificates() -> ssl.SSLContext:
     context = ssl.create_default_context()
     paths = ssl.get_default_verify_paths()
     if not os.environ.get("SSL_CERT_FILE") and paths.cafile is None and paths.capath is None:
-        import certifi  # comes with huggingface_hub
+        # Without certificates from anywhere the connection is refused, with the reason.
+        with suppress(ImportError):
+            import certifi  # pyright: ignore[reportMissingImports]  whoever has it has it from another package
 
-        context.load_verify_locations(certifi.where())
+            context.load_verify_locations(certifi.where())
     return context

@@ -101,7 +101,7 @@ def _evaluate(benchmarks: "list[Benchmark]", options: argparse.Namespace) -> int
         raise ValueError("`--output` is missing: the folder for replies and results.")
     join_processes()
     replies = Path(options.replies) if options.replies else None
-    subjects = subjects_of([options.model or replies.stem, *options.baseline], replies)
+    subjects = subjects_of([options.model or Path(options.replies).stem, *options.baseline], replies)
     try:
         results = run_benchmarks(subjects, benchmarks, _settings(benchmarks, options))
     except SpendingCapReached as error:

@@ -129,12 +129,12 @@ def load_policy(path: str, dtype: str) -> "Policy":
     from accelerate import PartialState
 
     from trl_vlm.models.generation import Policy
-    from trl_vlm.models.loading import load_generative_model, load_generative_processor
+    from trl_vlm.models.loading import load_generative_model, load_generative_processor, moved
     from trl_vlm.models.unsharded import unsharded_loading
 
     with unsharded_loading():
         model = load_generative_model(path, dtype=dtype)
-    return Policy(model.to(PartialState().device), load_generative_processor(path))
+    return Policy(moved(model, PartialState().device), load_generative_processor(path))
 
 
 def pairs_text(report: "PairReport") -> str:

@@ -2,11 +2,12 @@
 
 import argparse
 from argparse import SUPPRESS
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+_Made = TypeVar("_Made")
 NONE = "none"  # what an option without a value is on a command line
 
 
@@ -29,10 +30,12 @@ class CommandParser(argparse.ArgumentParser):
             add(self)
         return self
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         """As in `argparse`."""
         self.complete()
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(args, namespace or argparse.Namespace())
 
     def format_help(self) -> str:
         """As in `argparse`."""
@@ -62,11 +65,11 @@ def add_fields(parser: CommandParser, owner: type, old_flags: Mapping[str, str] 
         option = group.add_argument(f"--{flag.replace('_', '-')}", **settings)
         option.required, option.default = field.default is MISSING, None if field.default is MISSING else field.default
         option.help = _help(field)
-        if flag in (old_flags or {}):
+        if old_flags and flag in old_flags:
             group.add_argument(old_flags[flag], default=SUPPRESS, help=SUPPRESS, **settings)
 
 
-def made_of(owner: type, options: argparse.Namespace) -> Any:
+def made_of(owner: type[_Made], options: argparse.Namespace) -> _Made:
     """Returns an object of a dataclass, made of the options that `add_fields` added for it."""
     values = {}
     for field in _init_fields(owner):

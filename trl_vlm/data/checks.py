@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from trl_vlm.data.errors import RowError
 from trl_vlm.data.faults import Fault
@@ -130,7 +130,7 @@ def image_file_faults(row: Row, folder: Path | None = None) -> Iterator[Fault]:
             yield Fault("images" if row.get("image") is None else "image", error.kind, str(error))
 
 
-def located(value: Any, folder: Path | None) -> Any:
+def located(value: object, folder: Path | None) -> object:
     """`value`, with a relative path made to start at `folder`."""
     if folder is None:
         return value

@@ -22,7 +22,7 @@ from trl_vlm.models.processors import control_tokens
 def encode(
     processor: ProcessorMixin,
     conversations: Sequence[Conversation],
-    images: Sequence[Sequence[Any]],
+    images: Sequence[Sequence[object]],
     *,
     continue_final_message: bool = False,
     add_generation_prompt: bool = False,
@@ -180,7 +180,7 @@ class RewardCollator:
         unlimited = replace(self, max_length=None)
         return int(unlimited([row])["attention_mask"].sum(-1).max())
 
-    def _pair(self, row: Row, place: int) -> tuple[str, list[Any], Conversation, Conversation]:
+    def _pair(self, row: Row, place: int) -> tuple[str, Sequence[object], Conversation, Conversation]:
         """Name, decoded images, chosen and rejected conversation of a row."""
         name = name_of(row, place, " of the batch")
         check_row(row, "reward", name=name, image_tokens=self._image_tokens, with_images=True)

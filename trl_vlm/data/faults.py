@@ -99,7 +99,7 @@ def _message_faults(messages: Any, column: str, reading: Reading) -> Iterator[Fa
         yield Fault(column, IMAGE_IN_REPLY, "a part of the reply is an image. Replies are text: remove the part.")
 
 
-def _form_fault(messages: Any, column: str, with_images: bool) -> Fault | None:
+def _form_fault(messages: object, column: str, with_images: bool) -> Fault | None:
     """What keeps a value from being a list of messages."""
     if isinstance(messages, str) or not isinstance(messages, list | tuple):
         return Fault(
@@ -190,7 +190,7 @@ def text_faults(text: str, column: str, what: str, reading: Reading) -> Iterator
         yield Fault(column, NOT_UNICODE, reason)
 
 
-def _extra_faults(extra: Any, reading: Reading) -> Iterator[Fault]:
+def _extra_faults(extra: object, reading: Reading) -> Iterator[Fault]:
     """Faults of `rejected_extra`, a list of further rejected replies."""
     if not isinstance(extra, list | tuple):
         reason = f"it is a {type(extra).__name__}. It must be a list of replies, each a list of messages."
@@ -208,8 +208,8 @@ def _extra_faults(extra: Any, reading: Reading) -> Iterator[Fault]:
 
 def span_faults(row: Mapping[str, Any], column: str) -> Iterator[Fault]:
     """Faults of spans: pairs (start, end), end exclusive, of characters of the reply's text."""
-    reply = row.get(column.removesuffix("_spans"))
     try:
+        reply = row[column.removesuffix("_spans")]
         length = len(reply if isinstance(reply, str) else message_text(reply[-1]))
         outside = [(start, end) for start, end in row[column] if not 0 <= start < end <= length]
     except (TypeError, ValueError, KeyError, IndexError, AttributeError):
@@ -223,7 +223,7 @@ def span_faults(row: Mapping[str, Any], column: str) -> Iterator[Fault]:
         yield Fault(column, BAD_SPAN, reason)
 
 
-def _fact_faults(facts: Any, reading: Reading) -> Iterator[Fault]:
+def _fact_faults(facts: object, reading: Reading) -> Iterator[Fault]:
     if isinstance(facts, str) or not isinstance(facts, list | tuple):
         reason = f"it is a {type(facts).__name__}. It must be a list of strings."
         yield Fault("facts", WRONG_TYPE, reason)
@@ -238,19 +238,19 @@ def _fact_faults(facts: Any, reading: Reading) -> Iterator[Fault]:
             yield from text_faults(fact, "facts", f"the fact {_shown(fact)}", Reading(True, (), tokens))
 
 
-def _number_faults(value: Any, column: str) -> Iterator[Fault]:
+def _number_faults(value: object, column: str) -> Iterator[Fault]:
     if isinstance(value, bool) or not isinstance(value, Real):
         yield Fault(column, WRONG_TYPE, f"{_shown(value)} is not a number. Use 0.0 for none.")
     elif not math.isfinite(value):
         yield Fault(column, NOT_A_NUMBER, f"{value} is not a finite number. Use 0.0 for none.")
 
 
-def _answer_faults(value: Any) -> Iterator[Fault]:
+def _answer_faults(value: object) -> Iterator[Fault]:
     if not isinstance(value, str) or not value.strip():
         yield Fault("answer", NOT_AN_ANSWER, f"{_shown(value)} is not a gold answer: a string, or None.")
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A value for a message, without what is too long to read."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -8,7 +8,6 @@ import zlib
 from functools import cache
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -52,7 +51,7 @@ WRONG_TYPE = "wrong type"
 DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # one channel of more than 8 bits
 
 
-def load_image(value: Any, *, name: str, max_pixels: int | None = MAX_IMAGE_PIXELS) -> Image.Image:
+def load_image(value: object, *, name: str, max_pixels: int | None = MAX_IMAGE_PIXELS) -> Image.Image:
     """Returns the image as a decoded RGB `PIL.Image`, turned upright as its EXIF data say.
 
     The size is read from the header and checked before anything is decoded. Grey images of 16 bits, and floating-point
@@ -127,7 +126,7 @@ def as_rgb(image: Image.Image, name: str) -> Image.Image:
     return Image.fromarray((values + 0.5).astype(np.uint8)).convert("RGB")
 
 
-def _opened(value: Any, name: str) -> Image.Image:
+def _opened(value: object, name: str) -> Image.Image:
     """The image with its header read; pixels may still be undecoded."""
     if isinstance(value, Image.Image):
         _check_format(value, name)
@@ -213,7 +212,7 @@ def _check_size(image: Image.Image, name: str, max_pixels: int | None) -> None:
         )
 
 
-def _origin(value: Any) -> str:
+def _origin(value: object) -> str:
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, str | PathLike):

@@ -1,11 +1,12 @@
 """Rows of a dataset that say what they are called and decode no image, and the check of all of them."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, Features, IterableDataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
+from datasets.features.features import FeatureType
 from datasets.fingerprint import Hasher
 
 from trl_vlm.data.rows import IMAGE_COLUMNS, ROW_NAME, Row, check_row, required_columns
@@ -34,17 +35,16 @@ def check_rows(
         ValueError: The dataset is empty, or a column is missing.
         RowError: A row breaks the contract.
     """
-    columns = dataset.column_names if isinstance(dataset, Dataset | IterableDataset) else None
-    if columns is not None:
+    if isinstance(dataset, Dataset | IterableDataset) and dataset.column_names is not None:
         with_images = has_images(dataset) if with_images is None else with_images
-        _check_columns(columns, required_columns(purpose, with_images), name)
+        _check_columns(dataset.column_names, required_columns(purpose, with_images), name)
     if isinstance(dataset, IterableDataset):
         return
     if len(dataset) == 0:
         raise ValueError(f"The {name} dataset is empty. Check the path, the split and the filters it came through.")
     if isinstance(dataset, Dataset):
         dataset = without_images(dataset)
-    for index, row in enumerate(dataset):
+    for index, row in enumerate(cast(Iterable[Row], dataset)):
         check_row(row, purpose, name=f"{name} row {index}", image_tokens=image_tokens, with_images=with_images)
 
 
@@ -136,7 +136,7 @@ def undecoded(dataset: Dataset | IterableDataset, columns: Sequence[str] | None 
     )
 
 
-def _undecoded(feature: Any) -> Any:
+def _undecoded(feature: FeatureType) -> FeatureType:
     """The same feature, with images as {"bytes", "path"}."""
     if isinstance(feature, ImageFeature):
         return ImageFeature(decode=False)
@@ -147,7 +147,7 @@ def _undecoded(feature: Any) -> Any:
     return feature
 
 
-def _holds_images(feature: Any) -> bool:
+def _holds_images(feature: FeatureType) -> bool:
     if isinstance(feature, ListFeature):
         return _holds_images(feature.feature)
     if isinstance(feature, dict):

@@ -72,7 +72,7 @@ def name_of(row: Row, index: int, where: str = "") -> str:
     return row.get(ROW_NAME) or f"row {index}{where}"
 
 
-def row_images(row: Row, name: str) -> list[Any]:
+def row_images(row: Row, name: str) -> list[object]:
     """Returns the row's images, not decoded: the `images` list, or the one `image`; [] if it has none.
 
     Args:

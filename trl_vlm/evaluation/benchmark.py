@@ -28,7 +28,7 @@ class Question:
     id: str
     text: str
     truth: Mapping[str, Any]
-    images: tuple[Any, ...] = ()
+    images: tuple[object, ...] = ()
     group: str = ""
     tables: Mapping[str, Any] = field(default_factory=dict)
 

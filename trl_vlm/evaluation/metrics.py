@@ -83,6 +83,8 @@ class Arm:
     def curve(self, curve: "Curve") -> tuple[list[float], list[float]]:
         """Steps and values of the first of a curve's keys that the history holds; non-finite values are left out."""
         key = next((key for key in curve.keys if any(key in entry for entry in self.history)), None)
+        if key is None:
+            return [], []
         points = [(entry["step"], entry[key]) for entry in self.history if key in entry]
         points = [(float(step), float(value)) for step, value in points if math.isfinite(value)]
         return [step for step, _ in points], [value for _, value in points]

@@ -1,27 +1,26 @@
 """Replies of any vision-language model to rows with prompts and images, and to the questions of a benchmark."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from accelerate import PartialState
 from PIL import Image
-from torch import nn
 from tqdm.auto import tqdm
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from trl_vlm.data.encoding import prompt_batches
 from trl_vlm.data.images import load_image
+from trl_vlm.data.rows import Row
 from trl_vlm.evaluation.benchmark import Question
 from trl_vlm.evaluation.tasks import Task
 from trl_vlm.models.generation import Policy, generated
-from trl_vlm.models.loading import load_generative_model, load_generative_processor
+from trl_vlm.models.loading import load_generative_model, load_generative_processor, moved
 from trl_vlm.models.unsharded import unsharded_loading
 
 
 def generate_replies(
-    model: nn.Module,
+    model: PreTrainedModel,
     processor: ProcessorMixin,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Row],
     *,
     batch_size: int = 8,
     max_new_tokens: int = 256,
@@ -59,7 +58,7 @@ def load_policy(path: str, dtype: str) -> Policy:
     """The model of a folder or hub id (all weights or an adapter) on this process's device, and its processor."""
     with unsharded_loading():
         model = load_generative_model(path, dtype=dtype)
-    return Policy(model.to(PartialState().device).eval(), load_generative_processor(path))
+    return Policy(moved(model, PartialState().device).eval(), load_generative_processor(path))
 
 
 def replies_to(
@@ -99,7 +98,7 @@ def _pixels(question: Question, known: dict[str, int]) -> int:
     return total
 
 
-def _header_size(value: Any) -> tuple[int, int] | None:
+def _header_size(value: object) -> tuple[int, int] | None:
     if not isinstance(value, str):
         return None
     try:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from trl_vlm.data.io.atomic import write_whole
 from trl_vlm.evaluation.metrics import Arm, Metric, Spread, curves_of, metrics_of
@@ -159,11 +159,11 @@ def _how_to_read(arms: Sequence[Arm]) -> str:
     return text + (f" {skipped} logged values are not finite and are missing from curves and JSON." if skipped else "")
 
 
-def _is_float(value: Any) -> bool:
+def _is_float(value: object) -> TypeGuard[float]:
     return isinstance(value, float)
 
 
-def _without_nonfinite(value: Any) -> Any:
+def _without_nonfinite(value: object) -> object:
     """The same data with `null` for numbers that JSON does not have."""
     if _is_float(value):
         return value if math.isfinite(value) else None

@@ -69,7 +69,7 @@ class Result:
             model: {name: {**value._asdict(), "is_noise": value.is_noise} for name, value in values.items()}
             for model, values in self.differences.items()
         }
-        return _finite(data)
+        return {name: _finite(value) for name, value in data.items()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Result":
@@ -177,7 +177,7 @@ def _difference(metric: Metric, difference: Difference | None) -> str:
     return f"{text}, noise" if difference.is_noise else f"**{text}**"
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -76,7 +76,7 @@ def score_rows(
     return split_metrics(captions, questions)
 
 
-def _gold(answer: Any) -> str:
+def _gold(answer: object) -> str:
     return str(answer).strip().lower()
 
 

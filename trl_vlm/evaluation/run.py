@@ -105,9 +105,8 @@ def run_benchmarks(
     for subject in subjects:
         _make_replies(subject, tasks, settings)
     state.wait_for_everyone()
-    judged = [task for task in tasks if task.benchmark.judging]
-    if judged:
-        _ask_judge(subjects, judged, settings)
+    if settings.judge is not None:
+        _ask_judge(subjects, tasks, settings.judge, settings)
     state.wait_for_everyone()
     results = _score(subjects, tasks, settings)
     if state.is_main_process:
@@ -175,28 +174,31 @@ def _generate(policy: Policy, task: Task, left: Sequence[Question], ledger: Ledg
             bar.update(len(batch))
 
 
-def _ask_judge(subjects: Sequence[Subject], tasks: Sequence[Task], settings: RunSettings) -> None:
+def _ask_judge(subjects: Sequence[Subject], tasks: Sequence[Task], judge: JudgeSource, settings: RunSettings) -> None:
     """The judge's answers that are still missing, this process's share of them."""
     state, chat = PartialState(), None
+    judged = [(task, task.benchmark.judging) for task in tasks if task.benchmark.judging is not None]
     for subject in subjects:
-        for task in tasks:
-            folder = _judge_folder(subject, task, settings)
+        for task, judging in judged:
+            folder = _judge_folder(subject, task, settings, JudgeName(judge.name, judge.revision, judging.digest))
             folder.mkdir(parents=True, exist_ok=True)
             ledger = Ledger(folder, "answers", state.process_index)
             records = _records(subject, task, settings, {})
             answered = {name for name, entry in ledger.entries().items() if entry["answer"] is not None}
             state.wait_for_everyone()
             pairs = zip(task.questions, records, strict=True)
-            requests = [(r.id, task.benchmark.judging.request(q, r)) for q, r in pairs if r.id not in answered]
+            requests = [(r.id, judging.request(q, r)) for q, r in pairs if r.id not in answered]
             left = [(name, request) for name, request in requests if request is not None]
             mine = left[state.process_index :: state.num_processes]
-            if mine and chat is None:
-                chat = settings.judge.make()
+            if not mine:
+                continue
+            if chat is None:
+                chat = judge.make()
             _answer(chat, mine, ledger, f"{subject.name}, {task.benchmark.name}: judge", settings)
 
 
 def _answer(
-    chat: Chat | None, asked: Sequence[tuple[str, Request]], ledger: Ledger, label: str, settings: RunSettings
+    chat: Chat, asked: Sequence[tuple[str, Request]], ledger: Ledger, label: str, settings: RunSettings
 ) -> None:
     hidden = not (settings.progress and PartialState().is_main_process)
     with tqdm(total=len(asked), desc=label, unit="answer", disable=hidden or None) as bar:
@@ -212,12 +214,12 @@ def _answer(
 
 
 def _judge_name(task: Task, settings: RunSettings) -> JudgeName | None:
-    judging = task.benchmark.judging
-    return JudgeName(settings.judge.name, settings.judge.revision, judging.digest) if judging else None
+    judging, judge = task.benchmark.judging, settings.judge
+    return JudgeName(judge.name, judge.revision, judging.digest) if judging and judge else None
 
 
-def _judge_folder(subject: Subject, task: Task, settings: RunSettings) -> Path:
-    return _folder(subject, task, settings) / _judge_name(task, settings).folder
+def _judge_folder(subject: Subject, task: Task, settings: RunSettings, judge: JudgeName) -> Path:
+    return _folder(subject, task, settings) / judge.folder
 
 
 def _records(
@@ -255,7 +257,7 @@ def _score(subjects: Sequence[Subject], tasks: Sequence[Task], settings: RunSett
             folder, judge, served = _folder(subject, task, settings), _judge_name(task, settings), []
             answers: dict[str, dict[str, Any]] = {}
             if judge:
-                folder = _judge_folder(subject, task, settings)
+                folder = _judge_folder(subject, task, settings, judge)
                 answers = Ledger(folder, "answers", 0).entries()
                 served = sorted({name for entry in answers.values() for name in entry.get("served", ())})
                 _check_served(served, folder)

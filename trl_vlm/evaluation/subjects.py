@@ -154,7 +154,7 @@ def write_questions(path: Path, tasks: Sequence[Task]) -> int:
     return len(lines)
 
 
-def _image_file(image: Any, path: Path, task: str, name: str) -> str:
+def _image_file(image: object, path: Path, task: str, name: str) -> str:
     if isinstance(image, str):
         return str(Path(image).resolve())
     folder = path.with_name(f"{path.stem}_images")

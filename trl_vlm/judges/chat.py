@@ -5,13 +5,12 @@ from os import PathLike
 from typing import Any, NamedTuple, Protocol
 
 from accelerate import PartialState
-from torch import nn
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from trl_vlm.data.encoding import prompt_batches
 from trl_vlm.data.messages import without_control_tokens
 from trl_vlm.models.generation import Policy, generated
-from trl_vlm.models.loading import load_generative_model, load_generative_processor
+from trl_vlm.models.loading import load_generative_model, load_generative_processor, moved
 from trl_vlm.models.processors import control_tokens
 from trl_vlm.models.unsharded import is_sharded, unsharded_loading
 
@@ -29,7 +28,7 @@ class Request(NamedTuple):
     """
 
     text: str
-    images: Sequence[Any]
+    images: Sequence[object]
     name: str
 
 
@@ -62,7 +61,7 @@ class LocalChat:
 
     def __init__(
         self,
-        model: str | PathLike | nn.Module,
+        model: str | PathLike | PreTrainedModel,
         processor: ProcessorMixin | None = None,
         *,
         max_new_tokens: int = 256,
@@ -71,13 +70,13 @@ class LocalChat:
     ):
         if max_new_tokens < 1 or batch_size < 1:
             raise ValueError(f"`max_new_tokens` is {max_new_tokens}, `batch_size` {batch_size}; both must be above 0.")
-        source = model.name_or_path if isinstance(model, nn.Module) else model
+        source = model if isinstance(model, str | PathLike) else str(model.name_or_path)
         self.processor = processor if processor is not None else load_generative_processor(source, **load_options)
-        if isinstance(model, nn.Module):
-            self.model = model
-        else:
+        if isinstance(model, str | PathLike):
             with unsharded_loading():
                 self.model = load_generative_model(model, **load_options).eval().requires_grad_(False)
+        else:
+            self.model = model
         if is_sharded(self.model):
             raise ValueError(
                 "The model's parameters are split among the processes (ZeRO-3), so it cannot answer by itself. Pass "
@@ -91,7 +90,7 @@ class LocalChat:
         """Returns one answer per request."""
         # transformers sets `hf_device_map` on models that it placed itself, quantised ones among them.
         if getattr(self.model, "hf_device_map", None) is None:
-            self.model.to(PartialState().device)
+            moved(self.model, PartialState().device)
         texts = [without_control_tokens(request.text, self._control_tokens) for request in requests]
         rows = [
             {"prompt": [{"role": "user", "content": text}], "images": list(request.images)}

@@ -267,7 +267,7 @@ def _answer_in(body: bytes) -> _Read | _Failure:
     choices = output.get("choices") if isinstance(output, dict) else None
     choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
     message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(message, dict) or "content" not in message:
+    if not isinstance(choice, dict) or not isinstance(message, dict) or "content" not in message:
         return _Failure(OTHER_FORM, "an answer without exactly one `choices[0].message.content`")
     text, reason = message["content"], choice.get("finish_reason")
     if not isinstance(text, str | None) or not isinstance(reason, str | None):

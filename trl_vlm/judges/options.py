@@ -105,7 +105,9 @@ class ChatOptions:
         )
 
     def _body(self) -> dict[str, Any] | None:
-        body = dict(self.extra_body or {})
+        body: dict[str, Any] = {}
+        if isinstance(self.extra_body, dict):  # text was read by `__post_init__`
+            body |= self.extra_body
         if self.max_completion_tokens:
             body["max_completion_tokens"] = self.max_completion_tokens
         return body or None

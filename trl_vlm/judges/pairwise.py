@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
-from torch import nn
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from trl_vlm.data.errors import RowError
 from trl_vlm.data.facts import JudgeTemplate, facts_block
@@ -153,7 +152,7 @@ class LocalJudge(PairwiseJudge):
 
     def __init__(
         self,
-        model: str | PathLike | nn.Module,
+        model: str | PathLike | PreTrainedModel,
         processor: ProcessorMixin | None = None,
         *,
         both_orders: bool = True,

@@ -5,6 +5,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
+import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 from transformers.utils import find_adapter_config_file
@@ -20,6 +21,12 @@ def is_adapted(model: nn.Module) -> "TypeGuard[PeftModel]":
     """Whether PEFT's wrapper is around a model."""
     # hasattr: importing peft for an isinstance takes seconds, which a model without adapters can spare.
     return hasattr(model, "get_base_model")
+
+
+def moved(model: PreTrainedModel, device: torch.device | str | None) -> PreTrainedModel:
+    """The model, on a device."""
+    # The stub of the wrapped method takes the device for the model.
+    return model.to(device)  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
 def load_generative_model(path: str | PathLike, **kwargs: Any) -> PreTrainedModel:

@@ -137,7 +137,10 @@ class CombinedRejected:
 
 def _dropped(*sources: PairSource) -> Counter[str]:
     """Why rows gave no pair, as far as the sources count it; a function cannot."""
-    return sum((Counter(getattr(source, "dropped", ())) for source in sources), Counter())
+    dropped: Counter[str] = Counter()
+    for source in sources:
+        dropped.update(getattr(source, "dropped", ()))
+    return dropped
 
 
 def _named(rows: Sequence[Row]) -> list[Row]:

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
 from trl_vlm.data.encoding import encode
 from trl_vlm.data.errors import RowError
@@ -130,7 +131,9 @@ class POVID:
         return pair
 
 
-def greedy_guesses(model: nn.Module, batch: Mapping[str, Tensor], replies: Sequence[Sequence[int]]) -> list[list[int]]:
+def greedy_guesses(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], replies: Sequence[Sequence[int]]
+) -> list[list[int]]:
     """Returns for each token of a reply the likeliest one behind the prompt and the true tokens before it.
 
     Args:

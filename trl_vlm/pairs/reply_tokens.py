@@ -1,7 +1,7 @@
 """The tokens of a reference reply, as the model that continues it must see them, and the text of what it adds."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
@@ -53,10 +53,12 @@ def added_text(tokenizer: PreTrainedTokenizerBase, context: Sequence[int], new: 
         new: Tokens to be read; special ones are left out.
     """
     tail = list(context[-_TAIL_TOKENS:])
-    settings: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    before = tokenizer.decode(tail, **settings)
-    whole = tokenizer.decode([*tail, *new], **settings)
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(new), **settings)
+    before, whole = _decoded(tokenizer, tail), _decoded(tokenizer, [*tail, *new])
+    return whole[len(before) :] if whole.startswith(before) else _decoded(tokenizer, list(new))
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _opening(processor: ProcessorMixin, reply: str) -> tuple[str, str]:

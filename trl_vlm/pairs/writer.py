@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pyarrow
 from accelerate import PartialState
@@ -184,7 +184,7 @@ class PairWriter:
         before = Counter(getattr(self.source, "dropped", ()))
         try:
             rows = [self._loaded(name, row) for name, row in named]
-            made = self.source(rows, self.policy)
+            made = self.source(rows, cast(Policy, self.policy))  # None for sources that ask no model
         except RowError as error:
             if not self.skip_bad:
                 raise
@@ -256,13 +256,13 @@ def features_of(rows: Sequence[Row]) -> Features:
     return Features({"images": IMAGES, **found})
 
 
-def _same_on_all(value: Any) -> Any:
+def _same_on_all(value: list[Gap] | Exception | None) -> list[Gap] | None:
     """What the first process gives, on all of them; an error is raised on the others."""
-    values = [value]
+    values: list[Any] = [value]
     broadcast_object_list(values)
     if isinstance(values[0], Exception) and not PartialState().is_main_process:
         raise values[0]
-    return values[0]
+    return cast(list[Gap] | None, values[0])
 
 
 def _without_images(row: Row) -> dict[str, Any]:

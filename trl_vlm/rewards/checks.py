@@ -2,15 +2,18 @@
 
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 from trl_vlm.data.rows import ROW_NAME
 from trl_vlm.rewards.replies import RewardFunction, name_row
+
+# What TRL takes as a reward function.
+_Scorer = TypeVar("_Scorer", bound=Callable | torch.nn.Module | str)
 
 
 def reward_name(reward_func: Callable) -> str:
@@ -28,7 +31,7 @@ def is_asynchronous(reward_func: Callable) -> bool:
 
 
 def finite_rewards(
-    values: Any, name: str, completions: Sequence, row_name: Sequence[str] | None = None
+    values: Iterable[object], name: str, completions: Sequence, row_name: Sequence[str] | None = None
 ) -> list[float | None]:
     """A reward function's output as a list of finite numbers; `None` ("does not apply to this row") stays.
 
@@ -60,7 +63,7 @@ def finite_rewards(
     ]
 
 
-def _finite_reward(value: Any, name: str, row: str) -> float | None:
+def _finite_reward(value: object, name: str, row: str) -> float | None:
     if value is None:
         return None
     if not isinstance(value, Real) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
@@ -78,31 +81,29 @@ def _finite_reward(value: Any, name: str, row: str) -> float | None:
 
 
 def wrapped(
-    reward_func: RewardFunction, after: Callable[[Any, Sequence, Sequence[str] | None], list]
+    reward_func: RewardFunction, after: Callable[[Iterable[object], Sequence, Sequence[str] | None], list]
 ) -> RewardFunction:
     """`reward_func` with `after(values, completions, row_name)` applied to its output; all else stays."""
-    if is_asynchronous(reward_func):
 
-        async def call(*args: Any, **kwargs: Any) -> list:
-            pending: Awaitable = reward_func(*args, **kwargs)
-            return after(await pending, _completions(args, kwargs), kwargs.get(ROW_NAME))
+    async def later(*args: Any, **kwargs: Any) -> list:
+        pending = cast(Awaitable[Iterable[object]], reward_func(*args, **kwargs))
+        return after(await pending, _completions(args, kwargs), kwargs.get(ROW_NAME))
 
-    else:
+    def at_once(*args: Any, **kwargs: Any) -> list:
+        return after(reward_func(*args, **kwargs), _completions(args, kwargs), kwargs.get(ROW_NAME))
 
-        def call(*args: Any, **kwargs: Any) -> list:
-            return after(reward_func(*args, **kwargs), _completions(args, kwargs), kwargs.get(ROW_NAME))
-
+    call = later if is_asynchronous(reward_func) else at_once
     call.__name__ = call.__qualname__ = reward_name(reward_func)
     call.__doc__ = reward_func.__doc__
     call.__wrapped__ = reward_func  # inspect.signature follows it
-    return call
+    return cast(RewardFunction, call)  # TRL awaits what an `async` one returns
 
 
 def _completions(args: tuple, kwargs: dict[str, Any]) -> Sequence:
     return kwargs["completions"] if "completions" in kwargs else args[1]
 
 
-def checked(reward_func: Any) -> Any:
+def checked(reward_func: _Scorer) -> _Scorer:
     """A reward function that raises for NaN, infinite, missing or surplus values instead of passing them on.
 
     TRL reads a NaN as "does not apply" and goes on without it, so a scorer that breaks would be silently ignored.
@@ -122,10 +123,11 @@ def checked(reward_func: Any) -> Any:
             f"a reward function is a callable, a model or a model's name; got {type(reward_func).__name__}. Pass "
             "functions `(prompts, completions, completion_ids, **columns) -> list[float]`."
         )
-    return wrapped(reward_func, partial(_checked_values, name=reward_name(reward_func)))
+    function = cast(RewardFunction, reward_func)
+    return cast(_Scorer, wrapped(function, partial(_checked_values, name=reward_name(function))))
 
 
 def _checked_values(
-    values: Any, completions: Sequence, row_name: Sequence[str] | None, name: str
+    values: Iterable[object], completions: Sequence, row_name: Sequence[str] | None, name: str
 ) -> list[float | None]:
     return finite_rewards(values, name, completions, row_name)

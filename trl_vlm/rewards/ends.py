@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -80,4 +80,5 @@ class MissingEndPenalty:
     ) -> list[float]:
         """The penalty of each reply, 0 or `-penalty`."""
         replies = required_ids(completion_ids, self.__name__, len(completions))
-        return [0.0 if has_end(ids, self.eos_token_ids) else -self.penalty for ids in replies]
+        ends = cast(frozenset[int], self.eos_token_ids)  # since `__post_init__`
+        return [0.0 if has_end(ids, ends) else -self.penalty for ids in replies]

@@ -80,8 +80,8 @@ class FactRLHFReward:
     ) -> list[float]:
         """The reward R of each reply."""
         completion_ids = required_ids(completion_ids, self.__name__, len(completions))
-        if self.question_marks:
-            completions, completion_ids = self._cut(completions, completion_ids)
+        if self.cut_at_question_mark is not None:
+            completions, completion_ids = self._cut(self.cut_at_question_mark, completions, completion_ids)
         columns = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         parts = {
             "reward_model": self._scores(columns),
@@ -97,13 +97,14 @@ class FactRLHFReward:
     def _scores(self, columns: dict[str, Any]) -> list[float]:
         name = reward_name(self.reward_model)
         completions, names = columns["completions"], columns.get(ROW_NAME)
-        scores = finite_rewards(self.reward_model(**columns), name, completions, names)
-        for row, score in enumerate(scores):
-            if score is None:
-                raise ValueError(
-                    f"`{name}` returned None for {name_row(row, completions[row], names)}: the Fact-RLHF "
-                    "reward needs a score for every reply."
-                )
+        values = finite_rewards(self.reward_model(**columns), name, completions, names)
+        scores = [score for score in values if score is not None]
+        if len(scores) < len(values):
+            row = values.index(None)
+            raise ValueError(
+                f"`{name}` returned None for {name_row(row, completions[row], names)}: the Fact-RLHF reward needs a "
+                "score for every reply."
+            )
         return scores
 
     def _correctness(self, columns: dict[str, Any]) -> list[float]:
@@ -111,13 +112,15 @@ class FactRLHFReward:
             return [0.0] * len(columns["completions"])
         return [self.correctness_coefficient * value for value in self.correctness(**columns)]
 
-    def _cut(self, completions: list, completion_ids: list[list[int]]) -> tuple[list, list[list[int]]]:
+    def _cut(
+        self, tokenizer: PreTrainedTokenizerBase, completions: list, completion_ids: list[list[int]]
+    ) -> tuple[list, list[list[int]]]:
         """Replies and ids up to the first question mark; replies without one as they are."""
         replies, cut_ids = [], []
         for completion, ids in zip(completions, completion_ids, strict=True):
             cut = cut_after_first(ids, self.question_marks)
             if len(cut) < len(ids):
-                text = self.cut_at_question_mark.decode(cut, skip_special_tokens=True)
+                text = tokenizer.decode(cut, skip_special_tokens=True)
                 completion = text if isinstance(completion, str) else [{"role": "assistant", "content": text}]
             replies.append(completion)
             cut_ids.append(cut)

@@ -104,6 +104,10 @@ normalised = normalized  # the former name
 
 
 def _z_scores(
-    values: Any, completions: Sequence, row_name: Sequence[str] | None, name: str, statistics: RewardStatistics
+    values: Iterable[object],
+    completions: Sequence,
+    row_name: Sequence[str] | None,
+    name: str,
+    statistics: RewardStatistics,
 ) -> list[float | None]:
     return [statistics.score(reward) for reward in finite_rewards(values, name, completions, row_name)]

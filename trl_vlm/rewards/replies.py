@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from trl_vlm.data.messages import reply_text
+from trl_vlm.data.messages import Conversation, reply_text
 
 _SHOWN_CHARACTERS = 60
 
@@ -11,7 +11,7 @@ _SHOWN_CHARACTERS = 60
 class RewardFunction(Protocol):
     """A TRL reward function: one number per reply, `None` where it does not apply."""
 
-    def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float | None]:
+    def __call__(self, prompts: list, completions: list, **columns: Any) -> Sequence[float | None]:
         """One value for each of the `completions`."""
         ...
 
@@ -21,7 +21,7 @@ def row_names(names: Sequence[str] | None, rows: int) -> list[str]:
     return [f"row {row}" for row in range(rows)] if names is None else list(names)
 
 
-def name_row(row: int, completion: Any, names: Sequence[str] | None = None) -> str:
+def name_row(row: int, completion: str | Conversation, names: Sequence[str] | None = None) -> str:
     """`train row 3 (reply 'There is a ...')`, for error messages; never fails, whatever the completion is.
 
     Args:

@@ -4,12 +4,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from torch import nn
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import cached_file
 
 from trl_vlm.data.encoding import encode
@@ -17,6 +16,7 @@ from trl_vlm.data.facts import JUDGE_TEMPLATE_FILE, JudgeTemplate, judge_message
 from trl_vlm.data.messages import Conversation, content_parts, message_text, reply_text, without_empty_keys
 from trl_vlm.models._transformers import hub_arguments
 from trl_vlm.models.generation import evaluating
+from trl_vlm.models.loading import moved
 from trl_vlm.models.processors import control_tokens, load_processor
 from trl_vlm.models.reward_model import load_reward_model
 from trl_vlm.models.unsharded import is_sharded, unsharded_loading
@@ -58,7 +58,7 @@ class RewardModelReward:
 
     def __init__(
         self,
-        model: str | PathLike | nn.Module,
+        model: str | PathLike | PreTrainedModel,
         processor: ProcessorMixin | None = None,
         template: JudgeTemplate | None = None,
         *,
@@ -71,18 +71,18 @@ class RewardModelReward:
     ):
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}; score at least 1 reply at once.")
-        if isinstance(model, nn.Module) and load_options:
+        if not isinstance(model, str | PathLike) and load_options:
             raise TypeError(f"{sorted(load_options)} are options of loading, but `model` is loaded. Leave them out.")
         self.__name__ = name
         self.batch_size = batch_size
         self.max_length = max_length
         self.empty_reply_score = empty_reply_score
         self.device = torch.device(device) if device is not None else None
-        source = model.name_or_path if isinstance(model, nn.Module) else str(model)
+        source = str(model if isinstance(model, str | PathLike) else model.name_or_path or "")
         hub = hub_arguments(load_options)
         self.template = template if template is not None else _load_template(source, hub)
         self.processor = processor if processor is not None else _load_processor(source, hub)
-        self.model = model if isinstance(model, nn.Module) else self._load(model, load_options)
+        self.model = self._load(model, load_options) if isinstance(model, str | PathLike) else model
         if is_sharded(self.model):
             raise ValueError(
                 "the reward model's parameters are split among the processes (ZeRO-3), so it cannot score by itself. "
@@ -90,11 +90,11 @@ class RewardModelReward:
             )
         self._control_tokens = control_tokens(self.processor)
 
-    def _load(self, path: str | PathLike, options: dict[str, Any]) -> nn.Module:
+    def _load(self, path: str | PathLike, options: dict[str, Any]) -> PreTrainedModel:
         if "quantization_config" in options and "device_map" not in options:
             # A quantised model cannot be moved later; by default it would go to the first GPU on every process.
             device = self.device if self.device is not None else PartialState().device
-            if device.type != "cpu":
+            if device is not None and device.type != "cpu":
                 options = {**options, "device_map": {"": device}}
         with unsharded_loading():
             return load_reward_model(path, for_scoring=True, **options).eval().requires_grad_(False)
@@ -104,8 +104,8 @@ class RewardModelReward:
         prompts: Sequence[Conversation],
         completions: Sequence[Conversation],
         completion_ids: Sequence[Sequence[int]] | None = None,
-        images: Sequence[Sequence[Any] | None] | None = None,
-        image: Sequence[Any] | None = None,
+        images: Sequence[Sequence[object] | None] | None = None,
+        image: Sequence[object] | None = None,
         facts: Sequence[Sequence[str] | None] | None = None,
         row_name: Sequence[str] | None = None,
         **columns: Any,
@@ -144,11 +144,11 @@ class RewardModelReward:
                 score if reply_text(completion).strip() else self.empty_reply_score
                 for score, completion in zip(scores, completions, strict=True)
             ]
-        return finite_rewards(scores, self.__name__, completions, row_name)
+        return cast(list[float], finite_rewards(scores, self.__name__, completions, row_name))  # none is None
 
     def _input(
-        self, row: str, prompt: Any, completion: Any, images: list[Any], facts: Sequence[str]
-    ) -> tuple[Conversation, list[Any]]:
+        self, row: str, prompt: Conversation, completion: Conversation, images: list[object], facts: Sequence[str]
+    ) -> tuple[Conversation, list[object]]:
         """The judged conversation of one row, and its images in the order of their placeholders."""
         for part, value in (("prompt", prompt), ("reply", completion)):
             if isinstance(value, str):
@@ -165,7 +165,7 @@ class RewardModelReward:
         messages = judge_messages(prompt, reply, facts, self.template, control_tokens=self._control_tokens)
         return messages, found or images
 
-    def _scores(self, inputs: Sequence[tuple[Conversation, list[Any]]], names: Sequence[str]) -> list[float]:
+    def _scores(self, inputs: Sequence[tuple[Conversation, list[object]]], names: Sequence[str]) -> list[float]:
         batch = encode(
             self.processor,
             [messages for messages, _ in inputs],
@@ -183,7 +183,7 @@ class RewardModelReward:
         """The model on this process's device, in evaluation mode, without gradient; then in the modes it was in."""
         # transformers sets `hf_device_map` on models that it placed itself, quantised ones among them.
         if getattr(self.model, "hf_device_map", None) is None:
-            self.model.to(self.device if self.device is not None else PartialState().device)
+            moved(self.model, self.device if self.device is not None else PartialState().device)
         with evaluating(self.model):
             yield
 
@@ -207,13 +207,13 @@ def _load_processor(source: str, hub: dict[str, Any]) -> ProcessorMixin:
     return load_processor(source, **hub)
 
 
-def _images_of_rows(images: Sequence | None, image: Sequence | None, rows: int) -> list[list[Any]]:
+def _images_of_rows(images: Sequence | None, image: Sequence | None, rows: int) -> list[list[object]]:
     if images is not None:
         return [list(row) for row in column_values("images", images, rows, default=())]
     return [[] if one is None else [one] for one in column_values("image", image, rows, default=None)]
 
 
-def _without_images(prompt: Conversation) -> tuple[Conversation, list[Any]]:
+def _without_images(prompt: Conversation) -> tuple[Conversation, list[object]]:
     """A prompt whose image parts are bare placeholders, and the images that they held."""
     # Arrow fills every part up to the same keys, so a placeholder may hold `image: None`.
     prompt = without_empty_keys(prompt)

@@ -65,7 +65,7 @@ class SymbolicCorrectness:
         ]
 
 
-def _gold_answer(gold: Any, name: str) -> str:
+def _gold_answer(gold: object, name: str) -> str:
     """A gold answer with "Yes." written as "yes" and "(b)" as "B"."""
     if not isinstance(gold, str) or not gold.strip():
         raise TypeError(

@@ -49,7 +49,7 @@ def write_contact_sheet(world: World, path: str | Path, *, count: int = 6, seed:
     path = Path(path)
     if path.suffix not in (".html", ".png"):
         raise ValueError(f"{path} ends in {path.suffix or 'nothing'!r}; name an .html or a .png file.")
-    sheets = {split: draw_cards(world, count, seed, split) for split in SPLITS}
+    sheets: dict[Split, list[Card]] = {split: draw_cards(world, count, seed, split) for split in SPLITS}
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".html":
         path.write_text(_page(world, sheets), encoding="utf-8")

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from trl_vlm.models.loading import load_generative_model, load_generative_processor
+from trl_vlm.models.loading import load_generative_model, load_generative_processor, moved
 from trl_vlm.testbed import datasets
 from trl_vlm.testbed.evaluate import by_split, caption_sampler, evaluate
 from trl_vlm.testbed.processor import JUDGE_TEMPLATE
@@ -80,10 +81,11 @@ class WorldRows:
     def preferences(self, model: str) -> tuple[Dataset, Dataset]:
         """Pairs of the model's replies, to train and to evaluate on."""
         sample = caption_sampler(*loaded(model))
-        return tuple(
+        train, evaluation = (
             datasets.preference_rows(self.world, count, 10 * self.seed + part, sample, vision_noise=self.vision_noise)
             for part, count in ((1, self.pair_count), (2, max(8, self.pair_count // 5)))
         )
+        return train, evaluation
 
     def reward(self, reward_model: Callable[..., list[float]]) -> WeakEyes:
         """The reward model as PPO uses it: behind the noise that it was trained with."""
@@ -98,7 +100,8 @@ class WorldRows:
         return by_split(evaluate(*loaded(model), self.world, scenes=self.scenes, seed=8800 + self.seed))
 
 
-def loaded(folder: str | Path) -> tuple[Any, Any]:
+def loaded(folder: str | Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Model and processor, ready to generate."""
-    model = load_generative_model(folder).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_generative_processor(folder)
+    model = cast(LlavaForConditionalGeneration, load_generative_model(folder).eval())
+    moved(model, "cuda" if torch.cuda.is_available() else "cpu")
+    return model, cast(LlavaProcessor, load_generative_processor(folder))

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -200,17 +200,20 @@ def train_captions(
     return _train(trainer)
 
 
-class Stream(Dataset):
+_Example = TypeVar("_Example")
+
+
+class Stream(Dataset[_Example]):
     """A data set of examples that are made when asked for; example `index` is always the same."""
 
-    def __init__(self, example: Callable[[int], Any], length: int):
+    def __init__(self, example: Callable[[int], _Example], length: int):
         self.example = example
         self.length = length
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> _Example:
         return self.example(index)
 
 
@@ -226,11 +229,14 @@ class TowerTrainee(nn.Module):
         words: Token ids of the kinds and of "nothing".
     """
 
+    embeddings: Tensor
+
     def __init__(self, model: LlavaForConditionalGeneration, words: list[int]):
         super().__init__()
-        self.tower = model.model.vision_tower
-        self.projector = model.model.multi_modal_projector
-        embeddings = model.get_input_embeddings().weight.detach()[words].clone()  # (words, d)
+        self.tower = model.model.get_submodule("vision_tower")
+        self.projector = model.model.get_submodule("multi_modal_projector")
+        table = cast(nn.Embedding, model.get_input_embeddings())
+        embeddings = table.weight.detach()[words].clone()  # (words, d)
         self.register_buffer("embeddings", embeddings, persistent=False)
 
     def features(self, pixel_values: Tensor) -> Tensor:
@@ -287,7 +293,8 @@ class CaptionTrainer(Trainer):
         """The loss of a batch of `SupervisedCollator`."""
         captions, spoken = self._token_losses(model, inputs, "captions")
         questions, asked = self._token_losses(model, inputs, "questions")
-        ends = asked == self.model.config.text_config.eos_token_id  # `model` may be wrapped
+        config = cast(LlavaForConditionalGeneration, self.model).config  # `model` may be wrapped
+        ends = asked == config.get_text_config().eos_token_id
         answers = (asked != -100) & ~ends
         caption_loss = captions.sum() / (spoken != -100).sum()
         question_loss = questions[answers].mean()
@@ -342,7 +349,7 @@ def _arguments(
 
 
 def _train(trainer: Trainer) -> list[dict[str, float]]:
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(str(trainer.args.output_dir)))
     return trainer.state.log_history
 
 

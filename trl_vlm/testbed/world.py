@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -291,8 +291,10 @@ class World:
     @classmethod
     def load(cls, folder: str | Path) -> "World":
         """Reads `world.json` from a folder."""
-        values = json.loads(Path(folder, "world.json").read_text())
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        values: dict[str, Any] = json.loads(Path(folder, "world.json").read_text())
+        # JSON has lists for tuples.
+        values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**values)
 
 
 def generator(seed: int, index: int, stream: str) -> np.random.Generator:

@@ -4,7 +4,7 @@ import inspect
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,7 @@ class Conversion:
                     self.convert(block, start, f"{source.location}, record", gap.shard, bar)
                     start += len(block)
 
-    def convert(self, block: list[Record], start: int, name: str, shard: int | None, bar: tqdm) -> None:
+    def convert(self, block: Sequence[Record], start: int, name: str, shard: int | None, bar: tqdm) -> None:
         """Writes the rows of some records, the first of which has the number `start`."""
         rows: list[Row] = []
         dropped: Counter[str] = Counter()

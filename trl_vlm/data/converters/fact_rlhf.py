@@ -14,7 +14,6 @@ entries of that file, their content invented:
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from datasets import List, Value
 
@@ -78,7 +77,7 @@ def facts_of(record: Record, facts: Mapping[str, Sequence[str]] | None, caption_
     return joined_facts(facts, record["image"], prefix="aok_" if caption_type in MULTIPLE_CHOICE else "")
 
 
-def integer(value: Any, what: str, default: int) -> int:
+def integer(value: str | float | None, what: str, default: int) -> int:
     """`value` as an integer, `default` for None."""
     if value is None:
         return default

@@ -13,7 +13,6 @@ content invented:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from datasets import List, Value
 
@@ -63,14 +62,14 @@ def to_row(record: Record, facts: Mapping[str, Sequence[str]] | None = None) -> 
     return row
 
 
-def last_reply_filled_in(conversation: Any) -> list[dict[str, str]]:
+def last_reply_filled_in(conversation: object) -> list[dict[str, str]]:
     """The conversation as messages; its last reply is a stand-in for the candidates, so it may be empty."""
     if isinstance(conversation, Sequence) and conversation and isinstance(conversation[-1], Mapping):
         conversation = [*conversation[:-1], {**conversation[-1], "value": "stand-in"}]
     return turns(conversation)
 
 
-def reply_of(output: Any, what: str) -> Any:
+def reply_of(output: object, what: str) -> object:
     """The text of `{"from": "gpt", "value": text}`, or of a plain string."""
     if isinstance(output, Mapping):
         if "value" not in output:

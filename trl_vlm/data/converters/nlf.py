@@ -9,7 +9,6 @@ invented:
 """
 
 from pathlib import PurePosixPath
-from typing import Any
 
 from datasets import Value
 
@@ -63,19 +62,20 @@ def to_row(
             f"{', '.join('--' + option.replace('_', '-') for option in unnamed)}). "
             f"The record has the columns {sorted(map(str, record))}."
         )
+    columns = {option: column for option, column in required.items() if column is not None}
     kept = {"critique": critique_column, "score": score_column}
     kept = {name: column for name, column in kept.items() if column is not None}
-    need(record, [*required.values(), *kept.values()])
+    need(record, [*columns.values(), *kept.values()])
     return preference_row(
-        image_name(record[image_column]),
-        prompt_of(record[question_column]),
-        record[refined_column],
-        record[initial_column],
+        image_name(record[columns["image_column"]]),
+        prompt_of(record[columns["question_column"]]),
+        record[columns["refined_column"]],
+        record[columns["initial_column"]],
         **{name: str(record[column]) for name, column in kept.items()},
     )
 
 
-def image_name(value: Any) -> Any:
+def image_name(value: object) -> object:
     """`42` and `"000000000042"` as COCO train2017 calls the file, `"000000000042.jpg"`; anything else as it is."""
     if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()):
         return f"{int(value):012d}.jpg"
@@ -84,7 +84,7 @@ def image_name(value: Any) -> Any:
     return value
 
 
-def prompt_of(question: Any) -> list[Message]:
+def prompt_of(question: object) -> list[Message]:
     """A question as messages; earlier turns are kept."""
     if isinstance(question, str):
         return user_turn(question_text(question))

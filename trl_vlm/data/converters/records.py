@@ -47,7 +47,7 @@ def need(record: Record, columns: Iterable[str], remedy: str = "") -> None:
         )
 
 
-def clean_text(value: Any, what: str) -> str:
+def clean_text(value: object, what: str) -> str:
     """`value` without white space around it; raises `BadRecord` where that is no text, or none is left."""
     if not isinstance(value, str):
         raise BadRecord(f"{what} is not text", f"got {type(value).__name__} {str(value)[:60]!r}")
@@ -57,7 +57,7 @@ def clean_text(value: Any, what: str) -> str:
     return text
 
 
-def clean_reply(value: Any, what: str = "reply") -> str:
+def clean_reply(value: object, what: str = "reply") -> str:
     """A reply's text: not empty, and without a literal image placeholder, which would be read as an image."""
     text = clean_text(value, what)
     if IMAGE_MENTION in text:
@@ -65,7 +65,7 @@ def clean_reply(value: Any, what: str = "reply") -> str:
     return text
 
 
-def question_text(value: Any) -> str:
+def question_text(value: object) -> str:
     """A question's text without its image placeholder: the row contract puts the image at the first user turn.
 
     Raises `BadRecord` for a second placeholder, because these data sets hold one image a record.
@@ -86,7 +86,7 @@ def assistant_turn(text: str) -> list[Message]:
     return [{"role": "assistant", "content": text}]
 
 
-def turns(conversation: Any, what: str = "conversations") -> list[Message]:
+def turns(conversation: object, what: str = "conversations") -> list[Message]:
     """LLaVA's `[{"from": "human" | "gpt", "value": ...}, ...]` as messages, image placeholder taken out.
 
     Messages that are already `{"role", "content"}` pass as well. Raises `BadRecord` for an unknown speaker, for
@@ -119,12 +119,12 @@ def prompt_and_last_reply(messages: Sequence[Message], what: str = "conversation
     return list(messages[:-1]), messages[-1]["content"]
 
 
-def prompt_row(image: Any, prompt: list[Message], **extra: Any) -> Row:
+def prompt_row(image: object, prompt: list[Message], **extra: object) -> Row:
     """A row with one image and a prompt, and the columns in `extra`; raises `BadRecord` without an image."""
     return {"images": [present_image(image)], "prompt": prompt, **extra}
 
 
-def preference_row(image: Any, prompt: list[Message], chosen: Any, rejected: Any, **extra: Any) -> Row:
+def preference_row(image: object, prompt: list[Message], chosen: object, rejected: object, **extra: object) -> Row:
     """A preference row; raises `BadRecord` for an empty reply, for equal replies, and without an image."""
     chosen, rejected = clean_reply(chosen, "chosen reply"), clean_reply(rejected, "rejected reply")
     if chosen == rejected:
@@ -133,7 +133,7 @@ def preference_row(image: Any, prompt: list[Message], chosen: Any, rejected: Any
     return {**row, "chosen": assistant_turn(chosen), "rejected": assistant_turn(rejected), **extra}
 
 
-def joined_facts(facts: Mapping[str, Sequence[str]], image: Any, prefix: str = "") -> list[str]:
+def joined_facts(facts: Mapping[str, Sequence[str]], image: object, prefix: str = "") -> list[str]:
     """The facts stored under `prefix` and the image's name; raises `BadRecord` where there are none."""
     path = present_image(image)
     key = prefix + PurePosixPath(str(path["path"] if isinstance(path, Mapping) else path)).name

@@ -104,7 +104,7 @@ def to_rows(
     return Converted(rows, +dropped)
 
 
-def rated_replies(completions: Any, aspects: Sequence[str]) -> tuple[list[Rated], Counter[str]]:
+def rated_replies(completions: object, aspects: Sequence[str]) -> tuple[list[Rated], Counter[str]]:
     """The replies that have a text and a number for every aspect, and how many have not, by reason."""
     replies, dropped = [], Counter()
     for completion in completion_list(completions):
@@ -119,7 +119,7 @@ def rated_replies(completions: Any, aspects: Sequence[str]) -> tuple[list[Rated]
     return replies, dropped
 
 
-def completion_list(completions: Any) -> list[dict[str, Any]]:
+def completion_list(completions: object) -> list[dict[str, Any]]:
     """`{"response": [a, b], ...}` as `[{"response": a, ...}, {"response": b, ...}]`; the latter passes."""
     names = ("annotations", "model", "response")
     if isinstance(completions, Mapping):
@@ -140,7 +140,7 @@ def completion_list(completions: Any) -> list[dict[str, Any]]:
     return list(completions)
 
 
-def mean_rating(annotation: Any, aspects: Sequence[str]) -> float | None:
+def mean_rating(annotation: object, aspects: Sequence[str]) -> float | None:
     """Mean over `aspects`, or None where one is absent or is not a number from 1 to 5."""
     ratings = []
     for aspect in aspects:

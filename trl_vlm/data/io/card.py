@@ -99,13 +99,13 @@ def histogram(values: Sequence[float]) -> Iterator[str]:
         yield f"{low + bin_ * width:8.3f} to {low + (bin_ + 1) * width:7.3f}  {count:7d}  {bar}".rstrip()
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     """A Markdown table and an empty line."""
     head, *rows = ([as_text(cell) for cell in line] for line in (head, *rows))
     return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)] + [""]
 
 
-def as_text(value: Any) -> str:
+def as_text(value: object) -> str:
     """What a model or a file wrote, as text of one line that Markdown and HTML read nothing into."""
     text = "".join(letter if letter.isprintable() else " " for letter in " ".join(str(value).split()))
     text = text if len(text) <= LONGEST_CELL else text[:LONGEST_CELL] + "…"

@@ -27,7 +27,7 @@ def load_rows(source: Source, *, streaming: bool = False) -> Dataset | IterableD
         return datasets.load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train", streaming=streaming)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = _one_split(datasets.load_from_disk(str(path)), source)
-        return saved.to_iterable_dataset() if streaming else saved
+        return saved.to_iterable_dataset() if streaming and isinstance(saved, Dataset) else saved
     try:
         splits = datasets.load_dataset(
             source.location,
@@ -46,7 +46,9 @@ def load_rows(source: Source, *, streaming: bool = False) -> Dataset | IterableD
     return _one_split(splits, source)
 
 
-def _one_split(found: Dataset | datasets.DatasetDict, source: Source) -> Dataset | IterableDataset:
+def _one_split(
+    found: Dataset | datasets.DatasetDict | datasets.IterableDatasetDict, source: Source
+) -> Dataset | IterableDataset:
     if isinstance(found, Dataset):
         if source.split not in (None, str(found.split)):
             raise ValueError(f"{source.location!r} holds one dataset without splits; leave the split out.")

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image, UnidentifiedImageError
 
@@ -20,7 +20,7 @@ LONGEST_STEM = 100  # characters
 PLAIN_STEM = re.compile(r"[\w][\w. -]*")
 
 
-def stored_image(value: Any, *, folder: Path | None = None, embed: bool = False) -> dict[str, Any]:
+def stored_image(value: object, *, folder: Path | None = None, embed: bool = False) -> dict[str, Any]:
     """An image as `{"bytes", "path"}`: bytes stay bytes, a file stays a path unless `embed`.
 
     The header alone is read, to tell an image from an error page; `trl-vlm check` decodes the pixels.
@@ -54,7 +54,7 @@ def stored_image(value: Any, *, folder: Path | None = None, embed: bool = False)
     return {"bytes": None, "path": str(path.resolve())}
 
 
-def present_image(value: Any) -> Any:
+def present_image(value: object) -> object:
     """`value`; raises `BadRecord` for None, an empty name, no bytes, and a `{"bytes", "path"}` with neither."""
     if isinstance(value, Mapping):
         missing = not value.get("bytes") and not value.get("path")
@@ -74,7 +74,7 @@ def found_image(name: str, folder: Path | None) -> Path:
     for file in files:
         if folder is None or is_inside(file, folder):
             return file
-    if files:
+    if files and folder is not None:
         raise BadRecord(
             "image is outside the folder of images",
             f"{str(files[0])!r} leads to {str(files[0].resolve())!r}, which is not in {str(folder.resolve())!r}. "
@@ -108,14 +108,15 @@ def image_suffix(file: Path | io.BytesIO, what: str) -> str:
             # Pillow warns from half of the size at which it refuses; training has its own limit.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with open_image(file) as image:
-                return SUFFIXES.get(image.format, f".{image.format.lower()}")
+                kind = cast(str, image.format)  # known of every image that Pillow opens
+                return SUFFIXES.get(kind, f".{kind.lower()}")
     except UnidentifiedImageError as error:
         raise BadRecord("not an image", f"{what} is no image that Pillow can read") from error
     except (*DECODER_ERRORS, Image.DecompressionBombError) as error:
         raise BadRecord("not an image", f"{what}: {error}") from error
 
 
-def plain_name(name: Any, suffix: str) -> str:
+def plain_name(name: object, suffix: str) -> str:
     """A file name for an embedded image: the last part of `name` if it is a plain one, with the suffix of its format.
 
     A name that is long, hidden or holds odd characters becomes a hash of itself.

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import pyarrow
 import pyarrow.parquet as parquet
@@ -61,9 +61,9 @@ class Output:
         self.images = destination.with_name(destination.stem + "_images")
         self.is_file = destination.suffix in SUFFIXES
         self.as_json = destination.suffix == ".jsonl"
-        identity = json.loads(json.dumps(identity))
+        wanted: dict[str, Any] = json.loads(json.dumps(identity))
         self._lock: OutputLock | None = None
-        self.is_done = self._is_done(identity, overwrite)
+        self.is_done = self._is_done(wanted, overwrite)
         if self.is_done:
             self.progress = Progress.read(self._finished_state)
             return
@@ -72,7 +72,7 @@ class Output:
             if overwrite and self.partial.exists():
                 shutil.rmtree(self.partial)
             self.partial.mkdir(exist_ok=True)
-            self.progress = self._progress(identity)
+            self.progress = self._progress(wanted)
         except BaseException:
             self._lock.release()
             raise
@@ -164,7 +164,7 @@ class Output:
         Args:
             rows: Images are `{"bytes", "path"}`.
             columns: Name to `datasets` feature.
-            gap: Which records they are, from start to stop.
+            gap: Which records they are, from start to stop, which is known once they are read.
             dropped: What made no row, by reason.
         """
         number = self.progress.next_shard() if gap.shard is None else gap.shard
@@ -176,7 +176,7 @@ class Output:
                 else:
                     table = pyarrow.Table.from_pylist(list(rows), schema=Features(columns).arrow_schema)
                     write_parquet(table, unfinished)
-        part = Part(gap.start, gap.stop, len(rows), dict(dropped), number if rows else None)
+        part = Part(gap.start, cast(int, gap.stop), len(rows), dict(dropped), number if rows else None)
         self.progress.add(part)
         write_whole(self.partial / STATE_FILE, self.progress.to_json())
 

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+_Value = TypeVar("_Value")
 
 
 @dataclass
@@ -120,7 +122,7 @@ class Progress:
         self.parts = sorted([*self.parts, part], key=lambda part: part.start)
 
 
-def blocks_of(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
+def blocks_of(values: Iterable[_Value], size: int) -> Iterator[list[_Value]]:
     """Up to `size` values at a time."""
     # itertools.batched comes with Python 3.12.
     values = iter(values)

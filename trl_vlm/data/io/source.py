@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
+import pyarrow
 import pyarrow.parquet as parquet
 
 CHUNK_CHARACTERS = 1 << 20
@@ -86,11 +87,12 @@ class Source:
         """Rows of a folder written by `save_to_disk`."""
         loaded = datasets.load_from_disk(self.location)
         if isinstance(loaded, datasets.DatasetDict):
-            loaded = loaded[self._only_split(list(loaded))]
+            loaded = loaded[self._only_split(loaded)]
         elif self.split not in (None, str(loaded.split)):
             raise ValueError(f"{self.location!r} holds one data set without splits; leave `split` out.")
         self.total = len(loaded)
-        for table in loaded.with_format("arrow").iter(PARQUET_BATCH_RECORDS):
+        tables = cast(Iterator[pyarrow.Table], loaded.with_format("arrow").iter(PARQUET_BATCH_RECORDS))
+        for table in tables:
             yield from table.to_pylist()
 
     def _streamed(self) -> datasets.IterableDataset:
@@ -110,14 +112,15 @@ class Source:
                 f"{self.location!r} comes with a loading script, which is never run. Where the hub has converted it "
                 "to parquet, pass the revision `refs/convert/parquet`; else download its files and pass their path."
             ) from error
-        rows = splits[self._only_split(list(splits))]
+        rows = splits[self._only_split(splits)]
         # Without known features (JSON) there is nothing that could be decoded, and `decode` raises.
         return rows.decode(False) if rows.features else rows
 
-    def _only_split(self, found: list[str]) -> str:
+    def _only_split(self, splits: Iterable[str | datasets.NamedSplit]) -> str:
+        found = [str(split) for split in splits]
         if self.split is None and len(found) == 1:
             return found[0]
-        if self.split not in found:
+        if self.split is None or self.split not in found:
             raise ValueError(f"{self.location!r} has the splits {found}; got {self.split!r}. Choose with `split`.")
         return self.split
 
@@ -169,7 +172,8 @@ def json_list_records(path: Path) -> Iterator[dict[str, Any]]:
             buffer += file.read(CHUNK_CHARACTERS)
         position, index = buffer.index("[") + 1, 0
         while True:
-            position = BETWEEN_RECORDS.match(buffer, position).end()
+            gap = BETWEEN_RECORDS.match(buffer, position)
+            position = gap.end() if gap else position
             if buffer.startswith("]", position):
                 return
             try:
@@ -187,7 +191,7 @@ def json_list_records(path: Path) -> Iterator[dict[str, Any]]:
             index += 1
 
 
-def as_record(value: Any, name: str) -> dict[str, Any]:
+def as_record(value: object, name: str) -> dict[str, Any]:
     """`value`, which must be a JSON object."""
     if not isinstance(value, dict):
         raise ValueError(f"{name} is a {type(value).__name__}; a record must be a JSON object with named columns.")

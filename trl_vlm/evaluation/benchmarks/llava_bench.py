@@ -143,23 +143,21 @@ METRICS = (
 )
 
 
-def _benchmark(name: str, read: Callable[[Path], list[Question]], **about: str) -> Benchmark:
+def _benchmark(name: str) -> Callable[..., Benchmark]:
     judging = Judging(COMPARISON, partial(comparison_request, name=name))
-    return Benchmark(name=name, read=read, score=score, metrics=METRICS, max_new_tokens=1024, judging=judging, **about)
+    return partial(Benchmark, name=name, score=score, metrics=METRICS, max_new_tokens=1024, judging=judging)
 
 
-COCO = _benchmark(
-    "llava-bench-coco",
-    read_coco,
+COCO = _benchmark("llava-bench-coco")(
+    read=read_coco,
     title="conversation, detail and reasoning against a reference",
     source="https://github.com/haotian-liu/LLaVA (playground/data/coco2014_val_qa_eval)",
     license="CC-BY-NC-4.0 (check); images of COCO",
     size="90 questions about 30 images",
     files="qa90_questions.jsonl, qa90_gpt4_answer.jsonl, caps_boxes_coco2014_val_80.jsonl and val2014/",
 )
-IN_THE_WILD = _benchmark(
-    "llava-bench-in-the-wild",
-    read_in_the_wild,
+IN_THE_WILD = _benchmark("llava-bench-in-the-wild")(
+    read=read_in_the_wild,
     title="open questions about images of all kinds against a reference",
     source="https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",
     license="CC-BY-NC-4.0 (check)",

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from os import PathLike
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from PIL.Image import Image
@@ -238,7 +238,8 @@ class BDHS:
 
     def _similarities(self, references: Sequence["_Reference"], replies: Sequence["_Reply"]) -> list[float]:
         texts = [reference.tokens.text for reference in references]
-        values = list(self.similarity([reply.text for reply in replies], texts))
+        compare = cast(Similarity, self.similarity)  # since `__post_init__`
+        values = list(compare([reply.text for reply in replies], texts))
         if len(values) != len(replies):
             raise ValueError(
                 f"The similarity gate returned {len(values)} values for {len(replies)} pairs of texts; it must return "

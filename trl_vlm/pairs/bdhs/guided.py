@@ -94,17 +94,18 @@ def _prefix_of(
 ) -> tuple[int, str, list[int]]:
     """How many tokens of the reply are kept, what of the sentence, and what is forced behind them."""
     # A pivot is a character; only those count at which a token of the reply ends too.
-    kept_tokens = {pivot: tokens.tokens_before(start + pivot) for pivot in pivots(sentence)}
-    aligned = [pivot for pivot, count in kept_tokens.items() if count is not None]
+    counts = {pivot: tokens.tokens_before(start + pivot) for pivot in pivots(sentence)}
+    aligned = {pivot: count for pivot, count in counts.items() if count is not None}
     if not aligned:
         kept, forced = _forced_prefix(tokens, tokenizer, start, before, "")
         return kept, "", forced
-    pivot = random.choice(aligned)
-    return kept_tokens[pivot], sentence[:pivot], []
+    pivot = random.choice(list(aligned))
+    return aligned[pivot], sentence[:pivot], []
 
 
 def _first_word_end(sentence: str) -> int:
-    return re.match(r"\s*\w*", sentence).end()
+    found = re.match(r"\s*\w*", sentence)
+    return found.end() if found else 0
 
 
 def _forced_prefix(

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import zip_longest
 from os import PathLike
-from typing import Any, ClassVar
+from typing import ClassVar, Protocol, cast
 
 from accelerate import PartialState
+from torch import Tensor
 
 from trl_vlm.models.unsharded import unsharded_loading
 from trl_vlm.pairs.bdhs.sentences import split_sentences
@@ -15,6 +16,14 @@ DEFAULT_ENCODER = "sentence-transformers/all-mpnet-base-v2"
 
 Similarity = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 """Two lists of N texts -> N similarities, 1 for texts that mean the same."""
+
+
+class _Encoder(Protocol):
+    """What is asked of a `SentenceTransformer`."""
+
+    def encode(self, inputs: list[str], **settings: object) -> Tensor:
+        """Embeddings of N texts, (N, D)."""
+        ...
 
 
 @dataclass(eq=False)
@@ -47,7 +56,7 @@ class SentenceEncoder:
     batch_size: int = field(
         default=32, metadata={"help": "Texts that are encoded at once.", "flag": "encoder_batch_size"}
     )
-    _model: Any = field(default=None, init=False, repr=False)
+    _model: _Encoder | None = field(default=None, init=False, repr=False)
 
     # Fields that change how similarities are computed, and not what they are.
     not_about_answers: ClassVar[frozenset[str]] = frozenset({"device", "batch_size"})
@@ -84,11 +93,11 @@ class SentenceEncoder:
 
 
 def _sentence_pairs(text: str, other: str) -> list[tuple[str, str]]:
-    sentences = ([sentence.strip() for sentence in split_sentences(side)] for side in (text, other))
-    return list(zip_longest(*sentences, fillvalue=""))
+    first, second = ([sentence.strip() for sentence in split_sentences(side)] for side in (text, other))
+    return list(zip_longest(first, second, fillvalue=""))
 
 
-def _load(encoder: str, device: str) -> Any:
+def _load(encoder: str, device: str) -> _Encoder:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
@@ -98,7 +107,7 @@ def _load(encoder: str, device: str) -> Any:
         ) from error
     try:
         with unsharded_loading():
-            return SentenceTransformer(encoder, device=device)
+            return cast(_Encoder, SentenceTransformer(encoder, device=device))
     except (OSError, ValueError, KeyError) as error:
         raise OSError(
             f"The sentence encoder {encoder!r} cannot be loaded ({error}). Without a network, fetch it where there is "

@@ -14,10 +14,11 @@ BELOW = {
     "judges": {"maths", "models", "data", "rewards"},
     "pairs": {"maths", "models", "data", "rewards", "judges"},
     "evaluation": {"maths", "models", "data", "rewards", "judges"},
+    "look": {"maths", "data", "evaluation"},
     "trainers": {"maths", "models", "data", "rewards", "judges", "pairs", "evaluation"},
     "testbed": {"maths", "models", "data", "rewards", "judges", "evaluation"},
     "scripts": {"maths", "models", "data", "rewards", "judges", "pairs", "evaluation", "trainers"},
-    "cli": {"maths", "models", "data", "rewards", "judges", "pairs", "evaluation", "trainers", "scripts"},
+    "cli": {"maths", "models", "data", "rewards", "judges", "pairs", "evaluation", "look", "trainers", "scripts"},
     "__init__": {"trainers"},  # under `TYPE_CHECKING`; what loads when is held by test_public_names.py
 }
 MAY_IMPORT_TRL = {"trainers", "scripts"}

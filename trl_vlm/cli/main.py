@@ -15,6 +15,7 @@ COMMANDS = {
     "check": ("check", "check a dataset row by row; exit code 1 if anything is wrong"),
     "pairs": ("pairs", "make preference pairs with a model"),
     "evaluate": ("evaluate", "measure models on benchmarks"),
+    "look": ("look", "write a page to look at pairs, runs and evaluated replies"),
 }
 
 

@@ -51,7 +51,9 @@ WRONG_TYPE = "wrong type"
 DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # one channel of more than 8 bits
 
 
-def load_image(value: object, *, name: str, max_pixels: int | None = MAX_IMAGE_PIXELS) -> Image.Image:
+def load_image(
+    value: object, *, name: str, max_pixels: int | None = MAX_IMAGE_PIXELS, at_least: int | None = None
+) -> Image.Image:
     """Returns the image as a decoded RGB `PIL.Image`, turned upright as its EXIF data say.
 
     The size is read from the header and checked before anything is decoded. Grey images of 16 bits, and floating-point
@@ -63,6 +65,8 @@ def load_image(value: object, *, name: str, max_pixels: int | None = MAX_IMAGE_P
             `datasets` stores it. Not modified.
         name: What the image is called in errors, for example "row 12, image 1".
         max_pixels: Width times height at most; None lifts our limit (Pillow's own, twice `MAX_IMAGE_PIXELS`, stays).
+        at_least: A JPEG may be decoded at a half, a quarter or an eighth of its size, as long as both sides keep this
+            many pixels: for thumbnails, several times faster.
 
     Raises:
         RowError: The file is missing, empty, truncated, no image of a known format, or too large. A `ValueError`.
@@ -74,6 +78,8 @@ def load_image(value: object, *, name: str, max_pixels: int | None = MAX_IMAGE_P
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = _opened(value, name)
         _check_size(image, name, max_pixels)
+        if at_least is not None and image is not value:
+            image.draft("RGB", (at_least, at_least))
         return as_rgb(ImageOps.exif_transpose(image), name)
     except RowError:
         raise

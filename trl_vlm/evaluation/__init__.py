@@ -1,19 +1,39 @@
-"""Metrics as pure functions of replies, and the report that compares models before and after training."""
+"""Metrics as pure functions of replies, and the report that compares models before and after training.
+
+What runs models loads on first use, so that metrics and statistics need no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from trl_vlm.evaluation.benchmark import Benchmark, Question, Ratio, Record, Scores
-from trl_vlm.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from trl_vlm.evaluation.chair import ChairScores, chair
 from trl_vlm.evaluation.metrics import METRICS, Arm, Metric, split_metrics
 from trl_vlm.evaluation.objects.finder import Mention, ObjectFinder
 from trl_vlm.evaluation.pope import PopeScores, answers_from_logits, pope
-from trl_vlm.evaluation.replies import generate_replies
 from trl_vlm.evaluation.report import Report, markdown_report, write_report
 from trl_vlm.evaluation.results import Result, markdown_results, write_results
-from trl_vlm.evaluation.rows import check_scorable_rows, score_rows
-from trl_vlm.evaluation.run import JudgeSource, RunSettings, run_benchmarks
 from trl_vlm.evaluation.scoring import Judging
 from trl_vlm.evaluation.statistics import Difference, Interval, differences, intervals
-from trl_vlm.evaluation.subjects import Subject
+
+if TYPE_CHECKING:  # what editors and type checkers see; `_WHERE` says the same to `__getattr__`
+    from trl_vlm.evaluation.benchmarks import BENCHMARKS, find_benchmark
+    from trl_vlm.evaluation.replies import generate_replies
+    from trl_vlm.evaluation.rows import check_scorable_rows, score_rows
+    from trl_vlm.evaluation.run import JudgeSource, RunSettings, run_benchmarks
+    from trl_vlm.evaluation.subjects import Subject
+
+_WHERE = {
+    "BENCHMARKS": "benchmarks",
+    "JudgeSource": "run",
+    "RunSettings": "run",
+    "Subject": "subjects",
+    "check_scorable_rows": "rows",
+    "find_benchmark": "benchmarks",
+    "generate_replies": "replies",
+    "run_benchmarks": "run",
+    "score_rows": "rows",
+}
 
 __all__ = [
     "Arm",
@@ -53,3 +73,13 @@ __all__ = [
     "write_report",
     "write_results",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}. It offers: {', '.join(__all__)}.")
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,11 +1,12 @@
 """POPE: does the model say yes to the objects that are there, and no to those that are not?"""
 
 from collections.abc import Sequence
-from typing import NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from trl_vlm.data.answers import yes_or_no
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class PopeScores(NamedTuple):
@@ -81,7 +82,7 @@ def _scores(rows: Sequence[tuple[str | None, str]]) -> PopeScores:
     )
 
 
-def answers_from_logits(yes: Tensor, no: Tensor) -> list[str]:
+def answers_from_logits(yes: "Tensor", no: "Tensor") -> list[str]:
     """Answers: "yes" where the model prefers yes as the answer's first token, else "no" (also in a tie).
 
     Args:

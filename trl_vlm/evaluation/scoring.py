@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trl_vlm.judges.chat import Chat, Request
-
 if TYPE_CHECKING:
     from trl_vlm.evaluation.benchmark import Question, Record
+    from trl_vlm.judges.chat import Chat, Request
 
 _OPEN, _CLOSE = r"[*_`#>\s\[(\"']*", r"[*_`\s\])\"'.]*"
 _RATING = re.compile(rf"{_OPEN}rating{_CLOSE}:{_OPEN}([0-6]){_CLOSE}", re.IGNORECASE | re.ASCII)
@@ -66,7 +65,7 @@ class JudgeName(NamedTuple):
         return f"{re.sub(r'[^A-Za-z0-9.-]+', '_', self.name)[-60:]}-{digest}"
 
 
-def judge_name(chat: Chat, judging: Judging) -> JudgeName:
+def judge_name(chat: "Chat", judging: Judging) -> JudgeName:
     """Who answers as `chat`.
 
     Raises:

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from trl_vlm.evaluation.benchmark import Ratio, Scores
+if TYPE_CHECKING:  # what stands on this needs no torch
+    from trl_vlm.evaluation.benchmark import Ratio, Scores
 
 RESAMPLES = 2000
 _CHUNK = 250  # resamples at once: memory stays small with thousands of images
@@ -45,7 +46,7 @@ class Difference(NamedTuple):
         return not (self.low > 0 or self.high < 0)
 
 
-def intervals(scores: Scores, groups: Sequence[str], *, seed: int = 0) -> dict[str, Interval]:
+def intervals(scores: "Scores", groups: Sequence[str], *, seed: int = 0) -> dict[str, Interval]:
     """Every ratio and derived number with its interval.
 
     Args:
@@ -62,7 +63,7 @@ def intervals(scores: Scores, groups: Sequence[str], *, seed: int = 0) -> dict[s
     return found
 
 
-def differences(first: Scores, second: Scores, groups: Sequence[str], *, seed: int = 0) -> dict[str, Difference]:
+def differences(first: "Scores", second: "Scores", groups: Sequence[str], *, seed: int = 0) -> dict[str, Difference]:
     """Every number of two models on the same records in the same order, the second minus the first.
 
     Raises:
@@ -98,7 +99,7 @@ class _Draws:
         names, self.index = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
         self.groups, self.seed = len(names), seed
 
-    def values(self, scores: Scores) -> dict[str, np.ndarray]:
+    def values(self, scores: "Scores") -> dict[str, np.ndarray]:
         """(RESAMPLES,) values of each ratio and derived number."""
         names = list(scores.ratios)
         if not names or not self.groups:
@@ -132,7 +133,7 @@ def _ends(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _wins(first: Ratio | None, second: Ratio | None) -> tuple[int, int]:
+def _wins(first: "Ratio | None", second: "Ratio | None") -> tuple[int, int]:
     """On how many items the second is higher, and lower; an item that either has not is no comparison."""
     if first is None or second is None:
         return 0, 0

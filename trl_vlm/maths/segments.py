@@ -1,71 +1,12 @@
-"""Which tokens of two replies differ, and what a token weighs in the score of Dense DPO.
+"""What a token weighs in the score of Dense DPO; which tokens differ, `trl_vlm.maths.changed_tokens` says.
 
 Source: RLHF-V, arXiv:2312.00849, section 3.1, and the code that trained it (thunlp/Muffin, `utils/diff_lib.py`).
 """
-
-from collections.abc import Sequence
-from difflib import SequenceMatcher
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trl_vlm.maths.masked import weighted_mean
-
-
-class ChangedTokens(NamedTuple):
-    """Per token of a pair of replies, whether it belongs to a changed segment."""
-
-    chosen: list[bool]
-    rejected: list[bool]
-
-
-def changed_tokens(
-    chosen: Sequence[int], rejected: Sequence[int], *, min_match: int = 3, two_sided: bool = False
-) -> ChangedTokens:
-    """The tokens of two replies that have no counterpart in the other one.
-
-    The replies are aligned by their longest matching blocks. A run of matching tokens shorter than `min_match` does
-    not separate two changes: it belongs to the change around it. A run at the very beginning or end of both replies
-    counts at any length, because it continues into the prompt, or the end of the text, which both share.
-
-    Args:
-        chosen: token ids of the chosen reply, end-of-reply token included.
-        rejected: token ids of the rejected reply.
-        min_match: how many tokens in a row must agree to count as shared.
-        two_sided: count a change only where both replies have tokens, so that a pure insertion or a pure deletion
-            is none. That is what the published code does.
-
-    Returns:
-        One list of booleans per reply, True where the token is changed.
-
-    Source: RLHF-V, section 3.1; Muffin, `utils/diff_lib.py`.
-    Differs: insertions and deletions count unless `two_sided`: many corrections delete an invented clause, and the
-    paper's formula knows no exception for them. difflib's `autojunk` is off: from 200 tokens on it would ignore
-    frequent ids. The diff runs on the replies alone, not on prompt, image placeholders and padding.
-    """
-    is_changed = ChangedTokens([False] * len(chosen), [False] * len(rejected))
-    rejected_end = chosen_end = 0
-    for block in _shared_blocks(rejected, chosen, min_match):
-        in_rejected, in_chosen = range(rejected_end, block.a), range(chosen_end, block.b)
-        if (in_rejected and in_chosen) or not two_sided:
-            for token in in_rejected:
-                is_changed.rejected[token] = True
-            for token in in_chosen:
-                is_changed.chosen[token] = True
-        rejected_end, chosen_end = block.a + block.size, block.b + block.size
-    return is_changed
-
-
-def tokens_in_spans(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], start: int = 0) -> list[bool]:
-    """The tokens that touch one of the character spans.
-
-    Args:
-        places: for each token, the (start, end) of its characters in the text, end exclusive.
-        spans: (start, end) of characters, end exclusive, counted from `start`.
-        start: where in the text the characters of the spans begin to count.
-    """
-    return [any(first < start + end and start + begin < last for begin, end in spans) for first, last in places]
 
 
 def segment_weights(is_changed: Tensor, is_reply: Tensor, *, gamma: float, reduction: str) -> Tensor:
@@ -112,16 +53,3 @@ def dense_score(logps: Tensor, is_changed: Tensor, is_reply: Tensor, *, gamma: f
     if reduction == "mean":
         return weighted_mean(logps, weights)
     return torch.where(weights > 0, logps * weights, torch.zeros_like(logps)).sum(-1)
-
-
-def _shared_blocks(rejected: Sequence[int], chosen: Sequence[int], min_match: int) -> list:
-    """The matching blocks that count, with difflib's empty block at the end."""
-    matcher = SequenceMatcher(None, rejected, chosen, autojunk=False)
-    *blocks, end = matcher.get_matching_blocks()
-
-    def counts(block) -> bool:
-        at_start = block.a == block.b == 0
-        at_end = block.a + block.size == end.a and block.b + block.size == end.b
-        return block.size >= min_match or at_start or at_end
-
-    return [*filter(counts, blocks), end]

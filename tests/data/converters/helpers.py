@@ -48,6 +48,20 @@ def rlaif_v(**other):
     }
 
 
+def annotated(**other):
+    return {
+        "name": "row 3",
+        "view": "pairs",
+        "label": "rejected",
+        "image": "bus.png",
+        "prompt": [{"role": "user", "content": "Describe it."}],
+        "reply": "Three dogs run 🐕 there.",
+        "rewrite": "Two dogs run there.",
+        "spans": [{"start": 0, "end": 5, "text": "Three", "kind": "number"}],
+        **other,
+    }
+
+
 def annotation(helpfulness, ethics, faithfulness):
     names = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
     ratings = (helpfulness, ethics, faithfulness)

@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 from tests.data.converters.helpers import (
     FACTS,
     NLF_COLUMNS,
+    annotated,
     fact_rlhf,
     image_folder,
     llava_preference,
@@ -69,6 +70,7 @@ EVERY_CONVERTER = {
     "llava-human-preference": ([llava_preference()], {"facts": "facts.json"}),
     "nlf": ([nlf()], NLF_COLUMNS),
     "fact-rlhf": ([fact_rlhf()], {"facts": "facts.json"}),
+    "annotations": ([annotated()], {}),
 }
 
 

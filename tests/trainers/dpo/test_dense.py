@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from tests.preference_rows import preference_row
 from tests.trainers.dpo.helpers import SHARED, largest_difference, logs, lora, losses, make, rows
 from trl_vlm import DPOConfig, DPOTrainer
-from trl_vlm.maths.segments import changed_tokens
+from trl_vlm.maths.changed_tokens import changed_tokens
 from trl_vlm.trainers.dpo.log_probs import DenseScore
 
 SHORT = {"max_steps": 3}

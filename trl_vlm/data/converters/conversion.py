@@ -12,6 +12,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from trl_vlm.data.converters import (
+    annotations,
     coco_objects,
     fact_rlhf,
     llava_human_preference,
@@ -69,6 +70,7 @@ CONVERTERS = {
     ),
     "nlf": Converter(nlf.to_row, nlf.COLUMNS, "YangyiYY/LVLM_NLF"),
     "fact-rlhf": Converter(fact_rlhf.to_row, fact_rlhf.COLUMNS, "zhiqings/LLaVA-RLHF-Data"),
+    "annotations": Converter(annotations.to_rows, annotations.COLUMNS, "annotations.jsonl"),
     "coco-objects": Converter(
         coco_objects.to_row, coco_objects.COLUMNS, "annotations", coco_objects.records, needs_images=False
     ),

@@ -82,8 +82,13 @@ class ObjectFinder:
 
     def find(self, text: str) -> list[Mention]:
         """The objects that `text` names, in order, repeats included."""
-        words = self._singular_words(text)
-        mentions, place = [], 0
+        return [mention for mention, _, _ in self.located(text)]
+
+    def located(self, text: str) -> list[tuple[Mention, int, int]]:
+        """The objects that `text` names, each with the first character of its words and the one behind the last."""
+        matches = list(_WORD.finditer(text))
+        words = [self._singular(_plain(match[0])) for match in matches]
+        found, place = [], 0
         while place < len(words):
             length = next(
                 (size for size in range(self._longest, 0, -1) if tuple(words[place : place + size]) in self._names), 0
@@ -91,11 +96,12 @@ class ObjectFinder:
             phrase = tuple(words[place : place + length])
             name = self._names.get(phrase) if length else None
             if name is not None:
-                mentions.append(Mention(" ".join(phrase), name))
+                start, end = matches[place].start(), matches[place + len(phrase) - 1].end()
+                found.append((Mention(" ".join(phrase), name), start, end))
             place += length or 1
-        if self._has_exceptions and any(mention.name == "toilet" for mention in mentions):
-            mentions = [mention for mention in mentions if mention.surface != "seat"]
-        return mentions
+        if self._has_exceptions and any(mention.name == "toilet" for mention, _, _ in found):
+            found = [each for each in found if each[0].surface != "seat"]
+        return found
 
     def names(self, text: str) -> list[str]:
         """The classes of the objects that `text` names, in order, repeats included; what `chair` takes."""
@@ -139,4 +145,8 @@ class ObjectFinder:
 
 def _words(text: str) -> list[str]:
     """Words in lower case, without punctuation and possessive endings; hyphens part words."""
-    return [_POSSESSIVE.sub("", word) for word in _WORD.findall(text.lower())]
+    return [_plain(word) for word in _WORD.findall(text)]
+
+
+def _plain(word: str) -> str:
+    return _POSSESSIVE.sub("", word.lower())

@@ -14,7 +14,7 @@ from trl_vlm.data.faults import EMPTY_REPLY
 from trl_vlm.data.images import load_image
 from trl_vlm.data.messages import message_text, without_empty_keys
 from trl_vlm.data.rows import ROW_NAME, check_row, name_of, row_images
-from trl_vlm.maths.segments import changed_tokens, tokens_in_spans
+from trl_vlm.maths.changed_tokens import changed_tokens, tokens_in_spans
 from trl_vlm.models.image_tokens import check_image_tokens, image_tokens
 from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX
 from trl_vlm.trainers.dpo.spans import token_places
@@ -64,7 +64,7 @@ class ImagesOnce:
 
 @dataclass(frozen=True)
 class SegmentOptions:
-    """How changed tokens are found; see `trl_vlm.maths.segments.changed_tokens`."""
+    """How changed tokens are found; see `trl_vlm.maths.changed_tokens.changed_tokens`."""
 
     min_match: int = 3
     two_sided: bool = False

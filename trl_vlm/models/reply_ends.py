@@ -9,7 +9,7 @@ import copy
 import json
 import logging
 import re
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
@@ -56,7 +56,7 @@ def with_reply_ends(processor: Processor) -> Processor:
     Args:
         processor: A processor or tokenizer; not modified.
     """
-    template, end = processor.chat_template, _tokenizer(processor).eos_token
+    template, end = processor.chat_template, cast(str | None, _tokenizer(processor).eos_token)
     if not isinstance(template, str) or end is None or not leaves_replies_open(processor):
         return processor
     logger.warning(
@@ -83,12 +83,12 @@ def reply_end(processor: ProcessorMixin | PreTrainedTokenizerBase) -> str | None
     else:
         contents = [question, reply]
     messages = [{"role": role, "content": each} for role, each in zip(("user", "assistant"), contents, strict=True)]
-    behind = processor.apply_chat_template(messages, tokenize=False).rpartition(reply)[2]
+    behind = cast(str, processor.apply_chat_template(messages, tokenize=False)).rpartition(reply)[2]
     tokenizer = _tokenizer(processor)
     special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
     found = (token for token in tokenizer(behind, add_special_tokens=False).input_ids if token in special)
     first = next(found, None)
-    return None if first is None else tokenizer.convert_ids_to_tokens(first)
+    return None if first is None else cast(str, tokenizer.convert_ids_to_tokens(first))
 
 
 def _closed(template: str, end: str) -> str:

@@ -117,7 +117,7 @@ def checked(reward_func: _Scorer) -> _Scorer:
         TypeError: If it is none of these.
     """
     if isinstance(reward_func, (str, torch.nn.Module)):
-        return reward_func
+        return cast(_Scorer, reward_func)
     if not callable(reward_func):
         raise TypeError(
             f"a reward function is a callable, a model or a model's name; got {type(reward_func).__name__}. Pass "

@@ -3,11 +3,13 @@
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import trl_vlm
+from trl_vlm import evaluation
 
 
 def type_checking_block():
@@ -36,3 +38,14 @@ def test_importing_the_package_loads_neither_torch_nor_trl():
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(AttributeError, match="has no attribute 'Trainer'. It offers: DPOConfig, "):
         trl_vlm.Trainer  # noqa: B018
+
+
+def test_metrics_and_statistics_of_evaluation_load_without_torch_and_running_models_on_first_use():
+    code = "import sys, trl_vlm.evaluation.statistics; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    for name in evaluation.__all__:
+        assert getattr(evaluation, name) is not None
+    for name, module in evaluation._WHERE.items():
+        assert getattr(evaluation, name) is getattr(import_module(f"trl_vlm.evaluation.{module}"), name)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'. It offers: Arm, "):
+        evaluation.nothing  # noqa: B018

@@ -206,6 +206,10 @@ def test_replies_of_all_models_stand_in_one_view_with_their_pictures(tmp_path):
     assert [row.values["model"] for row in view.rows] == ["before"] * 4 + ["after"] * 4
     assert [row.images for row in view.rows] == [[0], [], [], []] * 2
     assert "means per reply: rating" in view.summary[0]
+    assert {row.source for row in view.rows} == {None}
+    pictures = Pictures(thumbnails, ImageFiles(images), names_files=True)
+    annotated = replies_view("r", "Replies", models, ObjectFinder(), pictures)
+    assert [row.source for row in annotated.rows[:2]] == [str(images / "0.jpg"), None]
 
 
 def test_a_folder_without_records_and_records_of_another_form_are_refused(tmp_path):

@@ -107,7 +107,7 @@ def _evaluation_views(folders: Sequence[Path], thumbnails: Thumbnails, settings:
         return []
     found = [each for folder in folders for each in _told_apart(read_evaluated(folder), folder, len(folders) > 1)]
     files = ImageFiles(settings.images) if settings.images is not None else None
-    pictures = Pictures(thumbnails, files)
+    pictures = Pictures(thumbnails, files, settings.annotate)
     views: list[View] = []
     tasks = in_order(found)
     for task, models in tasks.items():

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -22,10 +23,16 @@ class Pictures:
     Args:
         thumbnails: Gets them.
         files: Where they lie; None: they are not shown.
+        names_files: Whether rows say where, which annotations need.
     """
 
-    def __init__(self, thumbnails: Thumbnails, files: ImageFiles | None):
-        self.thumbnails, self.files = thumbnails, files
+    def __init__(self, thumbnails: Thumbnails, files: ImageFiles | None, names_files: bool = False):
+        self.thumbnails, self.files, self.names_files = thumbnails, files, names_files
+
+    def source(self, record: Record) -> str | None:
+        """Where a record's image lies, if rows say so."""
+        path = self.files.find(str(record.get("group", ""))) if self.files and self.names_files else None
+        return None if path is None else str(path.resolve())
 
     def of(self, records: Sequence[Record]) -> list[list[int]]:
         """The numbers of each record's thumbnails."""
@@ -60,7 +67,8 @@ def replies_view(
         for record, score, images in zip(model.records, scored, pictures.of(model.records), strict=True):
             values = {"model": model.model, **_about(record), **score.numbers}
             text = ShownText(model.model, "plain", record["reply"], score.marks, score.missed)
-            rows.append(_row(record, [text], images, values, _judged(record, "judge")))
+            row = _row(record, [text], images, values, _judged(record, "judge"))
+            rows.append(replace(row, source=pictures.source(record)))
         summary.append(_means(model.model, scored))
     invents = any("invented" in row.values for row in rows)
     return RowsView(name, title, rows, summary, LEGEND if invents else (), filter="sort:-invented" if invents else "")
@@ -93,7 +101,7 @@ def models_view(
     names = (before.model, after.model)
     images = pictures.of([one for one, _ in both])
     rows = [
-        _compared(records, score, names, decisive, shown)
+        replace(_compared(records, score, names, decisive, shown), source=pictures.source(records[0]))
         for records, score, shown in zip(both, scores, images, strict=True)
     ]
     summary = _wins(rows, names, decisive)

@@ -99,9 +99,17 @@ def attach(model: PreTrainedModel, distortion: DistortedReplies | None) -> None:
             return fused(*args, **kwargs)
         if noisy is not None:
             kwargs["labels"] = distortion.labels(model, kwargs, noisy)
-        return _fused_on_shared_prefix(fused, args, kwargs)
+        return _beside_the_batch(_fused_on_shared_prefix(fused, args, kwargs), kwargs["labels"].device)
 
     model.forward = types.MethodType(forward, model)
+
+
+def _beside_the_batch(output: Any, device: torch.device) -> Any:
+    """The output on the batch's device: of a model on several, TRL leaves it where the head is, and masks are not."""
+    for name in PER_TOKEN:
+        if name in output:
+            output[name] = output[name].to(device)
+    return output
 
 
 def _fused_on_shared_prefix(fused: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

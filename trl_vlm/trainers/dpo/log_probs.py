@@ -99,16 +99,16 @@ def attach(model: PreTrainedModel, distortion: DistortedReplies | None) -> None:
             return fused(*args, **kwargs)
         if noisy is not None:
             kwargs["labels"] = distortion.labels(model, kwargs, noisy)
-        return _beside_the_batch(_fused_on_shared_prefix(fused, args, kwargs), kwargs["labels"].device)
+        return _beside_the_batch(_fused_on_shared_prefix(fused, args, kwargs), kwargs.get("labels"))
 
     model.forward = types.MethodType(forward, model)
 
 
-def _beside_the_batch(output: Any, device: torch.device) -> Any:
+def _beside_the_batch(output: Any, labels: Tensor | None) -> Any:
     """The output on the batch's device: of a model on several, TRL leaves it where the head is, and masks are not."""
     for name in PER_TOKEN:
-        if name in output:
-            output[name] = output[name].to(device)
+        if labels is not None and name in output:
+            output[name] = output[name].to(labels.device)
     return output
 
 

@@ -16,6 +16,7 @@ from tests.trainers.test_options import make
 from trl_vlm import PPOTrainer
 from trl_vlm.models.families import IMAGE_INPUTS, TOKEN_TYPES
 from trl_vlm.trainers import _trl
+from trl_vlm.trainers.ppo.rollout import reply_mask
 
 
 def parameters(function):
@@ -167,11 +168,10 @@ def test_a_release_of_trl_that_was_never_tried_is_named_once(caplog):
     assert "was not tested with TRL 1.17.0.dev0 (tested: 1.16)" in caplog.text
 
 
-def test_tokens_that_a_tool_wrote_are_no_part_of_a_reply(tmp_path):
+def test_tokens_that_a_tool_wrote_are_no_part_of_a_reply():
     """TRL marks them in `tool_mask`: they are in the sequence, and nothing is learnt from them."""
-    trainer = PPOTrainer(str(families.saved("llava", sharp=3.0)), count_letters, settings(tmp_path), rows([1, 1]))
     batch = {"completion_mask": torch.tensor([[1, 1, 1, 0]]), "tool_mask": torch.tensor([[1, 0, 1, 1]])}
-    assert trainer._reply_mask(batch).tolist() == [[1, 0, 1, 0]]
+    assert reply_mask(batch).tolist() == [[1, 0, 1, 0]]
     assert "tool_mask" in {
         const for const in GRPOTrainer._generate_and_score_completions.__code__.co_consts if isinstance(const, str)
     }

@@ -7,7 +7,7 @@ On a TRL that lacks one of them, importing a trainer says which name is missing 
 import logging
 import operator
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trl
 from packaging.version import Version
@@ -66,11 +66,17 @@ for _method in (
     require("trl", f"GRPOTrainer.{_method}")
 
 # The order of the rows: a resumed run draws it anew, so PPO makes a sampler whose order depends on seed and epoch.
-RepeatSampler = require("trl.trainer.utils", "RepeatSampler")
+if TYPE_CHECKING:
+    from trl.trainer.utils import RepeatSampler as RepeatSampler
+else:
+    RepeatSampler = require("trl.trainer.utils", "RepeatSampler")
 require("trl", "GRPOTrainer._get_train_sampler")
 
 # The type that a fused forward returns: what `DPOTrainer` computed before is handed to TRL in it.
-FusedCausalLMOutput = require("trl.trainer.utils", "FusedCausalLMOutput")
+if TYPE_CHECKING:
+    from trl.trainer.utils import FusedCausalLMOutput as FusedCausalLMOutput
+else:
+    FusedCausalLMOutput = require("trl.trainer.utils", "FusedCausalLMOutput")
 # The reference under PEFT is the policy with its adapter off, or with the adapter "ref"; TRL switches so.
 use_adapter = require("trl.trainer.utils", "use_adapter")
 # Gathers what ZeRO-3 has spread, for generation.

@@ -4,6 +4,7 @@ import copy
 import logging
 import re
 from collections.abc import Iterator
+from typing import overload
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
@@ -13,6 +14,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl_vlm.models.parts import Part, part_of
 from trl_vlm.trainers.preparation import Arguments, config_of, loading_arguments
+from trl_vlm.trainers.types import Model
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,13 @@ LORA_PRESETS: dict[str, set[Part]] = {
 }
 
 
-def complete_peft_config(peft_config: PeftConfig | None, model: str | nn.Module, args: Arguments) -> PeftConfig | None:
+@overload
+def complete_peft_config(peft_config: None, model: str | Model, args: Arguments) -> None: ...
+@overload
+def complete_peft_config(peft_config: PeftConfig, model: str | Model, args: Arguments) -> PeftConfig: ...
+@overload
+def complete_peft_config(peft_config: PeftConfig | None, model: str | Model, args: Arguments) -> PeftConfig | None: ...
+def complete_peft_config(peft_config: PeftConfig | None, model: str | Model, args: Arguments) -> PeftConfig | None:
     """The adapter's configuration with presets spelt out, and off the vision tower if that is to be frozen.
 
     Args:
@@ -36,12 +44,13 @@ def complete_peft_config(peft_config: PeftConfig | None, model: str | nn.Module,
     if peft_config is None:
         return None
     preset = _preset(peft_config)
-    peft_config = copy.deepcopy(peft_config)  # PEFT writes what "all-linear" has matched into it
+    completed = copy.deepcopy(peft_config)  # PEFT writes what "all-linear" has matched into it
     if preset is not None:
-        peft_config.target_modules = set(lora_targets(_shell(model, args), preset))
+        assert isinstance(completed, LoraConfig)
+        completed.target_modules = lora_targets(_shell(model, args), preset)
     elif args.freeze_vision_tower:
-        peft_config = sparing_vision_tower(peft_config, _shell(model, args))
-    return peft_config
+        completed = sparing_vision_tower(completed, _shell(model, args))
+    return completed
 
 
 def _preset(peft_config: PeftConfig) -> str | None:
@@ -87,13 +96,14 @@ def classifier_adapter(peft_config: PeftConfig) -> PeftConfig:
         logger.warning("`peft_config.task_type` is %s; a reward model needs SEQ_CLS.", peft_config.task_type)
     peft_config.task_type = TaskType.SEQ_CLS
     peft_config.inference_mode = False
-    kept = set(getattr(peft_config, "modules_to_save", None) or ()) - {"lm_head"}
-    if hasattr(peft_config, "modules_to_save"):
-        peft_config.modules_to_save = sorted({*kept, "score"})
+    options = vars(peft_config)
+    if "modules_to_save" in options:
+        kept = set(options["modules_to_save"] or ()) - {"lm_head"}
+        options["modules_to_save"] = sorted({*kept, "score"})
     return peft_config
 
 
-def with_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:
+def with_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """The model with a new adapter, in float32 where the backend allows two precisions in one model.
 
     ZeRO-3 gathers parameters into a buffer of one dtype; TRL makes the policy's adapter for it in the same way.
@@ -131,7 +141,7 @@ def _roots(module: nn.Module, part: Part, prefix: str = "") -> Iterator[str]:
             yield from _roots(child, part, f"{path}.")
 
 
-def _shell(model: str | nn.Module, args: Arguments) -> nn.Module:
+def _shell(model: str | Model, args: Arguments) -> nn.Module:
     """The model, or for a name one of the same layers without weights."""
     if not isinstance(model, str):
         return model

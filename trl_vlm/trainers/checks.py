@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trl_vlm.models.generation import evaluating
 from trl_vlm.models.unsharded import is_sharded
+from trl_vlm.trainers.types import Model
 
 # Settings of a text model by which its logits are more than the head's output; models and TRL read them apart.
 _LOGIT_SETTINGS = (
@@ -75,7 +76,7 @@ def check_depends_on_pixels(output: Tensor, output_on_other_pixels: Tensor, what
         )
 
 
-def check_log_probs(model: nn.Module, temperature: float = 1.0) -> None:
+def check_log_probs(model: Model, temperature: float = 1.0) -> None:
     """Stop before training where TRL's log-probabilities are not those of the model.
 
     TRL computes them from hidden states and the head, with the scaling that the text model's configuration names. A

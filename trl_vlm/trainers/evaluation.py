@@ -115,6 +115,7 @@ class EvaluationCallback(TrainerCallback):
         """What the judge says of this process's replies."""
         if task.benchmark.judging is None:
             return {}
+        assert self.judge is not None  # the constructor asks for one where a benchmark is judged
         questions = {question.id: question for question in task.questions}
         asked: list[tuple[str, Request]] = []
         for record in records:

@@ -1,12 +1,18 @@
 """Options that the configurations of all trainers share."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from trl_vlm.trainers.checks import refuse_negative
 
+if TYPE_CHECKING:  # what is mixed into; as a real base its defaults would hide those of TRL's configuration
+    from transformers import TrainingArguments
+else:
+    TrainingArguments = object
+
 
 @dataclass
-class PartOptions:
+class PartOptions(TrainingArguments):
     """Which parts of a vision-language model train, how fast, and on what: a mixin before TRL's configuration."""
 
     freeze_vision_tower: bool = field(

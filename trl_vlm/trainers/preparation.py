@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from accelerate.utils import FullyShardedDataParallelPlugin, is_peft_model
+from accelerate.utils import FullyShardedDataParallelPlugin
+from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoProcessor,
     PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
     Trainer,
     TrainingArguments,
 )
 from transformers.trainer_utils import TrainOutput
 
+from trl_vlm.data.named_rows import NamedRows
 from trl_vlm.data.rows import ROW_NAME
 from trl_vlm.models._transformers import hub_arguments, keep_4bit_layers_trainable, keep_parameter_names
 from trl_vlm.models.checkpoints import last_complete_checkpoint
@@ -30,19 +30,17 @@ from trl_vlm.models.processors import as_trainable, load_processor
 from trl_vlm.models.reply_ends import with_reply_ends
 from trl_vlm.trainers.card import CardFacts, write_card
 from trl_vlm.trainers.options import PartOptions
+from trl_vlm.trainers.types import Model, Processor, Rows, base_model
 
 logger = logging.getLogger(__name__)
-
-Processor = PreTrainedTokenizerBase | ProcessorMixin
 
 
 class Arguments(Protocol):
     """What preparation reads of a trainer's configuration: TRL's, with `PartOptions`."""
 
-    model_init_kwargs: dict[str, Any] | None
+    model_init_kwargs: dict[str, Any] | str | None
     trust_remote_code: bool
     freeze_vision_tower: bool
-    projector_learning_rate: float | None
     append_eos: bool
 
 
@@ -60,7 +58,7 @@ Config = TypeVar("Config", bound=PartOptions)
 # Arguments
 
 
-def complete_arguments(args: TrainingArguments | None, model: str | nn.Module, config: type[Config]) -> Config:
+def complete_arguments(args: TrainingArguments | None, model: str | Model, config: type[Config]) -> Config:
     """The given arguments as an instance of `config`, our configuration.
 
     TRL's own configuration becomes one of ours with every value that it has, what its `__post_init__` resolved
@@ -96,7 +94,7 @@ def _from_trl(args: TrainingArguments, config: type[Config]) -> Config:
     return ours
 
 
-def _short_name(model: str | nn.Module) -> str:
+def _short_name(model: str | Model) -> str:
     """The last part of the path that a model came from, or its class where it was made in memory."""
     path = model if isinstance(model, str) else model.config._name_or_path
     return os.path.basename(os.path.normpath(path)) if path else type(model).__name__
@@ -105,7 +103,7 @@ def _short_name(model: str | nn.Module) -> str:
 # Processor
 
 
-def source_of(model: str | nn.Module) -> str:
+def source_of(model: str | Model) -> str:
     """Where a model came from, and so its processor.
 
     Raises:
@@ -120,25 +118,32 @@ def source_of(model: str | nn.Module) -> str:
     return path
 
 
-def loading_arguments(model: str | nn.Module, args: Arguments) -> dict[str, Any]:
+def loading_arguments(model: str | Model, args: Arguments) -> dict[str, Any]:
     """What the parts of a checkpoint are loaded with, so that weights, processor and template have one origin.
 
     For a model that is loaded already `model_init_kwargs` say nothing, as in TRL.
     """
-    hub = hub_arguments(args.model_init_kwargs or {}) if isinstance(model, str) else {}
-    trust = (args.model_init_kwargs or {}).get("trust_remote_code", args.trust_remote_code)
-    return {"trust_remote_code": trust, **hub}
+    given = model_options(args)
+    hub = hub_arguments(given) if isinstance(model, str) else {}
+    return {"trust_remote_code": given.get("trust_remote_code", args.trust_remote_code), **hub}
+
+
+def model_options(args: Arguments) -> dict[str, Any]:
+    """A copy of `model_init_kwargs`; text from a command line is a dictionary since the arguments were made."""
+    given = args.model_init_kwargs
+    assert not isinstance(given, str)
+    return dict(given or {})
 
 
 def loading_arguments_of_others(args: Arguments) -> dict[str, Any]:
     """What models beside the policy are loaded with: its options, but not which version of its repository to read."""
-    given = dict(args.model_init_kwargs or {})
+    given = model_options(args)
     for name in ("revision", "subfolder", "device_map"):
         given.pop(name, None)
     return given
 
 
-def config_of(model: str | nn.Module, **arguments: Any) -> PreTrainedConfig:
+def config_of(model: str | Model, **arguments: Any) -> PreTrainedConfig:
     """The configuration of a model, of a checkpoint, or of the base of an adapter's folder.
 
     Args:
@@ -154,9 +159,7 @@ def config_of(model: str | nn.Module, **arguments: Any) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(model, trust_remote_code=trust, **hub_arguments(arguments))
 
 
-def complete_processor(
-    processor: Processor | None, model: str | nn.Module, args: Arguments, **sides: str
-) -> Processor:
+def complete_processor(processor: Processor | None, model: str | Model, args: Arguments, **sides: str) -> Processor:
     """A processor that can train: the given one, or the model's own, from where the model's weights come.
 
     With `append_eos` its chat template ends each reply.
@@ -185,9 +188,9 @@ def complete_processor(
 # Model
 
 
-def prepare_model(model: nn.Module, args: Arguments) -> None:
+def prepare_model(model: Model, args: Arguments) -> None:
     """Make a model resumable, freeze its vision tower if asked to, and log its trainable parameters by part."""
-    keep_parameter_names(model)
+    keep_parameter_names(base_model(model))
     keep_4bit_layers_trainable(model)
     if args.freeze_vision_tower:
         freeze_vision_tower(model)
@@ -197,7 +200,7 @@ def prepare_model(model: nn.Module, args: Arguments) -> None:
     logger.info("Trainable parameters of %s:\n%s", type(model).__name__, trainable_parameter_table(model))
 
 
-def wasted_precision(model: nn.Module) -> str | None:
+def wasted_precision(model: Model) -> str | None:
     """A sentence where frozen weights, or the arithmetic beside 4-bit ones, are in float32 on an accelerator."""
     frozen = [p for p in model.parameters() if not p.requires_grad and p.device.type != "cpu"]
     in_float32 = sum(parameter.numel() for parameter in frozen if parameter.dtype == torch.float32)
@@ -216,7 +219,7 @@ def wasted_precision(model: nn.Module) -> str | None:
 
 
 def why_no_shared_prefix(
-    model: nn.Module, args: SharingArguments, own_collator: bool, further: Mapping[str, bool]
+    model: Model, args: SharingArguments, own_collator: bool, further: Mapping[str, bool]
 ) -> str | None:
     """Why prompts are computed once per reply, as one sentence; None if nothing that all trainers know is against it.
 
@@ -226,7 +229,7 @@ def why_no_shared_prefix(
         own_collator: Whether the user passed a data collator.
         further: What the trainer itself knows: reasons, and whether they apply.
     """
-    virtual_tokens = is_peft_model(model) and model.active_peft_config.is_prompt_learning
+    virtual_tokens = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     reasons = {
         "`share_prefix` is off": not args.share_prefix,
         "the data collator is not the trainer's own": own_collator,
@@ -284,6 +287,9 @@ class PreparedTrainer(Trainer):
     """What our trainers override of `Trainer`: a mixin before TRL's trainer."""
 
     args: PartOptions
+    model: Model
+    processing_class: Processor
+    train_dataset: Rows | NamedRows | None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in Trainer; `resume_from_checkpoint=True` passes over a checkpoint that a killed run wrote in part."""
@@ -314,6 +320,7 @@ class PreparedTrainer(Trainer):
         super().create_model_card(model_name, dataset_name, tags)
         if not self.is_world_process_zero():
             return
+        assert self.args.output_dir is not None  # TRL's configurations have a default
         folder = Path(self.args.output_dir)
         columns = getattr(self.train_dataset, "column_names", None) or ()
         write_card(

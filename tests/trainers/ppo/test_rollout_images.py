@@ -13,7 +13,7 @@ from trl.trainer.utils import (
 from tests import families
 from tests.trainers.ppo.helpers import count_letters, rows, settings
 from trl_vlm import PPOTrainer
-from trl_vlm.trainers.ppo.rollout_images import entries_per_row, family_inputs, reading_images
+from trl_vlm.trainers.ppo.rollout_images import family_inputs, images_per_row, reading_images
 
 
 def shuffled(batch, parts):
@@ -42,9 +42,9 @@ def test_rows_keep_their_images_through_trls_shuffle(family, tmp_path):
 
 def test_pixels_that_come_once_per_row_are_counted_so():
     padded = {"pixel_values": torch.ones(3, 4, 3, 2, 2), "pixel_attention_mask": torch.ones(3, 4, 2, 2)}
-    assert entries_per_row(padded) == {"num_images": [1, 1, 1]}
-    assert entries_per_row({**padded, "spatial_shapes": torch.ones(3, 2)}) == {}  # LFM2-VL counts tiles
-    assert entries_per_row({"pixel_values": torch.ones(3, 3, 2, 2)}) == {}
+    assert images_per_row(padded) == [1, 1, 1]
+    assert images_per_row({**padded, "spatial_shapes": torch.ones(3, 2)}) is None  # LFM2-VL counts tiles
+    assert images_per_row({"pixel_values": torch.ones(3, 3, 2, 2)}) is None
 
 
 def test_a_part_is_told_how_many_images_each_of_its_rows_has():

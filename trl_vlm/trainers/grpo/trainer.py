@@ -3,24 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import trl
-from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from peft import PeftConfig
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback
 
 from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.card import CardFacts
 from trl_vlm.trainers.grpo.config import GRPOConfig
-from trl_vlm.trainers.preparation import (
-    PreparedTrainer,
-    Processor,
-    complete_arguments,
-    complete_processor,
-    prepare_model,
-)
-
-RewardFunction = str | PreTrainedModel | Callable[..., list[float | None]]
+from trl_vlm.trainers.preparation import PreparedTrainer, complete_arguments, complete_processor, prepare_model
+from trl_vlm.trainers.types import Environments, EvaluationRows, Model, Optimizers, Processor, RewardFunction, Rows
 
 
 class GRPOTrainer(PreparedTrainer, trl.GRPOTrainer):
@@ -30,24 +21,26 @@ class GRPOTrainer(PreparedTrainer, trl.GRPOTrainer):
     "language-model-and-projector". With nothing of ours set the losses are TRL's.
     """
 
+    args: GRPOConfig
+
     _tag_names = ["trl", "grpo", "trl-vlm"]
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | Model,
         reward_funcs: RewardFunction | list[RewardFunction] | None = None,
         args: trl.GRPOConfig | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: EvaluationRows | None = None,
         processing_class: Processor | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizers: Optimizers = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
         tools: list[Callable] | None = None,
         rollout_func: Callable[..., dict[str, Any]] | None = None,
-        environment_factory: Any = None,
+        environment_factory: Environments | None = None,
         **kwargs: Any,
     ):
         args = complete_arguments(args, model, GRPOConfig)

@@ -148,6 +148,7 @@ class PPOConfig(PartOptions, trl.GRPOConfig):
         super().__post_init__()
         self.num_generations = replies
         if self.total_episodes is not None:
+            assert self.generation_batch_size is not None  # GRPOConfig has computed it
             rollouts = max(1, self.total_episodes // self.generation_batch_size)
             self.max_steps = rollouts * self.num_mini_batches * self.num_iterations
 

@@ -18,19 +18,21 @@ from trl_vlm.models.reward_model import load_reward_model, reward_model_class
 from trl_vlm.trainers.adapters import classifier_adapter, complete_peft_config, with_adapter
 from trl_vlm.trainers.ppo.config import PPOConfig
 from trl_vlm.trainers.ppo.joint_forward import CRITIC, zero_head_
+from trl_vlm.trainers.preparation import model_options
+from trl_vlm.trainers.types import Model
 
 CRITIC_FILE = f"{CRITIC}.safetensors"
 
 
 def make_critic(
-    policy: nn.Module,
+    policy: Model,
     *,
-    value_model: str | PreTrainedModel | PeftModel | None,
-    reward_model: str | PreTrainedModel | PeftModel | None,
+    value_model: str | Model | None,
+    reward_model: str | Model | None,
     peft_config: PeftConfig | None,
     args: PPOConfig,
     load_options: dict[str, Any],
-) -> nn.Module:
+) -> Model:
     """The critic that PPO trains: a sequence classifier with one label, read at every token.
 
     It is `value_model` if given, else a copy of `reward_model`, else a copy of the policy's backbone under a new head.
@@ -57,18 +59,19 @@ def make_critic(
         if not isinstance(critic, PeftModel):
             critic = _trainable(critic, peft_config, args)
     if isinstance(critic, PeftModel):
+        assert isinstance(critic.active_adapter, str)  # PEFT activates one at a time
         critic.set_adapter(critic.active_adapter)
     return critic
 
 
-def _trainable(critic: nn.Module, peft_config: PeftConfig | None, args: PPOConfig) -> nn.Module:
+def _trainable(critic: PreTrainedModel, peft_config: PeftConfig | None, args: PPOConfig) -> Model:
     """A critic that trains in full, or an adapter with its head."""
     if peft_config is None:
         return critic.requires_grad_(True)  # it may be the copy of a frozen reward model
     return with_adapter(critic, complete_peft_config(classifier_adapter(peft_config), critic, args))
 
 
-def prepare_critic(critic: nn.Module, args: PPOConfig) -> None:
+def prepare_critic(critic: Model, args: PPOConfig) -> None:
     """Set up dropout and gradient checkpointing as TRL does for the policy."""
     if args.disable_dropout:
         for module in critic.modules():
@@ -81,12 +84,12 @@ def prepare_critic(critic: nn.Module, args: PPOConfig) -> None:
 
 
 def _new_critic(
-    policy: nn.Module,
+    policy: Model,
     value_model: str | None,
-    reward_model: str | PreTrainedModel | PeftModel | None,
+    reward_model: str | Model | None,
     args: PPOConfig,
     load_options: dict[str, Any],
-) -> nn.Module:
+) -> Model:
     source = value_model or reward_model
     if isinstance(source, str):
         return load_reward_model(source, for_scoring=args.value_head_init == "trained", **load_options)
@@ -97,10 +100,10 @@ def _new_critic(
             "`value_head_init='trained'` keeps the head of a reward model, but there is neither a `reward_model` nor "
             "a `value_model`. Pass one, or use `value_head_init='zero'`."
         )
-    return _from_policy(policy, {**load_options, **hub_arguments(args.model_init_kwargs or {})})
+    return _from_policy(policy, {**load_options, **hub_arguments(model_options(args))})
 
 
-def _from_policy(policy: nn.Module, load_options: dict[str, Any]) -> PreTrainedModel:
+def _from_policy(policy: Model, load_options: dict[str, Any]) -> Model:
     """A classifier of the policy's family with the weights of its backbone, adapters merged in."""
     quantization = getattr(policy.config, "quantization_config", None)
     if quantization is not None or is_deepspeed_zero3_enabled():
@@ -133,7 +136,7 @@ def classifier_around(backbone: PreTrainedModel) -> PreTrainedModel:
     return classifier
 
 
-def save_critic(critic: nn.Module, state_dict: dict[str, Tensor], folder: str) -> None:
+def save_critic(critic: Model, state_dict: dict[str, Tensor], folder: str) -> None:
     """Write the critic's trained weights, taken from the state of the policy that holds it."""
     names = _trained(critic)
     state = {name.removeprefix(f"{CRITIC}."): tensor for name, tensor in state_dict.items()}
@@ -142,7 +145,7 @@ def save_critic(critic: nn.Module, state_dict: dict[str, Tensor], folder: str) -
         save_file(state, os.path.join(folder, CRITIC_FILE), metadata={"format": "pt"})
 
 
-def load_critic(critic: nn.Module, folder: str) -> None:
+def load_critic(critic: Model, folder: str) -> None:
     """Read what `save_critic` wrote.
 
     Raises:
@@ -163,5 +166,5 @@ def load_critic(critic: nn.Module, folder: str) -> None:
         )
 
 
-def _trained(critic: nn.Module) -> set[str]:
+def _trained(critic: Model) -> set[str]:
     return {name for name, parameter in critic.named_parameters() if parameter.requires_grad}

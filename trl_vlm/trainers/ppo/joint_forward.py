@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
+
+from trl_vlm.trainers.types import Model, base_model
 
 CRITIC = "value_model"  # the policy's child that holds the critic
 
@@ -18,14 +19,9 @@ CRITIC = "value_model"  # the policy's child that holds the critic
 _POLICY_ONLY = ("labels", "shift_labels", "fused_lm_head", "num_items_in_batch", "output_router_logits", "use_cache")
 
 
-def sequence_classifier(critic: nn.Module) -> PreTrainedModel:
-    """The `...ForSequenceClassification` model inside a critic that may carry PEFT adapters."""
-    return critic.get_base_model() if hasattr(critic, "get_base_model") else critic
-
-
-def zero_head_(critic: nn.Module) -> None:
+def zero_head_(critic: Model) -> None:
     """Set the critic's head to zero, so that every value starts at 0 (Fact-RLHF's published initialisation)."""
-    parameters = list(sequence_classifier(critic).score.parameters())
+    parameters = list(base_model(critic).get_submodule("score").parameters())
     whole = nullcontext()
     if is_deepspeed_zero3_enabled():
         import deepspeed
@@ -36,14 +32,16 @@ def zero_head_(critic: nn.Module) -> None:
             nn.init.zeros_(parameter)
 
 
-def token_values(critic: nn.Module, **inputs: Any) -> Tensor:
+def token_values(critic: Model, **inputs: Any) -> Tensor:
     """Value of the state after each token, in float32: (B, T) token ids and their images -> (B, T)."""
-    classifier = sequence_classifier(critic)
+    classifier = base_model(critic)
+    head = classifier.get_submodule("score")
     backbone = getattr(classifier, classifier.base_model_prefix)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
     # A head of ours multiplies in float32; one of transformers' wants its own precision, which autocast would lower.
     with torch.autocast(hidden.device.type, enabled=False):
-        return classifier.score(hidden.to(classifier.score.weight.dtype)).squeeze(-1).float()
+        assert isinstance(head.weight, Tensor)
+        return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
 
 
 class ValuesAsLogProbs:
@@ -53,7 +51,7 @@ class ValuesAsLogProbs:
     pass computes values, and both come out aligned.
     """
 
-    def __init__(self, critic: nn.Module):
+    def __init__(self, critic: Model):
         self.critic = critic
 
     def __call__(self, **inputs: Any) -> ModelOutput:
@@ -71,7 +69,7 @@ class JointForward:
     through the list that `collecting()` yields.
     """
 
-    def __init__(self, policy: nn.Module, critic: nn.Module):
+    def __init__(self, policy: Model, critic: Model):
         self._values: list[Tensor] | None = None
         policy_forward = policy.forward
         critic_forward = ValuesAsLogProbs(critic)
@@ -81,7 +79,7 @@ class JointForward:
         def forward(*args: Any, **kwargs: Any) -> ModelOutput:
             output = policy_forward(*args, **kwargs)
             if self._values is not None:
-                self._values.append(critic_forward(**kwargs).log_probs)
+                self._values.append(critic_forward(**kwargs)["log_probs"])
                 output = _output_with_values(type(output))(**output, token_values=self._values[-1])
             return output
 
@@ -141,9 +139,9 @@ def refuse_several_devices(policy: nn.Module) -> None:
         )
 
 
-def check_same_vocabulary(policy: nn.Module, critic: nn.Module) -> None:
+def check_same_vocabulary(policy: Model, critic: Model) -> None:
     """Refuse a critic that would read the policy's token ids as other words."""
-    sizes = [model.get_input_embeddings().weight.shape[0] for model in (policy, sequence_classifier(critic))]
+    sizes = [_vocabulary(model) for model in (policy, critic)]
     types = [model.config.model_type for model in (policy, critic)]
     if sizes[0] != sizes[1] or types[0] != types[1]:
         raise ValueError(
@@ -151,3 +149,9 @@ def check_same_vocabulary(policy: nn.Module, critic: nn.Module) -> None:
             "critic reads the policy's token ids and pixels, so both must be of one family and one vocabulary. Pass a "
             "`value_model` of the policy's family, or none: it then starts from the policy's own weights."
         )
+
+
+def _vocabulary(model: Model) -> int:
+    weight = base_model(model).get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]

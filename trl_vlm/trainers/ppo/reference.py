@@ -1,19 +1,31 @@
 """PPO's reference model, where TRL does not make the right one."""
 
 import copy
-from typing import Any
+from typing import Protocol
 
-from accelerate.utils import is_peft_model
+from accelerate import Accelerator
+from peft import PeftConfig, PeftModel
 from torch import nn
-from trl import GRPOTrainer
+from transformers import PreTrainedModel
 
 from trl_vlm.trainers._trl import add_fused_lm_head, prepare_deepspeed, prepare_fsdp
 from trl_vlm.trainers.ppo.config import PPOConfig
+from trl_vlm.trainers.types import Model, base_model
+
+
+class ReferencedRun(Protocol):
+    """What a reference is prepared for."""
+
+    args: PPOConfig
+    accelerator: Accelerator
+    temperature: float
+    is_deepspeed_enabled: bool
+    is_fsdp_enabled: bool
 
 
 def own_reference(
-    model: str | nn.Module, ref_model: nn.Module | None, peft_config: Any, args: PPOConfig
-) -> nn.Module | None:
+    model: str | Model, ref_model: PreTrainedModel | None, peft_config: PeftConfig | None, args: PPOConfig
+) -> PreTrainedModel | None:
     """The reference that TRL does not make itself; None where it does, or where none is needed.
 
     Args:
@@ -24,7 +36,7 @@ def own_reference(
     """
     if args.kl_coef == 0 or ref_model is not None:
         return ref_model if args.kl_coef else None
-    if isinstance(model, str) or peft_config is not None or is_peft_model(model):
+    if isinstance(model, str) or peft_config is not None or isinstance(model, PeftModel):
         return None
     if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
         return None  # sharded weights cannot be copied: TRL loads the reference from the model's path
@@ -32,11 +44,11 @@ def own_reference(
     return copy.deepcopy(model)
 
 
-def prepared_reference(reference: nn.Module, trainer: GRPOTrainer) -> nn.Module:
+def prepared_reference(reference: Model, trainer: ReferencedRun) -> nn.Module:
     """The reference frozen, with the log-probabilities that TRL reads, and wrapped for the trainer's backend."""
     reference = reference.eval().requires_grad_(False)
     add_fused_lm_head(
-        reference.get_base_model() if is_peft_model(reference) else reference,
+        base_model(reference),
         temperature=trainer.temperature,
         cast_lm_head_to_fp32=trainer.args.cast_lm_head_to_fp32,
     )

@@ -1,22 +1,20 @@
 """The reward functions that PPO hands to TRL."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from trl_vlm.rewards import RewardModelReward, checked
 from trl_vlm.trainers.preparation import config_of
-
-RewardFunction = str | PreTrainedModel | Callable[..., list[float | None]]
+from trl_vlm.trainers.types import Model, Processor, RewardFunction
 
 
 def reward_functions(
     given: RewardFunction | list[RewardFunction] | None,
-    reward_model: str | PreTrainedModel | PeftModel | None,
-    processor: PreTrainedTokenizerBase | ProcessorMixin | None,
+    reward_model: str | Model | None,
+    processor: Processor,
     load_options: dict[str, Any],
 ) -> list[RewardFunction]:
     """TRL reward functions that fail on a value which is no reward, `reward_model` last.
@@ -38,7 +36,7 @@ def reward_functions(
 
 
 def load_options_of_rewards(
-    model: str | PreTrainedModel | PeftModel, others: dict[str, Any], quantization_config: Any
+    model: str | Model, others: dict[str, Any], quantization_config: BitsAndBytesConfig | None
 ) -> dict[str, Any]:
     """How reward models are loaded: in the policy's precision, as TRL does, and quantised as it is.
 

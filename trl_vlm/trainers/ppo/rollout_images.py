@@ -1,6 +1,6 @@
 """What TRL's pass over a rollout does not know about the images of some families."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,18 +27,19 @@ def family_inputs(config: PreTrainedConfig, inputs: dict[str, Any], reply_tokens
         # would see the ones after it. Delete when trl.GRPOTrainer gives PaliGemma's replies type 1.
         inputs["token_type_ids"] = token_types.clone()
         inputs["token_type_ids"][:, -reply_tokens:] = family.reply_type
-    return inputs | entries_per_row(inputs)
+    counts = images_per_row(inputs)
+    return inputs if counts is None else inputs | {"num_images": counts}
 
 
-def entries_per_row(batch: dict[str, Any]) -> dict[str, list[int]]:
-    """`num_images` where pixels come once per row, padded to the most images of a row (Idefics3, SmolVLM): 1 for each.
+def images_per_row(batch: Mapping[str, Any]) -> list[int] | None:
+    """1 per row where pixels come once per row, padded to the most images of a row (Idefics3, SmolVLM); else None.
 
     TRL takes pixels for one entry per image where their number equals the sum of `num_images`, which rows with
     2, 2, 0 and 0 images also have, and then gives rows the images of others. Delete when
     `split_pixel_values_by_grid` tells the two layouts apart.
     """
     by_row = batch.get("pixel_attention_mask") is not None and batch.get("spatial_shapes") is None
-    return {"num_images": [1] * len(batch["pixel_values"])} if by_row else {}
+    return [1] * len(batch["pixel_values"]) if by_row else None
 
 
 def reading_images(
@@ -70,6 +71,6 @@ def reading_images(
     return forward
 
 
-def model_inputs(batch: dict[str, Any]) -> dict[str, Tensor | list[int]]:
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor | list[int]]:
     """What TRL's log-probability pass needs of a rollout beside token ids."""
     return {name: batch[name] for name in (*IMAGE_INPUTS, *TOKEN_TYPES) if name in batch}

@@ -13,11 +13,10 @@ from trl_vlm.data.messages import without_empty_keys
 from trl_vlm.data.named_rows import check_rows, named_rows
 from trl_vlm.data.rows import ROW_NAME, check_row, name_of, row_images
 from trl_vlm.models.image_tokens import image_tokens
+from trl_vlm.trainers.types import EvaluationRows, Processor, gathered
 
-Rows = Dataset | IterableDataset
 
-
-def check_rollout_rows(dataset: Rows | dict[str, Rows] | None, name: str, processor: Any = None) -> None:
+def check_rollout_rows(dataset: EvaluationRows | None, name: str, processor: Processor | None = None) -> None:
     """Check that every row has a prompt and keeps the row contract; TRL says what is wrong with other types.
 
     Args:
@@ -30,7 +29,7 @@ def check_rollout_rows(dataset: Rows | dict[str, Rows] | None, name: str, proces
     """
     for key, rows in dataset.items() if isinstance(dataset, dict) else [(name, dataset)]:
         if isinstance(rows, Dataset | IterableDataset):
-            check_rows(rows, "ppo", name=key, image_tokens=image_tokens(processor))
+            check_rows(rows, "ppo", name=str(key), image_tokens=image_tokens(processor))
 
 
 def rollout_rows(dataset: Any, name: str) -> Any:
@@ -55,7 +54,7 @@ def check_enough_rows(dataset: Any, prompts: int) -> None:
         )
 
 
-def prepared_rows(rows: Sequence[dict[str, Any]], processor: Any) -> list[dict[str, Any]]:
+def prepared_rows(rows: Sequence[dict[str, Any]], processor: Processor) -> list[dict[str, Any]]:
     """The rows of a rollout as TRL takes them: images decoded, as many as the prompt has places for.
 
     Args:
@@ -95,7 +94,7 @@ def refuse_mixed_rows(rows: Sequence[dict[str, Any]], trainer: Trainer) -> None:
     if not fixed_order or trainer.accelerator.num_processes == 1:
         return
     counts = torch.tensor([[sum(bool(row.get("images")) for row in rows), len(rows)]], device=trainer.args.device)
-    with_images, every = trainer.accelerator.gather(counts).sum(0).tolist()
+    with_images, every = gathered(trainer.accelerator, counts).sum(0).tolist()
     if 0 < with_images < every:
         raise RuntimeError(
             f"{with_images} of the {every} rows of a rollout have images. Under DeepSpeed and FSDP all processes must "

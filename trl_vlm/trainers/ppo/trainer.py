@@ -1,19 +1,18 @@
 """PPO with a critic for vision-language models, on TRL's GRPOTrainer."""
 
-import json
-import os
-from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from datasets import Dataset
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_vlm.maths.advantages import generalized_advantages, moments, per_token_kl, shaped_rewards, whiten
-from trl_vlm.maths.losses import adapted_kl_coef, clipped_value_loss
+from trl_vlm.maths.losses import ValueLoss, adapted_kl_coef, clipped_value_loss
 from trl_vlm.maths.masked import masked_sum
 from trl_vlm.models.parts import freeze_vision_tower
 from trl_vlm.trainers import _trl
@@ -21,32 +20,28 @@ from trl_vlm.trainers._trl import disable_gradient_checkpointing
 from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.card import FACT_RLHF_PAPER, CardFacts
 from trl_vlm.trainers.checks import check_depends_on_pixels, check_log_probs, other_pixels
+from trl_vlm.trainers.ppo.checkpoints import CheckpointsWithCritic
 from trl_vlm.trainers.ppo.config import PAPER, PPOConfig
-from trl_vlm.trainers.ppo.critic import CRITIC_FILE, load_critic, make_critic, prepare_critic, save_critic
+from trl_vlm.trainers.ppo.critic import CRITIC_FILE, make_critic, prepare_critic
 from trl_vlm.trainers.ppo.joint_forward import (
-    CRITIC,
     JointForward,
     ValuesAsLogProbs,
     check_same_vocabulary,
     critic_apart,
     refuse_several_devices,
-    remove_critic,
 )
 from trl_vlm.trainers.ppo.metrics import rollout_metrics, rollout_sums
 from trl_vlm.trainers.ppo.reference import own_reference, prepared_reference
-from trl_vlm.trainers.ppo.rewards import RewardFunction, load_options_of_rewards, reward_functions
-from trl_vlm.trainers.ppo.rollout_images import entries_per_row, family_inputs, model_inputs, reading_images
+from trl_vlm.trainers.ppo.rewards import load_options_of_rewards, reward_functions
+from trl_vlm.trainers.ppo.rollout import Rollout, has_ended, reply_mask
+from trl_vlm.trainers.ppo.rollout_images import family_inputs, images_per_row, model_inputs, reading_images
 from trl_vlm.trainers.ppo.rollout_rows import (
-    Rows,
-    check_enough_rows,
-    check_rollout_rows,
     prepared_rows,
     refuse_mixed_rows,
     rollout_rows,
 )
+from trl_vlm.trainers.ppo.setup import check_input
 from trl_vlm.trainers.preparation import (
-    PreparedTrainer,
-    Processor,
     complete_arguments,
     complete_processor,
     give_own_learning_rate,
@@ -54,11 +49,20 @@ from trl_vlm.trainers.preparation import (
     prepare_model,
 )
 from trl_vlm.trainers.resuming import ResumableRepeatSampler, SaveAtRolloutEnds, check_best_model_saving
+from trl_vlm.trainers.types import (
+    Environments,
+    EvaluationRows,
+    Model,
+    Optimizers,
+    Processor,
+    RewardFunction,
+    Rows,
+    gathered,
+    summed,
+)
 
-_STATE_FILE = "ppo_state.json"
 
-
-class PPOTrainer(PreparedTrainer, GRPOTrainer):
+class PPOTrainer(CheckpointsWithCritic, GRPOTrainer):
     """Proximal policy optimisation of a vision-language (or language) model, with a critic.
 
     Rollouts, batches of every family, vLLM, DeepSpeed, FSDP and logging are those of `trl.GRPOTrainer`. On top of it
@@ -92,30 +96,35 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
     out, and rewards are not multiplied by ten where they are not whitened.
     """
 
+    # Set in TRL's constructor, which says nothing of their types.
+    beta: float
+    temperature: float
+    reward_weights: Tensor
+
     _tag_names = ["trl", "ppo", "trl-vlm"]
     _name = "PPO"
     _paper = PAPER  # for the model card
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | Model,
         reward_funcs: RewardFunction | list[RewardFunction] | None = None,
         args: GRPOConfig | None = None,
         train_dataset: Rows | None = None,
-        eval_dataset: Rows | dict[str, Rows] | None = None,
+        eval_dataset: EvaluationRows | None = None,
         processing_class: Processor | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizers: Optimizers = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
         tools: list[Callable] | None = None,
         rollout_func: Callable[..., dict[str, Any]] | None = None,
-        environment_factory: Any = None,
+        environment_factory: Environments | None = None,
         *,
         ref_model: PreTrainedModel | None = None,
-        reward_model: str | PreTrainedModel | PeftModel | None = None,
-        value_model: str | PreTrainedModel | PeftModel | None = None,
+        reward_model: str | Model | None = None,
+        value_model: str | Model | None = None,
         value_peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
@@ -123,13 +132,11 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
         processing_class = complete_processor(
             processing_class, model, args, padding_side="left", truncation_side="left"
         )
-        self._check_input(model, args, train_dataset, eval_dataset, processing_class)
-        ref_model = own_reference(model, ref_model, peft_config, args)
-        if ref_model is not None:
+        check_input(model, args, train_dataset, eval_dataset, processing_class)
+        reference = own_reference(model, ref_model, peft_config, args)
+        if reference is not None:
             args.beta = 0.0  # GRPOTrainer would make another one
         reward_options = load_options_of_rewards(model, loading_arguments_of_others(args), quantization_config)
-        critic_options = {} if quantization_config is None else {"quantization_config": quantization_config}
-
         super().__init__(
             model=model,
             reward_funcs=reward_functions(reward_funcs, reward_model, processing_class, reward_options),
@@ -152,43 +159,35 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
         self.train_dataset = rollout_rows(train_dataset, "train")
         self.eval_dataset = rollout_rows(eval_dataset, "eval")
         self.kl_coef = args.beta = self.beta = args.kl_coef
-        if ref_model is not None:
-            self.ref_model = prepared_reference(ref_model, self)
+        if reference is not None:
+            self.ref_model = prepared_reference(reference, self)
         prepare_model(self.model, args)
-        self._add_critic(value_model, reward_model, value_peft_config or peft_config, critic_options)
+        self._add_critic(value_model, reward_model, value_peft_config or peft_config, quantization_config)
         self._pixels_checked = not args.check_pixels
-        micro_batches = args.steps_per_generation * self.num_iterations
+        self._save_at_rollout_ends()
+
+    def _save_at_rollout_ends(self) -> None:
+        args = self.args
+        assert args.steps_per_generation is not None  # GRPOConfig has computed it
+        micro_batches = args.steps_per_generation * args.num_iterations
         check_best_model_saving(args, micro_batches / args.gradient_accumulation_steps)
         self.add_callback(SaveAtRolloutEnds(self, micro_batches))
 
-    def _get_train_sampler(self, dataset: Rows | None = None) -> ResumableRepeatSampler:
-        return ResumableRepeatSampler.like(super()._get_train_sampler(dataset))
-
-    def _check_input(
-        self,
-        model: str | nn.Module,
-        args: PPOConfig,
-        train_dataset: Rows | None,
-        eval_dataset: Rows | dict[str, Rows] | None,
-        processor: Processor | None,
-    ) -> None:
-        """Stop before anything is loaded; and take the critic of an earlier run off a model in memory."""
-        check_rollout_rows(train_dataset, "train", processor)
-        check_rollout_rows(eval_dataset, "eval", processor)
-        check_enough_rows(train_dataset, args.generation_batch_size // args.num_generations)
-        if isinstance(model, nn.Module):
-            refuse_several_devices(model)
-            remove_critic(model)
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> ResumableRepeatSampler:
+        sampler = super()._get_train_sampler(dataset)
+        assert isinstance(sampler, _trl.RepeatSampler)
+        return ResumableRepeatSampler.like(sampler)
 
     def _add_critic(
         self,
-        value_model: str | nn.Module | None,
-        reward_model: str | nn.Module | None,
+        value_model: str | Model | None,
+        reward_model: str | Model | None,
         peft_config: PeftConfig | None,
-        quantization: dict[str, Any],
+        quantization_config: BitsAndBytesConfig | None,
     ) -> None:
         """Make the critic a child of the policy, so that one optimiser, wrapper and checkpoint holds both."""
         refuse_several_devices(self.model)
+        quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
         critic = make_critic(
             self.model,
             value_model=value_model,
@@ -228,11 +227,6 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
         ]
         return CardFacts(method, papers=[PAPER, FACT_RLHF_PAPER])
 
-    @property
-    def value_model(self) -> nn.Module:
-        """The critic. `trainer.value_model.save_pretrained(folder)` writes it as a reward model of its own."""
-        return self.model.get_submodule(CRITIC)
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """TRL's optimiser; the critic, its projector included, has its own groups if `value_learning_rate` is set."""
         optimizer = super().create_optimizer(model)
@@ -240,7 +234,13 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
             give_own_learning_rate(optimizer, self.value_model.parameters(), self.args.value_learning_rate)
         return optimizer
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+    def _calculate_rewards(
+        self,
+        inputs: list[dict[str, Any]],
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids_list: list[list[int]],
+    ) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         unscored = rewards.isnan().all(dim=1)
         if unscored.any():
@@ -252,7 +252,7 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
         self._scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         return rewards
 
-    def _tokenize_prompts(self, prompts):
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], Any, Any]:
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
         if images is not None:
             # TRL says None for a row without images in a batch that has some, and processors refuse it.
@@ -260,18 +260,27 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
             images = [row or [] for row in images]
         return prompt_ids, images, multimodal_fields
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Callable[..., Any],
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Any]:
         kwargs = family_inputs(self.model.config, kwargs, logits_to_keep)
         model = reading_images(model, self.model.config, kwargs.get("num_images"))
         return super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
 
-    def _generate_and_score_completions(self, inputs):
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Rollout:
         rows = prepared_rows(inputs, self.processing_class)
         refuse_mixed_rows(rows, self)
-        batch = super()._generate_and_score_completions(rows)
-        batch |= entries_per_row(batch)
+        batch = cast(Rollout, super()._generate_and_score_completions(rows))
+        if (counts := images_per_row(batch)) is not None:
+            batch["num_images"] = counts
         if self.args.freeze_vision_tower:
             # To compute the reference, PEFT switches adapters off and on again, and that makes all of them trainable.
             freeze_vision_tower(self.model)
@@ -284,7 +293,7 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
         self._add_advantages(batch)
         return batch
 
-    def _score_tokens(self, model: Callable, batch: dict[str, Any]) -> Tensor:
+    def _score_tokens(self, model: Callable, batch: Rollout) -> Tensor:
         """Log-probabilities (or values) of the reply tokens of a rollout, (B, T)."""
         args = self.args
         batch_size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
@@ -298,27 +307,27 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
         )
         return logps
 
-    def _check_pixels(self, batch: dict[str, Any]) -> None:
-        mask = self._reply_mask(batch)
+    def _check_pixels(self, batch: Rollout) -> None:
+        mask = reply_mask(batch)
         can_tell = torch.tensor([float("pixel_values" in batch and mask.any())], device=mask.device)
-        if not self.accelerator.gather(can_tell).any():
+        if not gathered(self.accelerator, can_tell).any():
             return
         # Every process takes part, also one without images: sharded models run on all of them or on none.
-        elsewhere = dict(batch)
+        elsewhere = batch.copy()
         if "pixel_values" in batch:
             elsewhere["pixel_values"] = other_pixels(batch["pixel_values"])
         logps, other_logps = (self._score_tokens(self.model, rows) for rows in (batch, elsewhere))
-        difference = self.accelerator.gather(((logps - other_logps) * mask).abs().max()[None])
+        difference = gathered(self.accelerator, ((logps - other_logps) * mask).abs().max()[None])
         check_depends_on_pixels(difference, torch.zeros_like(difference), "policy's log-probabilities")
         self._pixels_checked = True
 
-    def _add_advantages(self, batch: dict[str, Any]) -> None:
+    def _add_advantages(self, batch: Rollout) -> None:
         """From scores, log-probabilities and values to what the two losses fit. Everything is (B, T)."""
-        args, mask = self.args, self._reply_mask(batch).bool()
+        args, mask = self.args, reply_mask(batch).bool()
         first = self.accelerator.process_index * len(mask)
         scores = self._scores[first : first + len(mask)]
         if args.missing_eos_penalty is not None:
-            scores = scores - args.missing_eos_penalty * ~self._has_ended(batch)
+            scores = scores - args.missing_eos_penalty * ~has_ended(batch, self.eos_token_ids)
         old_logps = batch["old_per_token_logps"]
         kl = per_token_kl(old_logps, batch.get("ref_per_token_logps", old_logps), args.kl_estimator)
         rewards = shaped_rewards(scores, kl, mask, self.kl_coef)
@@ -329,30 +338,20 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
         )
         values = batch["old_values"]
         sums = rollout_sums(mask, scores=scores, kl=kl, advantages=advantages, returns=returns, values=values)
-        self._log_rollout(self.accelerator.reduce(sums))
+        self._log_rollout(summed(self.accelerator, sums))
         if args.whiten_advantages:
             advantages = whiten(advantages, mask, self._global_moments(advantages, mask))
         batch["advantages"], batch["returns"] = advantages, returns
 
-    @staticmethod
-    def _reply_mask(batch: dict[str, Any]) -> Tensor:
-        """(B, T), 1 on the tokens that the policy wrote: neither padding nor a tool's answer."""
-        return batch["completion_mask"] * batch["tool_mask"] if "tool_mask" in batch else batch["completion_mask"]
-
-    def _has_ended(self, batch: dict[str, Any]) -> Tensor:
-        """(B,), true for replies that contain an end-of-reply token (padding, which may be the same id, left out)."""
-        ends = torch.isin(batch["completion_ids"], torch.tensor(self.eos_token_ids, device=self.accelerator.device))
-        return (ends & batch["completion_mask"].bool()).any(dim=1)
-
     def _global_moments(self, values: Tensor, mask: Tensor) -> Tensor:
-        return self.accelerator.reduce(moments(values, mask), reduction="sum")
+        return summed(self.accelerator, moments(values, mask))
 
     # Losses
 
-    def _compute_loss(self, model, inputs):
+    def _compute_loss(self, model: nn.Module, inputs: Rollout) -> Tensor:
         with self._joint_forward.collecting() as collected, self._kl_in_the_reward():
             policy_loss = super()._compute_loss(model, inputs)
-        mask = self._reply_mask(inputs)
+        mask = reply_mask(inputs)
         values = torch.cat(collected)[:, -mask.shape[1] :]  # (B, T)
         terms = clipped_value_loss(values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
         value_loss = masked_sum(terms.loss, mask) / self._tokens_per_update(inputs)
@@ -360,7 +359,7 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
         return policy_loss + self.args.vf_coef * value_loss
 
     @contextmanager
-    def _kl_in_the_reward(self):
+    def _kl_in_the_reward(self) -> Iterator[None]:
         """TRL adds its own KL to the loss where `beta` is not zero."""
         beta, self.beta = self.beta, 0.0
         try:
@@ -368,10 +367,11 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
         finally:
             self.beta = beta
 
-    def _tokens_per_update(self, inputs: dict[str, Any]) -> Tensor:
+    def _tokens_per_update(self, inputs: Rollout) -> Tensor:
         """Reply tokens of one optimiser step on all processes, per process and micro-batch: TRL's normaliser."""
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self.model.training:
+            assert self.args.steps_per_generation is not None  # GRPOConfig has computed it
             tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         return tokens
 
@@ -391,52 +391,9 @@ class PPOTrainer(PreparedTrainer, GRPOTrainer):
                 replies=int(sums[-1]),
             )
 
-    def _log_value_loss(self, terms, mask: Tensor) -> None:
+    def _log_value_loss(self, terms: ValueLoss, mask: Tensor) -> None:
         sums = torch.stack([masked_sum(terms.loss, mask), masked_sum(terms.clipped, mask), mask.sum()]).detach()
-        loss, clipped, tokens = self.accelerator.reduce(sums).tolist()
+        loss, clipped, tokens = summed(self.accelerator, sums).tolist()
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["ppo/value_loss"].append(loss / max(tokens, 1))
         metrics["ppo/value_clip_fraction"].append(clipped / max(tokens, 1))
-
-    # Checkpoints
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        output_dir = output_dir or self.args.output_dir
-        state_dict = self.model.state_dict() if state_dict is None else state_dict
-        with critic_apart(self.model):  # PEFT would save the modules of its adapter, too
-            super()._save(output_dir, {k: v for k, v in state_dict.items() if not k.startswith(f"{CRITIC}.")})
-        if self.args.should_save:
-            save_critic(self.value_model, state_dict, output_dir)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with nullcontext() if self.is_fsdp_enabled else critic_apart(self.model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not self.is_fsdp_enabled:  # FSDP has saved and loads the policy and its critic as one model
-            load_critic(self.value_model, resume_from_checkpoint)
-        if self.args.freeze_vision_tower:
-            freeze_vision_tower(self.model)  # PEFT loads adapters as trainable
-
-    def _load_best_model(self) -> None:
-        whole = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        with nullcontext() if whole else critic_apart(self.model):
-            super()._load_best_model()
-        if not whole:
-            load_critic(self.value_model, self.state.best_model_checkpoint)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        # First: a checkpoint counts as complete once its last file, Trainer's own, is there.
-        if self.args.should_save:
-            folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            os.makedirs(folder, exist_ok=True)
-            with open(os.path.join(folder, _STATE_FILE), "w", encoding="utf-8") as file:
-                json.dump({"kl_coef": self.kl_coef}, file)
-        super()._save_checkpoint(model, trial)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and os.path.exists(os.path.join(checkpoint, _STATE_FILE)):
-            with open(os.path.join(checkpoint, _STATE_FILE), encoding="utf-8") as file:
-                self.kl_coef = json.load(file)["kl_coef"]
-        if checkpoint is not None:
-            # TRL counts from 0 after a resumption, and would take its next rollouts at the wrong steps.
-            self._step = self.state.global_step * self.args.gradient_accumulation_steps

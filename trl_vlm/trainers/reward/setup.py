@@ -1,11 +1,9 @@
 """What `RewardTrainer` needs before it can start: which path, which model, which words around a reply."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from accelerate import DistributedType
-from datasets import Dataset, IterableDataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -23,8 +21,9 @@ from trl_vlm.models.prefix_sharing.sharing import share_pairs, why_pairs_not_sha
 from trl_vlm.models.reward_model import load_reward_model
 from trl_vlm.trainers import preparation
 from trl_vlm.trainers.card import FACT_RLHF_PAPER, REWARD, CardFacts
-from trl_vlm.trainers.preparation import config_of, loading_arguments, source_of
+from trl_vlm.trainers.preparation import config_of, loading_arguments, model_options, source_of
 from trl_vlm.trainers.reward.config import RewardConfig
+from trl_vlm.trainers.types import Model, Processor, Rows
 
 TEXT_LOADING = """\
 from transformers import AutoModelForSequenceClassification
@@ -32,11 +31,13 @@ from transformers import AutoModelForSequenceClassification
 model = AutoModelForSequenceClassification.from_pretrained("{name}")"""
 
 
-def wants_images(model: Any, args: RewardConfig, dataset: Any, processing_class: Any) -> bool:
+def wants_images(
+    model: str | Model, args: RewardConfig, dataset: Rows | None, processing_class: Processor | None
+) -> bool:
     """Whether to train with images: the model reads them, and the rows may have some."""
     if isinstance(processing_class, ProcessorMixin):
         return True
-    columns = dataset.column_names if isinstance(dataset, Dataset | IterableDataset) else None
+    columns = dataset.column_names if isinstance(dataset, Rows) else None
     has_images = columns is None or any(column in columns for column in IMAGE_COLUMNS)
     if not has_images or not reads_images(type(config_of(model, **loading_arguments(model, args)))):
         return False
@@ -64,7 +65,7 @@ def refuse_image_options(args: RewardConfig, judge_template: JudgeTemplate | Non
         )
 
 
-def load_tokenizer(model: str | nn.Module, args: RewardConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str | Model, args: RewardConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a text model, from where the model's weights come; of an adapter, that of its base."""
     source, arguments = source_of(model), loading_arguments(model, args)
     base = base_of(source, **hub_arguments(arguments)) if isinstance(model, str) else None
@@ -73,9 +74,10 @@ def load_tokenizer(model: str | nn.Module, args: RewardConfig) -> PreTrainedToke
     return AutoTokenizer.from_pretrained(source, **arguments)
 
 
-def load_for_training(path: str, args: RewardConfig, quantization_config: BitsAndBytesConfig | None) -> nn.Module:
+def load_for_training(path: str, args: RewardConfig, quantization_config: BitsAndBytesConfig | None) -> Model:
     """The reward model of a checkpoint, loaded with TRL's defaults: float32, spread over devices only if alone."""
-    settings = dict(args.model_init_kwargs or {})
+    settings = model_options(args)
+    settings.pop("use_cache", None)  # a reward model reads each row once, and has no cache to turn off
     if quantization_config is not None:
         if "quantization_config" in settings:
             raise ValueError(
@@ -84,6 +86,7 @@ def load_for_training(path: str, args: RewardConfig, quantization_config: BitsAn
             )
         settings["quantization_config"] = quantization_config
     state = args.distributed_state
+    assert state is not None and state.device is not None  # the arguments have chosen it
     if state.distributed_type != DistributedType.NO or state.device.type in ("cpu", "mps"):
         settings["device_map"] = None
     settings.setdefault("device_map", "auto")
@@ -93,7 +96,7 @@ def load_for_training(path: str, args: RewardConfig, quantization_config: BitsAn
     return load_reward_model(path, head_seed=args.seed, **settings)
 
 
-def resolve_judge_template(model: Any, args: RewardConfig, given: JudgeTemplate | None) -> JudgeTemplate:
+def resolve_judge_template(model: str | Model, args: RewardConfig, given: JudgeTemplate | None) -> JudgeTemplate:
     """The template that was passed, named, or saved with the model; else the default."""
     if given is not None and args.judge_template is not None:
         raise ValueError("`judge_template` came both as an argument of the trainer and in `args`. Pass one of them.")
@@ -110,12 +113,14 @@ def resolve_judge_template(model: Any, args: RewardConfig, given: JudgeTemplate 
 
 def make_collator(processor: ProcessorMixin, template: JudgeTemplate, args: RewardConfig) -> RewardCollator:
     """The collator that the options describe."""
+    limit, multiple = args.max_length, args.pad_to_multiple_of
+    assert not isinstance(multiple, str)  # the arguments have parsed it
     return RewardCollator(
         processor,
         template,
         seed=args.seed,
-        max_length=None if args.max_length == "auto" else args.max_length,
-        pad_to_multiple_of=args.pad_to_multiple_of,
+        max_length=limit if isinstance(limit, int) else None,  # "auto" is no limit either
+        pad_to_multiple_of=multiple,
         max_pixels=args.max_image_pixels,
         count_image_tokens=args.check_image_tokens,
     )
@@ -134,7 +139,7 @@ class SharingCollator:
         return {"margin": margin, **share_pairs(batch, self.config)}
 
 
-def float_head(model: nn.Module, is_new: bool) -> None:
+def float_head(model: Model, is_new: bool) -> None:
     """Undo what TRL does to a trainable head beside 4-bit weights: bfloat16 has no room for steps of 1e-5.
 
     Args:
@@ -145,12 +150,13 @@ def float_head(model: nn.Module, is_new: bool) -> None:
         if name.rpartition(".")[2] != "score":
             continue
         trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-        exact = head.original_module.parameters() if is_new and hasattr(head, "original_module") else trained
+        original = getattr(head, "original_module", None)
+        exact = original.parameters() if is_new and original is not None else trained
         for parameter, value in zip(trained, exact, strict=True):
             parameter.data = value.data.float().clone()
 
 
-def why_no_shared_prefix(model: nn.Module, args: RewardConfig, own_collator: bool) -> str | None:
+def why_no_shared_prefix(model: Model, args: RewardConfig, own_collator: bool) -> str | None:
     """Why prompts are computed once per reply, as one sentence; None if the pairs of a batch can share them."""
     reason = preparation.why_no_shared_prefix(model, args, own_collator, {})
     return reason or why_pairs_not_shareable(model.config)

@@ -7,20 +7,19 @@ from typing import Any
 
 import torch
 import trl
-from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
     EvalPrediction,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
     TrainerCallback,
 )
 
+from trl_vlm.data.encoding import RewardCollator
 from trl_vlm.data.facts import JudgeTemplate
 from trl_vlm.data.named_rows import NamedRows, check_rows, named_rows
 from trl_vlm.data.rows import IMAGE_COLUMNS, PURPOSES, ROW_NAME
@@ -48,6 +47,7 @@ from trl_vlm.trainers.reward.setup import (
     wants_images,
     why_no_shared_prefix,
 )
+from trl_vlm.trainers.types import EvaluationRows, Model, Optimizers, Processor, Rows, base_model, gathered
 
 logger = logging.getLogger(__name__)
 
@@ -86,19 +86,21 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
         >>> trainer.train()
     """
 
+    args: RewardConfig
+
     _tag_names = ["trl", "reward-trainer", "trl-vlm"]
 
     def __init__(
         self,
-        model: str | PreTrainedModel | nn.Module,
+        model: str | Model,
         args: trl.RewardConfig | None = None,
         data_collator: DataCollator | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
-        processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: EvaluationRows | None = None,
+        processing_class: Processor | None = None,
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizers: Optimizers = (None, None),
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
@@ -125,6 +127,7 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
             refuse_image_options(args, judge_template)
             args.max_length = TEXT_MAX_LENGTH if args.max_length == "auto" else args.max_length
             tokenizer = processing_class or load_tokenizer(model, args)
+            assert isinstance(tokenizer, PreTrainedTokenizerBase)  # a processor wants images
             super().__init__(
                 model,
                 data_collator=data_collator,
@@ -136,6 +139,7 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
             return
         self.judge_template = resolve_judge_template(model, args, judge_template)
         processor = complete_processor(processing_class, model, args)
+        assert isinstance(processor, ProcessorMixin)  # the model reads images
         set_chat_template(processor, args)
         processor = self._processor = with_reply_ends(processor) if args.append_eos else processor
         self._reward_collator = data_collator or make_collator(processor, self.judge_template, args)
@@ -144,7 +148,7 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
 
     def _init_with_images(
         self,
-        model: str | nn.Module,
+        model: str | Model,
         processor: ProcessorMixin,
         quantization_config: BitsAndBytesConfig | None,
         peft_config: PeftConfig | None,
@@ -184,27 +188,30 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
         """Let a pair compute its prompt and images once, or log why it does not."""
         reason = why_no_shared_prefix(self.model, self.args, own_collator)
         if reason is None:
-            share_prefix(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+            assert isinstance(self._reward_collator, RewardCollator)  # with another one there is a reason
+            share_prefix(base_model(self.model))
             self.data_collator = SharingCollator(self._reward_collator, self.model.config)
         elif self.args.share_prefix and self.accelerator.is_main_process:
             logger.warning("Prompts are computed once per reply, not once per pair: %s.", reason)
 
     def _prepare_dataset(
-        self, dataset: Dataset | IterableDataset, processing_class: Any, args: RewardConfig, dataset_name: str
-    ) -> Dataset | IterableDataset:
+        self, dataset: Rows | NamedRows, processing_class: Processor, args: RewardConfig, dataset_name: str
+    ) -> Rows | NamedRows:
         """With images: check the rows and name them; the collator does the rest, batch by batch."""
         if self.judge_template is None:
+            assert not isinstance(dataset, NamedRows) and isinstance(processing_class, PreTrainedTokenizerBase)
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if ROW_NAME in (dataset.column_names or ()):
+        if isinstance(dataset, NamedRows) or ROW_NAME in (dataset.column_names or ()):
             return dataset  # `evaluate` prepares again what `__init__` has prepared
         tokens = image_tokens(self._processor)
         check_rows(dataset, "reward", name=dataset_name, image_tokens=tokens, with_images=True)
-        dataset = named_rows(dataset, dataset_name)
-        return self._without_long_rows(dataset) if args.drop_too_long_rows else dataset
+        named = named_rows(dataset, dataset_name)
+        return self._without_long_rows(named) if args.drop_too_long_rows else named
 
     def _without_long_rows(self, dataset: NamedRows | IterableDataset) -> NamedRows:
         """The rows that fit into `max_length`; how many do not is logged."""
-        collator, limit = self._reward_collator, self._reward_collator.max_length
+        collator, limit = self._reward_collator, self.args.max_length
+        assert isinstance(collator, RewardCollator) and isinstance(limit, int)
         if isinstance(dataset, IterableDataset):
             raise ValueError(
                 "`drop_too_long_rows` has to read every row before training, and the dataset is streamed. Filter it "
@@ -240,7 +247,9 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
         with_images = self.judge_template is not None
         if with_images:
             self._check_images(model, inputs)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        computed = super().compute_loss(model, inputs, True, num_items_in_batch)
+        assert isinstance(computed, tuple)  # as it is with outputs
+        loss, outputs = computed
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
         if self.args.mean_reward_coefficient is not None:
             loss = loss + self.args.mean_reward_coefficient * self._mean_reward_penalty(chosen, rejected)
@@ -254,7 +263,7 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
         Differs from the public code of Fact-RLHF, where each device penalises the mean of its own pairs.
         """
         local = (chosen + rejected).detach().mean()
-        everywhere = self.accelerator.gather(local).mean()
+        everywhere = gathered(self.accelerator, local).mean()
         return mean_reward_penalty(chosen, rejected) * local.sign() * everywhere.sign()
 
     def _check_images(self, model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -263,7 +272,7 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
         if self._pixels_are_checked and not sharded:
             return
         has_images = torch.tensor([float("pixel_values" in inputs)], device=self.accelerator.device)
-        everywhere = self.accelerator.gather(has_images)
+        everywhere = gathered(self.accelerator, has_images)
         if sharded and 0 < everywhere.sum() < len(everywhere):
             raise RuntimeError(
                 "One process has a batch with images and another one without. With sharded parameters (ZeRO-3, FSDP) "
@@ -287,10 +296,12 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
     def _remember(self, scores: Tensor) -> None:
         """Keep the scores of the pairs of all processes, (P, 2) each, for the next log."""
         if self.model.training:
-            self._scores["train"].append(self.accelerator.gather(scores))
+            self._scores["train"].append(gathered(self.accelerator, scores))
         else:
             # At the end of an evaluation this leaves out the pairs that fill up the last batch.
-            self._scores["eval"].append(self.accelerator.gather_for_metrics(scores))
+            of_pairs = self.accelerator.gather_for_metrics(scores)
+            assert isinstance(of_pairs, Tensor)
+            self._scores["eval"].append(of_pairs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With images: TRL's metrics over all pairs since the last log, and the distribution of the scores."""
@@ -316,7 +327,9 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
         """Saves model, head and processor, and with images the judge template beside them."""
         if self.judge_template is not None and self.args.should_save:
             # First, since a push to the hub happens inside.
-            self.judge_template.save_pretrained(output_dir or self.args.output_dir)
+            folder = output_dir or self.args.output_dir
+            assert folder is not None  # TRL's configurations have a default
+            self.judge_template.save_pretrained(folder)
         super().save_model(output_dir, _internal_call)
 
 
@@ -326,7 +339,9 @@ def _let_parameters_be_unused(args: RewardConfig) -> None:
     The towers of the LLaVA family also hold layers that are never read. `Trainer` turns the search for unused
     parameters off with gradient checkpointing, which TRL turns on; it is only the reentrant kind that it breaks.
     """
-    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+    checkpointing = args.gradient_checkpointing_kwargs or {}
+    assert not isinstance(checkpointing, str)  # the arguments have parsed it
+    reentrant = checkpointing.get("use_reentrant", False)
     if args.ddp_find_unused_parameters is None and not reentrant:
         args.ddp_find_unused_parameters = True
 

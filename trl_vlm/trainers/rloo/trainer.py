@@ -1,26 +1,16 @@
 """TRL's `RLOOTrainer` with what all trainers of this package do to a vision-language model."""
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import trl
-from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from peft import PeftConfig
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback
 
 from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.card import CardFacts
-from trl_vlm.trainers.preparation import (
-    PreparedTrainer,
-    Processor,
-    complete_arguments,
-    complete_processor,
-    prepare_model,
-)
+from trl_vlm.trainers.preparation import PreparedTrainer, complete_arguments, complete_processor, prepare_model
 from trl_vlm.trainers.rloo.config import RLOOConfig
-
-RewardFunction = str | PreTrainedModel | Callable[..., list[float | None]]
+from trl_vlm.trainers.types import EvaluationRows, Model, Optimizers, Processor, RewardFunction, Rows
 
 
 class RLOOTrainer(PreparedTrainer, trl.RLOOTrainer):
@@ -30,19 +20,21 @@ class RLOOTrainer(PreparedTrainer, trl.RLOOTrainer):
     "language-model-and-projector". With nothing of ours set the losses are TRL's.
     """
 
+    args: RLOOConfig
+
     _tag_names = ["trl", "rloo", "trl-vlm"]
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | Model,
         reward_funcs: RewardFunction | list[RewardFunction],
         args: trl.RLOOConfig | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: EvaluationRows | None = None,
         processing_class: Processor | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizers: Optimizers = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
         **kwargs: Any,

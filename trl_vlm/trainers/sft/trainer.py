@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 import trl
-from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor
-from transformers import BitsAndBytesConfig, DataCollator, EvalPrediction, PreTrainedModel, TrainerCallback
+from transformers import BitsAndBytesConfig, DataCollator, EvalPrediction, TrainerCallback
 
 from trl_vlm.data.rows import ROW_NAME
 from trl_vlm.models.reply_ends import with_reply_ends
@@ -20,13 +19,13 @@ from trl_vlm.trainers.card import CardFacts
 from trl_vlm.trainers.ppo.rollout_rows import rollout_rows
 from trl_vlm.trainers.preparation import (
     PreparedTrainer,
-    Processor,
     complete_arguments,
     complete_processor,
     prepare_model,
 )
 from trl_vlm.trainers.sft.collator import SupervisedCollator
 from trl_vlm.trainers.sft.config import SFTConfig
+from trl_vlm.trainers.types import EvaluationRows, Model, Optimizers, Processor, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -42,20 +41,22 @@ class SFTTrainer(PreparedTrainer, trl.SFTTrainer):
     with nothing of ours set, the losses are TRL's.
     """
 
+    args: SFTConfig
+
     _tag_names = ["trl", "sft", "trl-vlm"]
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | Model,
         args: trl.SFTConfig | None = None,
         data_collator: DataCollator | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: EvaluationRows | None = None,
         processing_class: Processor | None = None,
         compute_loss_func: Callable[..., Tensor] | None = None,
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizers: Optimizers = (None, None),
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         quantization_config: BitsAndBytesConfig | None = None,

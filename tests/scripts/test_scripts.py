@@ -65,6 +65,13 @@ def test_sft_trains_and_leaves_the_vision_tower_alone(tmp_path, model, parts):
     assert any(not before[name].equal(after[name]) for name in before)
 
 
+@pytest.mark.parametrize("script", [sft, grpo, rloo])
+def test_what_trains_of_a_model_is_an_option_of_trls_methods_too(script, tmp_path):
+    given = ["--output_dir", str(tmp_path), "--projector_learning_rate", "1e-5", "--freeze_vision_tower"]
+    _, training, _ = script.make_parser().parse_args_and_config(given)
+    assert (training.projector_learning_rate, training.freeze_vision_tower) == (1e-5, True)
+
+
 def weights(folder):
     return dict(AutoModelForImageTextToText.from_pretrained(folder).named_parameters())
 

@@ -13,6 +13,7 @@ import torch
 import trl
 from accelerate import PartialState
 from datasets.exceptions import DatasetsError
+from transformers.hf_argparser import DataClassType
 from trl import ModelConfig, TrlParser, get_quantization_config
 
 
@@ -46,7 +47,7 @@ def hardware_defaults() -> dict[str, Any]:
 
 def script_parser(*configs: type, prog: str | None = None) -> TrlParser:
     """Returns a parser of flags and YAML (`--config`) for the configuration classes, with `hardware_defaults`."""
-    parser = TrlParser(configs, prog=prog)
+    parser = TrlParser([DataClassType(config) for config in configs], prog=prog)
     known = {entry.name for config in configs for entry in fields(config)}
     parser.set_defaults(**{name: value for name, value in hardware_defaults().items() if name in known})
     return parser

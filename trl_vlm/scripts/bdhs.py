@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         source = source_from(BDHS, script, DPOConfig, training.seed)
     job = prepared(script, training, model, purpose="sft", unit="pairs")
     if job is not None:
-        job.train(DPOTrainer(model.model_name_or_path, pair_source=source, **job.trainer_arguments))
+        job.train(DPOTrainer(job.model_name, pair_source=source, **job.trainer_arguments))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Scores of a model of a folder on rows of a user's own."""
 
+from collections.abc import Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -29,5 +30,6 @@ def load_for_replies(folder: str | PathLike, **options: Any) -> tuple[nn.Module,
 def scored(folder: str | PathLike, rows: Dataset, max_new_tokens: int, batch_size: int = 8) -> dict[str, float]:
     """Returns CHAIR of the replies to rows with `objects` and POPE of those with `answer`, see `score_rows`."""
     model, processor = load_for_replies(folder, dtype="auto")
-    replies = generate_replies(model, processor, rows, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    in_order = cast(Sequence[dict[str, Any]], rows)  # `datasets` does not say that a row is a dictionary
+    replies = generate_replies(model, processor, in_order, batch_size=batch_size, max_new_tokens=max_new_tokens)
     return score_rows(rows, replies)

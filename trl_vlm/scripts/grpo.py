@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if job is None:
         return
     trainer = GRPOTrainer(
-        model.model_name_or_path,
+        job.model_name,
         reward_funcs=rewards_of(script, batch_size=training.per_device_train_batch_size, **model_arguments(model)),
         processing_class=job.processor,
         **job.trainer_arguments,

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import AutoConfig, ProcessorMixin, Trainer, TrainingArguments
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, RLOOConfig, SFTConfig, TrlParser, get_peft_config
 
 from trl_vlm.models.loading import load_generative_processor
 from trl_vlm.scripts.arguments import ScriptArguments, model_arguments, parsed, refusals
@@ -27,6 +27,7 @@ from trl_vlm.scripts.run_folder import RunFolder, shaping_settings
 logger = logging.getLogger(__name__)
 
 Rows = Dataset | IterableDataset
+TrainingConfig = SFTConfig | DPOConfig | RewardConfig | GRPOConfig | RLOOConfig
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Job:
         script: Options of the script.
         training: Options of the trainer; `model_init_kwargs` are filled in.
         model: Options of the model.
+        model_name: Its folder or hub id.
         processor: The model's processor.
         train_dataset: Rows to train on.
         eval_dataset: Rows to evaluate on, if `eval_strategy` asks for any.
@@ -44,9 +46,10 @@ class Job:
         plan: How long it will take.
     """
 
-    script: Any
-    training: Any
+    script: ScriptArguments
+    training: TrainingConfig
     model: ModelConfig
+    model_name: str
     processor: ProcessorMixin
     train_dataset: Rows
     eval_dataset: Rows | None
@@ -79,7 +82,7 @@ def options_of(parser: TrlParser, arguments: Sequence[str] | None = None) -> tup
 
 
 def prepared(
-    script: ScriptArguments, training: TrainingArguments, model: ModelConfig, *, purpose: str, unit: str
+    script: ScriptArguments, training: TrainingConfig, model: ModelConfig, *, purpose: str, unit: str
 ) -> Job | None:
     """Returns the job, with everything checked and the plan printed; None if there is nothing to train.
 
@@ -119,15 +122,15 @@ def remarks(training: TrainingArguments, model: ModelConfig) -> list[str]:
     return []
 
 
-def check_targets(model: ModelConfig) -> None:
-    """Refuses LoRA without target modules, where PEFT knows none for the model.
+def check_targets(model: ModelConfig, name: str) -> None:
+    """Refuses LoRA without target modules, where PEFT knows none for the model of this folder or hub id.
 
     Raises:
         ValueError: The message names the presets.
     """
     if not model.use_peft or model.lora_target_modules or model.lora_target_parameters:
         return
-    kind = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision).model_type
+    kind = AutoConfig.from_pretrained(name, revision=model.model_revision).model_type
     if kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
         raise ValueError(
             f"`--use_peft` needs `--lora_target_modules`, for PEFT knows none for {kind}: `language-model`, "
@@ -135,24 +138,28 @@ def check_targets(model: ModelConfig) -> None:
         )
 
 
-def _checked(script: ScriptArguments, training: TrainingArguments, model: ModelConfig, purpose: str, unit: str) -> Job:
-    if not model.model_name_or_path:
+def _checked(script: ScriptArguments, training: TrainingConfig, model: ModelConfig, purpose: str, unit: str) -> Job:
+    name = model.model_name_or_path
+    if not name:
         raise ValueError("`--model_name_or_path` is missing: a folder or a hub id.")
-    check_model(model.model_name_or_path)
-    check_targets(model)
-    trust = getattr(training, "trust_remote_code", False)
-    training.model_init_kwargs = model_arguments(model, trust_remote_code=trust) | (training.model_init_kwargs or {})
-    processor = load_generative_processor(model.model_name_or_path)
+    check_model(name)
+    check_targets(model, name)
+    given = training.model_init_kwargs or {}
+    assert not isinstance(given, str)  # the configuration has parsed it
+    training.model_init_kwargs = model_arguments(model, trust_remote_code=training.trust_remote_code) | given
+    processor = load_generative_processor(name)
     rows, held_out = _rows(script, training, purpose, processor)
     plan = plan_of(training, len(rows) if isinstance(rows, Dataset) else None, unit)
+    assert script.dataset_name is not None  # it was read
     data = identity(script.dataset_name, rows, **_choice(script), split=script.dataset_train_split)
     options = {"dataset_name", "dataset_config", "dataset_revision", "dataset_data_files", "dataset_train_split"}
     settings = shaping_settings(script, training, model)
     settings = {name: value for name, value in settings.items() if name not in options} | {"dataset": data}
+    assert training.output_dir is not None  # TRL's configurations have a default
     folder = RunFolder(training.output_dir, settings)
     folder.check()
-    check_folder(training.output_dir, _needed_bytes(training, model, plan))
-    return Job(script, training, model, processor, rows, held_out, folder, plan)
+    check_folder(training.output_dir, _needed_bytes(training, name, model.use_peft, plan))
+    return Job(script, training, model, name, processor, rows, held_out, folder, plan)
 
 
 def _rows(
@@ -182,9 +189,9 @@ def _choice(script: ScriptArguments) -> dict[str, str | None]:
     }
 
 
-def _needed_bytes(training: TrainingArguments, model: ModelConfig, plan: Plan) -> int:
+def _needed_bytes(training: TrainingConfig, name: str, is_adapter: bool, plan: Plan) -> int:
     """About how many bytes the run will write."""
     interval = training.save_steps if training.save_strategy == "steps" else None
     written = 1 if interval is None else max(1, plan.steps // max(1, int(interval)))
     kept = min(written, (training.save_total_limit or written) + 1)
-    return bytes_to_write(model.model_name_or_path, adapter=model.use_peft, checkpoints=kept)
+    return bytes_to_write(name, adapter=is_adapter, checkpoints=kept)

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             source = MixedPairs(DatasetPairs(), source, probability=script.offline_share, seed=training.seed)
     job = prepared(script, training, model, purpose="dpo" if script.offline_share else "ppo", unit="pairs")
     if job is not None:
-        job.train(DPOTrainer(model.model_name_or_path, pair_source=source, **job.trainer_arguments))
+        job.train(DPOTrainer(job.model_name, pair_source=source, **job.trainer_arguments))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ def plan_of(args: TrainingArguments, rows: int | None, unit: str) -> Plan:
 def _rollouts(args: GRPOConfig | RLOOConfig, rows: int | None, size: str) -> tuple[str, int | None]:
     """What a step takes, and the steps of an epoch, where replies are sampled in rollouts."""
     replies, per_prompt = args.generation_batch_size, args.num_generations
+    # The configuration has computed what was not given.
+    assert replies is not None and per_prompt is not None and args.steps_per_generation is not None
     prompts = replies // per_prompt
     updates = math.ceil(args.num_iterations * args.steps_per_generation / args.gradient_accumulation_steps)
     size = f"{size}; rollouts of {replies:,} replies to {prompts:,} prompts, {updates} steps each"

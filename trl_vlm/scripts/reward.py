@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     job = prepared(*options_of(make_parser(), arguments), purpose="reward", unit="pairs")
     if job is not None:
-        job.train(RewardTrainer(job.model.model_name_or_path, **job.trainer_arguments))
+        job.train(RewardTrainer(job.model_name, **job.trainer_arguments))
 
 
 if __name__ == "__main__":

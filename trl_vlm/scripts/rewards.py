@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from trl_vlm.rewards import RewardModelReward
 from trl_vlm.scripts.arguments import ScriptArguments, refusals
 from trl_vlm.scripts.inputs import check_model
+from trl_vlm.trainers.types import RewardFunction
 
 
 @dataclass
@@ -42,20 +42,20 @@ def check_rewards(script: RolloutArguments) -> None:
             function_named(name)
 
 
-def rewards_of(script: RolloutArguments, **options: Any) -> list[Callable[..., list[float]]]:
+def rewards_of(script: RolloutArguments, **options: Any) -> list[RewardFunction]:
     """Returns the reward functions that the options name.
 
     Args:
         script: The options.
         options: Arguments of `RewardModelReward`, such as `batch_size` and `dtype`.
     """
-    rewards: list[Callable[..., list[float]]] = []
+    rewards: list[RewardFunction] = []
     if script.reward_model_name_or_path is not None:
         rewards.append(RewardModelReward(script.reward_model_name_or_path, **options))
     return rewards + [function_named(name) for name in script.reward_funcs or ()]
 
 
-def function_named(name: str) -> Callable[..., list[float]]:
+def function_named(name: str) -> RewardFunction:
     """Returns the function `module.name`; modules of the working folder are found.
 
     Raises:

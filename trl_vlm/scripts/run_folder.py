@@ -68,8 +68,7 @@ class RunFolder:
     @property
     def settings(self) -> dict[str, Any]:
         """What shapes the result, with what shaped the folder that this one builds on, if it is there."""
-        before = None if self.after is None else self.after / SETTINGS
-        if before is None or not before.exists():
+        if self.after is None or not (before := self.after / SETTINGS).exists():
             return dict(self._own)
         inherited = json.loads(before.read_text(encoding="utf-8"))
         return {f"{self.after.name}: {name}": value for name, value in inherited.items()} | self._own

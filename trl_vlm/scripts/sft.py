@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     job = prepared(*options_of(make_parser(), arguments), purpose="sft", unit="rows")
     if job is not None:
-        job.train(SFTTrainer(job.model.model_name_or_path, **job.trainer_arguments))
+        job.train(SFTTrainer(job.model_name, **job.trainer_arguments))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
-from trl_vlm.data.named_rows import NamedRows
 from trl_vlm.data.rows import ROW_NAME
 from trl_vlm.models._transformers import hub_arguments, keep_4bit_layers_trainable, keep_parameter_names
 from trl_vlm.models.checkpoints import last_complete_checkpoint
@@ -30,7 +29,7 @@ from trl_vlm.models.processors import as_trainable, load_processor
 from trl_vlm.models.reply_ends import with_reply_ends
 from trl_vlm.trainers.card import CardFacts, write_card
 from trl_vlm.trainers.options import PartOptions
-from trl_vlm.trainers.types import Model, Processor, Rows, base_model
+from trl_vlm.trainers.types import Model, NumberedRows, Processor, Rows, base_model
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +181,7 @@ def complete_processor(processor: Processor | None, model: str | Model, args: Ar
         source, arguments = source_of(model), loading_arguments(model, args)
         sees = hasattr(config_of(model, **arguments), "vision_config")
         processor = (load_processor if sees else AutoProcessor.from_pretrained)(source, **arguments, **sides)
+        assert processor is not None
     return with_reply_ends(processor) if args.append_eos else processor
 
 
@@ -278,9 +278,11 @@ def keep_float_outputs(plugin: FullyShardedDataParallelPlugin | None) -> None:
     Args:
         plugin: The accelerator's; None, and FSDP1's, stay as they are.
     """
-    policy = None if plugin is None or plugin.fsdp_version != 2 else plugin.mixed_precision_policy
-    if policy is not None:
-        plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
+    if plugin is None or plugin.fsdp_version != 2 or plugin.mixed_precision_policy is None:
+        return
+    policy = plugin.mixed_precision_policy
+    assert not isinstance(policy, dict | str)  # accelerate has made it of what the user gave
+    plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
 
 
 class PreparedTrainer(Trainer):
@@ -289,11 +291,12 @@ class PreparedTrainer(Trainer):
     args: PartOptions
     model: Model
     processing_class: Processor
-    train_dataset: Rows | NamedRows | None
+    train_dataset: Rows | NumberedRows | None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in Trainer; `resume_from_checkpoint=True` passes over a checkpoint that a killed run wrote in part."""
         if resume_from_checkpoint is True:
+            assert self.args.output_dir is not None  # TRL's configurations have a default
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(

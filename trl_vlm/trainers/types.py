@@ -1,21 +1,38 @@
 """Types of what trainers take and hold, each named once."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 Model = PreTrainedModel | PeftModel
 Processor = PreTrainedTokenizerBase | ProcessorMixin
 Rows = Dataset | IterableDataset
+
+
+class NumberedRows(Protocol):
+    """Rows by their number that are no `datasets.Dataset`: those that say what they are called, for example."""
+
+    @property
+    def column_names(self) -> list[str]:
+        """The columns of a row."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: int, /) -> dict[str, Any]: ...
+
+
 EvaluationRows = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Dataset | IterableDataset]
 Environments = Callable[[], Any] | dict[str, Callable[[], Any]]
-RewardFunction = str | PreTrainedModel | Callable[..., list[float | None]]
+# Gives a number per reply, or None where it does not apply. As a `list[float | None]`, which is invariant, it would
+# exclude functions that always give numbers.
+RewardFunction = str | PreTrainedModel | Callable[..., list[Any]]
 Optimizers = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
 
 
@@ -31,6 +48,13 @@ def summed(accelerator: Accelerator, tensor: Tensor) -> Tensor:
     total = accelerator.reduce(tensor, reduction="sum")
     assert isinstance(total, Tensor)
     return total
+
+
+def unwrapped(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The model without what the backend put around it."""
+    inner = accelerator.unwrap_model(model)
+    assert isinstance(inner, nn.Module)
+    return inner
 
 
 def base_model(model: Model) -> PreTrainedModel:

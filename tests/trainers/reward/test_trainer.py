@@ -343,3 +343,8 @@ def test_trl_still_offers_the_seams_we_stand_on():
         "log": ["self", "logs", "start_time"],
     }.items():
         assert list(inspect.signature(getattr(trl.RewardTrainer, name)).parameters) == arguments
+
+
+def test_use_cache_which_trls_reward_script_passes_is_taken(tmp_path):
+    trainer = llava(tmp_path, model_init_kwargs={"use_cache": False}, max_steps=1)
+    assert losses(trained(trainer)) == losses(trained(llava(tmp_path, max_steps=1)))

@@ -1,8 +1,8 @@
 """Batches of preference pairs: TRL's collator makes them, and what trl_vlm needs is added to its result."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, Required, TypedDict, cast
 
 import numpy as np
 import torch
@@ -22,9 +22,23 @@ from trl_vlm.trainers.dpo.spans import token_places
 Row = dict[str, Any]
 
 # Batch keys, see `PreferenceCollator`.
-CHANGED = "changed_tokens"
-REFERENCE = "reference_log_probs"
-NUM_REPLIES = "num_replies"
+CHANGED: Final = "changed_tokens"
+REFERENCE: Final = "reference_log_probs"
+NUM_REPLIES: Final = "num_replies"
+
+
+class PreferenceBatch(TypedDict, total=False):
+    """What `PreferenceCollator` returns: TRL's batch and the keys that are added; pixels stand beside them."""
+
+    input_ids: Required[Tensor]
+    attention_mask: Required[Tensor]
+    completion_mask: Required[Tensor]
+    shared_prefix: Tensor
+    changed_tokens: Tensor
+    reference_log_probs: Tensor
+    num_replies: int
+    distorted: dict[str, Any]  # see `DistortingCollator`
+    weightless: bool  # see `FreshPairs`
 
 
 class ImagesOnce:
@@ -113,7 +127,7 @@ class PreferenceCollator:
         if vision and (share or extra):
             self.images_once = collate.processor = ImagesOnce(collate.processor)
 
-    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+    def __call__(self, rows: list[Row]) -> PreferenceBatch:
         """The batch of `rows`, which are not changed."""
         given, rows = rows, [self.loaded(row, index) for index, row in enumerate(rows)]
         # TRL's collators edit their rows, hence the copies.
@@ -127,10 +141,10 @@ class PreferenceCollator:
             prompts = batch["attention_mask"].sum(1) - batch["completion_mask"].sum(1)
             batch[SHARED_PREFIX] = torch.stack([torch.arange(len(prompts)) % len(rows), prompts], dim=1)
         if self.segments is not None:
-            batch[CHANGED] = self._changed(batch, rows)
+            batch[CHANGED] = self._changed(batch, rows, self.segments)
         if self.reference is not None:
-            batch[REFERENCE] = self._reference(batch, given, rows)
-        return batch
+            batch[REFERENCE] = self._reference(batch, map(self.reference, given), rows)
+        return cast(PreferenceBatch, batch)
 
     def loaded(self, row: Row, index: int = 0) -> Row:
         """The row with its name and its images decoded, as every later step sees it."""
@@ -161,7 +175,7 @@ class PreferenceCollator:
                 )
         return rows + [row | {rejected: row[column][number]} for number in range(self.extra) for row in rows]
 
-    def _collated(self, pairs: list[Row], rows: int) -> dict[str, Tensor]:
+    def _collated(self, pairs: list[Row], rows: int) -> dict[str, Any]:
         if self.images_once is not None:
             self.images_once.rows = rows
         batch = self.collate(pairs)
@@ -196,7 +210,7 @@ class PreferenceCollator:
                     "replies), or raise `max_length`."
                 )
 
-    def _changed(self, batch: dict[str, Tensor], rows: list[Row]) -> Tensor:
+    def _changed(self, batch: dict[str, Tensor], rows: list[Row], segments: SegmentOptions) -> Tensor:
         """(K - 1, 2P, T - 1), bool."""
         count, is_reply = len(rows), batch["completion_mask"].bool()
         replies = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], is_reply, strict=True)]
@@ -207,8 +221,8 @@ class PreferenceCollator:
                 found = changed_tokens(
                     replies[row],
                     replies[other],
-                    min_match=self.segments.min_match,
-                    two_sided=self.segments.two_sided,
+                    min_match=segments.min_match,
+                    two_sided=segments.two_sided,
                 )
                 chosen, rejected = found
                 if pair == 0:
@@ -243,11 +257,11 @@ class PreferenceCollator:
         start -= len(reply) - len(reply.lstrip())
         return tokens_in_spans(places, [tuple(span) for span in spans], start)
 
-    def _reference(self, batch: dict[str, Tensor], given: list[Row], rows: list[Row]) -> Tensor:
-        """(K * P, T - 1), float32, 0 outside the replies; `given` are the rows before their images were decoded."""
+    def _reference(self, batch: dict[str, Tensor], of_rows: Iterable[Sequence[Tensor]], rows: list[Row]) -> Tensor:
+        """(K * P, T - 1), float32, 0 outside the replies."""
         is_reply = batch["completion_mask"][:, 1:].bool()
         result = torch.zeros(is_reply.shape)
-        for row, values in enumerate(map(self.reference, given)):
+        for row, values in enumerate(of_rows):
             for reply, log_probs in enumerate(values):
                 sequence = reply * len(rows) + row
                 if len(log_probs) != int(is_reply[sequence].sum()):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import trl
 
-from trl_vlm.pairs.noise import check_noise
+from trl_vlm.pairs.noise import Overflow, check_noise
 from trl_vlm.trainers.checks import refuse
 from trl_vlm.trainers.options import PartOptions
 
@@ -87,7 +87,7 @@ class DPOConfig(PartOptions, trl.DPOConfig):
         },
     )
     noise_steps: int = field(default=500, metadata={"help": "`povid_loss`: how many steps of noise, from 0 to 999."})
-    noise_overflow: str = field(
+    noise_overflow: Overflow = field(
         default="wrap",
         metadata={
             "help": "`povid_loss`: colors that leave their range 'wrap' around, as in the published code, or 'clip'.",
@@ -161,7 +161,7 @@ class DPOConfig(PartOptions, trl.DPOConfig):
         super().__post_init__()
         self._check_ranges()
         if self.dense_gamma is not None:
-            self._check_dense()
+            self._check_dense(self.dense_gamma)
         if self.reference_cache is not None:
             self._check_reference_cache()
         if self.reference_free:
@@ -203,10 +203,10 @@ class DPOConfig(PartOptions, trl.DPOConfig):
         if self.bad_pairs not in ("error", "skip"):
             raise ValueError(f"`bad_pairs` is {self.bad_pairs!r}; it must be 'error' or 'skip'.")
 
-    def _check_dense(self) -> None:
-        if self.dense_gamma < 1.0:
+    def _check_dense(self, gamma: float) -> None:
+        if gamma < 1.0:
             raise ValueError(
-                f"`dense_gamma` is {self.dense_gamma}: corrected tokens would count less than unchanged ones. Use 1.0 "
+                f"`dense_gamma` is {gamma}: corrected tokens would count less than unchanged ones. Use 1.0 "
                 "to weigh all tokens alike, or more to stress corrections."
             )
         if self.dense_reduction not in ("mean", "sum"):

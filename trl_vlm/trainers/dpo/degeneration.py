@@ -2,16 +2,21 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import IterableDataset
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_vlm.models.families import IMAGE_INPUTS
 from trl_vlm.models.generation import Policy, Reply, generated
 from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX
 from trl_vlm.trainers import _trl
+
+if TYPE_CHECKING:
+    from trl_vlm.trainers.dpo.trainer import DPOTrainer
 
 
 def repeat_rate(tokens: Sequence[int], length: int = 4) -> float:
@@ -28,17 +33,22 @@ class DegenerationWatch(TrainerCallback):
     length limit).
     """
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    def __init__(self, trainer: "DPOTrainer"):
+        assert trainer.args.degeneration_steps is not None  # else there is nothing to watch
+        self.trainer, self.every_steps = trainer, trainer.args.degeneration_steps
         self.length_before: float | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Measure the model as it is before training."""
         self._log()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Measure every `degeneration_steps` steps."""
-        if state.global_step % args.degeneration_steps == 0:
+        if state.global_step % self.every_steps == 0:
             self._log()
 
     def _log(self) -> None:
@@ -68,8 +78,13 @@ class DegenerationWatch(TrainerCallback):
         """The first rows of the training data, prompts only, left padded."""
         trainer = self.trainer
         count = trainer.args.degeneration_prompts
-        rows = [row for row, _ in zip(trainer.train_dataset, range(count), strict=False)]
-        batch = dict(trainer.prompt_batch(rows))
+        dataset = trainer.train_dataset
+        assert dataset is not None  # it is training
+        if isinstance(dataset, IterableDataset):
+            rows = list(islice(dataset, count))
+        else:
+            rows = [dataset[index] for index in range(min(count, len(dataset)))]
+        batch: dict[str, Any] = {**trainer.prompt_batch(rows)}
         copies = len(batch["input_ids"]) // len(rows)
         lengths = (batch["attention_mask"].sum(1) - batch.pop("completion_mask").sum(1))[: len(rows)].tolist()
         shared, shape = SHARED_PREFIX in batch, batch["input_ids"].shape
@@ -77,6 +92,7 @@ class DegenerationWatch(TrainerCallback):
         for name, value in batch.items():
             if isinstance(value, Tensor) and value.shape == shape:
                 padding = trainer._tokenizer.pad_token_id if name == "input_ids" else 0
+                assert isinstance(padding, int)  # TRL sets one
                 prompts[name] = _left_padded([value[row, :length] for row, length in enumerate(lengths)], padding)
             elif name in IMAGE_INPUTS:
                 prompts[name] = value if shared else value[: len(value) // copies]

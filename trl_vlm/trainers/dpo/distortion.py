@@ -11,7 +11,7 @@ log-ratio of one sequence once they have moved apart ("published" here); "shared
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -24,10 +24,10 @@ from trl_vlm.models.families import IMAGE_INPUTS
 from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX
 from trl_vlm.pairs.draws import Draws
 from trl_vlm.pairs.noise import Overflow, distorted_images
-from trl_vlm.trainers.dpo.collator import PreferenceCollator, Row
+from trl_vlm.trainers.dpo.collator import PreferenceBatch, PreferenceCollator, Row
 
 # The batch key: `pixel_values` of the noisy images, once per row, and how many `rows` there are.
-DISTORTED = "distorted"
+DISTORTED: Final = "distorted"
 
 
 class DistortingCollator:
@@ -44,14 +44,15 @@ class DistortingCollator:
     """
 
     def __init__(self, collate: PreferenceCollator, processor: ProcessorMixin, steps: int, overflow: Overflow):
-        self.collate, self.processor, self.steps, self.overflow = collate, processor, steps, overflow
+        self.collate, self.processor, self.steps = collate, processor, steps
+        self.overflow: Overflow = overflow
 
     @property
     def share(self) -> bool:
         """Whether the model shares prefixes."""
         return self.collate.share
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Row]) -> PreferenceBatch:
         """The batch of `rows`, which are not changed."""
         rows = [self.collate.loaded(row, index) for index, row in enumerate(rows)]
         batch = self.collate(
@@ -65,7 +66,8 @@ class DistortingCollator:
             names=[row[ROW_NAME] for row in rows],
             max_pixels=None,  # they are loaded already
         )
-        return {**batch, DISTORTED: {"pixel_values": noisy["pixel_values"], "rows": len(rows)}}
+        batch[DISTORTED] = {"pixel_values": noisy["pixel_values"], "rows": len(rows)}
+        return batch
 
     def _noisy(self, row: Row) -> list[Any]:
         if not row["images"]:
@@ -120,4 +122,6 @@ def _likeliest(model: PreTrainedModel, inputs: dict[str, Any], noisy: dict[str, 
     chosen["pixel_values"] = noisy["pixel_values"]
     states = model.base_model(**chosen, use_cache=False).last_hidden_state[:, :-1]
     # What some families do to logits (scaling, soft caps) keeps their order.
-    return model.get_output_embeddings()(states[is_reply]).argmax(-1)
+    head = model.get_output_embeddings()
+    assert head is not None  # TRL trains models that generate
+    return head(states[is_reply]).argmax(-1)

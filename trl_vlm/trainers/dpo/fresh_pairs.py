@@ -1,15 +1,15 @@
 """Fresh pairs for every batch: a source makes them with the current policy, and TRL's collator a batch of them."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, Protocol, overload
 
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from torch import Tensor, nn
-from transformers import ProcessorMixin, Trainer
+from peft import PeftModel
+from transformers import DataCollator, GenerationMixin, ProcessorMixin, Trainer
 
 from trl_vlm.data.named_rows import has_images, undecoded
 from trl_vlm.data.rows import IMAGE_COLUMNS, PAIR_COLUMNS, ROW_NAME, Row
@@ -17,16 +17,29 @@ from trl_vlm.models.generation import Policy, generating
 from trl_vlm.pairs.source import PairSource
 from trl_vlm.trainers import _trl
 from trl_vlm.trainers.checks import refuse
-from trl_vlm.trainers.dpo.collator import PreferenceCollator
+from trl_vlm.trainers.dpo.collator import PreferenceBatch
+from trl_vlm.trainers.dpo.config import DPOConfig
 from trl_vlm.trainers.ppo.rollout_rows import check_rollout_rows
+from trl_vlm.trainers.types import EvaluationRows, Model, Processor, Rows, base_model
+
+if TYPE_CHECKING:
+    from trl_vlm.trainers.dpo.trainer import DPOTrainer
 
 # Set in a batch that no pair is in: its loss is multiplied by zero.
-WEIGHTLESS = "weightless"
+WEIGHTLESS: Final = "weightless"
 # What a weightless batch says in the place of replies.
 NO_REPLY = [{"role": "assistant", "content": "-"}]
 
 # What a collator reads of a pair. TRL takes rows with other reply columns (`completion`) for another kind of data.
 COLLATED_COLUMNS = ("prompt", *PAIR_COLUMNS, "tools", "chat_template_kwargs", ROW_NAME, *IMAGE_COLUMNS)
+
+
+class Collator(Protocol):
+    """Makes a batch of pairs."""
+
+    def __call__(self, rows: list[Row], /) -> PreferenceBatch:
+        """The batch of these rows."""
+        ...
 
 
 @contextmanager
@@ -44,13 +57,15 @@ def current_policy(trainer: Trainer) -> Iterator[Policy]:
         _trl.DistributedBackend(trainer.accelerator).summon_full_params(trainer.model_wrapped, recurse=False),
     ):
         # An adapter's layers are inside the model that it adapts.
-        model = model.get_base_model() if is_peft_model(model) else model
+        model, processor = base_model(model), trainer.processing_class
+        # Rows with images come with a processor, and TRL trains models that generate.
+        assert isinstance(processor, ProcessorMixin) and isinstance(model, GenerationMixin)
         with generating(model), _unsynchronised(model), trainer.accelerator.autocast():
-            yield Policy(model, trainer.processing_class)
+            yield Policy(model, processor)
 
 
 @contextmanager
-def _unsynchronised(model: nn.Module) -> Iterator[None]:
+def _unsynchronised(model: GenerationMixin) -> Iterator[None]:
     """Let `generate` run on one process alone: under ZeRO-3 and FSDP it would wait for the others to generate, too.
 
     Sources call it as often as their rows need, which differs from process to process.
@@ -104,7 +119,7 @@ def _trimmed(pair: Row, row: Row, source: PairSource) -> dict[str, Any]:
 
 def pair_statistics(pairs: Sequence[Row]) -> dict[str, tuple[float, int]]:
     """Sum and count of every number in the columns `pair_<name>`, under the names of metrics, `pairs/<name>`."""
-    sums: Counter[str] = Counter()
+    sums: defaultdict[str, float] = defaultdict(float)
     counts: Counter[str] = Counter()
     for pair in pairs:
         for column, value in pair.items():
@@ -124,7 +139,7 @@ def total_statistics(statistics: Sequence[dict[str, tuple[float, int]]]) -> dict
     return {name: total / count for name, (total, count) in totals.items()}
 
 
-def check_arguments(args: Any, processor: Any, data_collator: Any) -> None:
+def check_arguments(args: DPOConfig, processor: Processor, data_collator: DataCollator | None) -> None:
     """Refuse what cannot be combined with a source of pairs.
 
     Raises:
@@ -147,17 +162,35 @@ def check_arguments(args: Any, processor: Any, data_collator: Any) -> None:
     )
 
 
-def refuse_virtual_tokens(model: nn.Module) -> None:
+def refuse_virtual_tokens(model: Model) -> None:
     """Raise if an adapter puts virtual tokens before the prompt: sources read a model without its PEFT wrapper."""
-    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        kind = model.active_peft_config.peft_type
         raise ValueError(
-            f"Pairs cannot be made with a {model.active_peft_config.peft_type.value} adapter: its virtual tokens are "
+            f"Pairs cannot be made with a {getattr(kind, 'value', kind)} adapter: its virtual tokens are "
             "not part of the model that generates. Use LoRA or another adapter inside the layers, or make the pairs "
             "before training (`trl-vlm pairs`)."
         )
 
 
-def checked_rows(dataset: Any, name: str, processor: Any) -> Any:
+def checked_data(
+    train: Rows | None,
+    evaluation: EvaluationRows | None,
+    args: DPOConfig,
+    processor: Processor,
+    data_collator: DataCollator | None,
+) -> tuple[Rows | None, EvaluationRows | None]:
+    """The datasets of a trainer with a source of pairs, after a look at its options and rows."""
+    check_arguments(args, processor, data_collator)
+    args.remove_unused_columns = False  # a source may read any column
+    return checked_rows(train, "train", processor), checked_rows(evaluation, "eval", processor)
+
+
+@overload
+def checked_rows(dataset: Rows | None, name: str, processor: Processor) -> Rows | None: ...
+@overload
+def checked_rows(dataset: EvaluationRows | None, name: str, processor: Processor) -> EvaluationRows | None: ...
+def checked_rows(dataset: Any, name: str, processor: Processor) -> Any:
     """The dataset after a look at its rows, with a column `images` ([] in each row) if it has none.
 
     TRL tokenises rows without such a column before training, and their replies are not there yet.
@@ -189,13 +222,13 @@ class FreshPairs:
         make_collator: gives a collator for so many further rejected replies per row.
     """
 
-    def __init__(self, trainer: Any, source: PairSource, make_collator: Callable[[int], PreferenceCollator]):
+    def __init__(self, trainer: "DPOTrainer", source: PairSource, make_collator: Callable[[int], Collator]):
         refuse_virtual_tokens(trainer.model)
         self.trainer, self.source, self.make_collator = trainer, source, make_collator
-        self.collators: dict[int, PreferenceCollator] = {}
+        self.collators: dict[int, Collator] = {}
         self._step, self._micro_batch = -1, 0
 
-    def batch(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def batch(self, rows: Sequence[Row]) -> PreferenceBatch:
         """The batch of pairs for `rows`."""
         pairs = self._pairs(rows)
         decided = [pair for pair in pairs if pair is not None]
@@ -206,10 +239,12 @@ class FreshPairs:
         self._log(everywhere, kept)
         extra = self._extra(everywhere)
         if kept == 0:
-            return {**self.collated([without_replies(rows[0])]), WEIGHTLESS: True}
+            batch = self.collated([without_replies(rows[0])])
+            batch[WEIGHTLESS] = True
+            return batch
         return self.collated(decided[:kept], extra)
 
-    def collated(self, pairs: Sequence[Row], extra: int = 0) -> dict[str, Tensor]:
+    def collated(self, pairs: Sequence[Row], extra: int = 0) -> PreferenceBatch:
         """The batch of these pairs, with so many further rejected replies each."""
         if extra not in self.collators:
             self.collators[extra] = self.make_collator(extra)

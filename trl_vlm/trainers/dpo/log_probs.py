@@ -98,6 +98,7 @@ def attach(model: PreTrainedModel, distortion: DistortedReplies | None) -> None:
         if not kwargs.get("fused_lm_head"):
             return fused(*args, **kwargs)
         if noisy is not None:
+            assert distortion is not None  # else no collator puts noisy images into a batch
             kwargs["labels"] = distortion.labels(model, kwargs, noisy)
         return _beside_the_batch(_fused_on_shared_prefix(fused, args, kwargs), kwargs.get("labels"))
 

@@ -59,3 +59,31 @@ def drift_metrics(ratios: Tensor, is_reply: Tensor, num_replies: int, gather: Ga
         total = gather(total[None]).sum(0)
         drift[f"drift/{name}"] = (total[0] / total[1].clamp(min=1)).item()
     return drift
+
+
+def token_metrics(
+    policy: Tensor,
+    reference: Tensor,
+    is_reply: Tensor,
+    is_changed: Tensor | None,
+    num_replies: int | None,
+    gather: Gather,
+) -> dict[str, float]:
+    """`dense_metrics` with changed tokens, and `drift_metrics` with a number of replies.
+
+    Args:
+        policy: (K * P, any), log-probabilities per token, of which the last T are read.
+        reference: The same of the reference.
+        is_reply: (K * P, T), bool.
+        is_changed: (K - 1, 2 * P, T), bool, or None.
+        num_replies: K, or None.
+        gather: Over processes.
+    """
+    width = is_reply.size(1)
+    ratios = policy[:, -width:] - reference.to(policy.device)[:, -width:]
+    measured: dict[str, float] = {}
+    if is_changed is not None:
+        measured |= dense_metrics(ratios, is_changed, is_reply, gather)
+    if num_replies is not None:
+        measured |= drift_metrics(ratios, is_reply, num_replies, gather)
+    return measured

@@ -2,13 +2,14 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import trl
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_vlm.data.named_rows import NamedRows, check_rows, named_rows
 from trl_vlm.data.rows import PAIR_COLUMNS, Row
@@ -23,6 +24,7 @@ from trl_vlm.trainers.dpo.fresh_pairs import (
 )
 from trl_vlm.trainers.dpo.pairs_data import extra_replies
 from trl_vlm.trainers.dpo.trainer import DPOTrainer
+from trl_vlm.trainers.types import Model
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +52,14 @@ class RefreshedRows(TorchDataset):
         if place >= len(self):  # ends a loop over the rows
             raise IndexError(place)
         number = self.numbers[place % len(self.numbers)]
-        row = self.dataset[number]
+        row: dict[str, Any] = self.dataset[number]
         if number in self.pairs:
-            row = {name: value for name, value in row.items() if name not in PAIR_COLUMNS} | self.pairs[number]
+            row = {name: value for name, value in row.items() if name not in PAIR_COLUMNS} | dict(self.pairs[number])
         return {name: value for name, value in row.items() if name in COLLATED_COLUMNS}
 
-    def put(self, pairs: dict[int, Row], own: bool) -> None:
+    def put(self, pairs: Mapping[int, Row], own: bool) -> None:
         """Take new pairs by the numbers of their rows; `own` says that the dataset's rows have pairs, too."""
-        self.pairs |= pairs
+        self.pairs.update(pairs)
         self.numbers = [number for number in range(len(self)) if own or number in self.pairs]
         if not self.numbers:
             raise ValueError(
@@ -101,28 +103,38 @@ class PairSourceCallback(TrainerCallback):
     ):
         if every_steps is not None and every_steps < 1:
             raise ValueError(f"`every_steps` is {every_steps}; use 1 or more, or None for each epoch.")
-        _check_trainer(trainer, every_steps)
+        dataset = _refreshable_rows(trainer, every_steps)
+        assert isinstance(trainer.model, Model)  # as TRL takes them
         refuse_virtual_tokens(trainer.model)
-        dataset = trainer.train_dataset
-        self.rows = dataset if isinstance(dataset, NamedRows) else named_rows(dataset, "train")
+        rows = named_rows(dataset, "train") if isinstance(dataset, Dataset) else dataset
+        assert isinstance(rows, NamedRows)  # no stream
+        self.rows = rows
         check_rows(self.rows.selected(), "ppo", name="train")
         self.source, self.trainer, self.every_steps = source, trainer, every_steps
         self.batch_size = batch_size or trainer.args.per_device_train_batch_size
         self.extra = extra_replies(self.rows.selected())
         self.has_own = {"chosen", "rejected"} <= set(dataset.column_names)
-        self.refreshed = trainer.train_dataset = RefreshedRows(dataset)
+        self.refreshed = RefreshedRows(dataset)
+        # `Trainer` takes any dataset with rows by number; TRL's own says `datasets.Dataset`.
+        trainer.train_dataset = self.refreshed  # pyright: ignore[reportAttributeAccessIssue]
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Make the first pairs, unless the first epoch does."""
         if self.every_steps is not None:
             self._refresh(state.global_step)
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Make the pairs of an epoch."""
         if self.every_steps is None:
             self._refresh(state.global_step)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Make new pairs every so many steps."""
         step = state.global_step
         if self.every_steps is not None and step % self.every_steps == 0 and step < state.max_steps:
@@ -166,7 +178,8 @@ class PairSourceCallback(TrainerCallback):
         return {name: value for name, value in pair.items() if name in PAIR_COLUMNS or name.startswith("pair_")}
 
 
-def _check_trainer(trainer: Any, every_steps: int | None) -> None:
+def _refreshable_rows(trainer: Any, every_steps: int | None) -> Dataset | NamedRows:
+    """The training rows of a trainer; an error where they cannot be refreshed."""
     if not isinstance(trainer, trl.DPOTrainer):
         raise TypeError(
             f"`trainer` is a {type(trainer).__name__}. Pass the `DPOTrainer` (ours or TRL's) that the callback is "
@@ -176,8 +189,9 @@ def _check_trainer(trainer: Any, every_steps: int | None) -> None:
     is_ours = isinstance(trainer, DPOTrainer)
     refused = {
         "has a `pair_source`, which makes new pairs at every step": is_ours and trainer._pair_maker is not None,
-        "has a `reference_cache`, which holds the log-probabilities of the first pairs": is_ours
-        and args.reference_cache is not None,
+        "has a `reference_cache`, which holds the log-probabilities of the first pairs": (
+            is_ours and trainer.args.reference_cache is not None
+        ),
         "trains on a stream, whose rows cannot be written back": not isinstance(dataset, Dataset | NamedRows),
         "trains on rows without images, which TRL tokenised when it was made": not trainer._is_vision_dataset,
         "has workers that hold copies of the rows (`dataloader_num_workers`); use 0, or each epoch": (
@@ -190,3 +204,5 @@ def _check_trainer(trainer: Any, every_steps: int | None) -> None:
     for reason, applies in refused.items():
         if applies:
             raise ValueError(f"The pairs of this trainer cannot be refreshed: it {reason}.")
+    assert isinstance(dataset, Dataset | NamedRows)
+    return dataset

@@ -1,13 +1,14 @@
 """The seam for a loss that TRL lacks: a function of the scores of chosen and rejected replies."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from trl_vlm.trainers.dpo.config import DPOConfig
 
 # Given to TRL as `ref_model`, so that it neither loads a reference nor keeps a copy of an adapter.
-NO_REFERENCE = object()
+NO_REFERENCE: Any = object()
 
 
 class PairLoss(Protocol):
@@ -33,9 +34,10 @@ class PairLoss(Protocol):
         Returns:
             (P,).
         """
+        ...
 
 
-def check_pair_loss(pair_loss: PairLoss | None, args: DPOConfig, ref_model: nn.Module | None) -> None:
+def check_pair_loss(pair_loss: PairLoss | None, args: DPOConfig, ref_model: PreTrainedModel | None) -> None:
     """Refuse what a pair loss of one's own would leave without effect.
 
     Raises:
@@ -62,21 +64,30 @@ def check_pair_loss(pair_loss: PairLoss | None, args: DPOConfig, ref_model: nn.M
         )
 
 
-def mean_pair_loss(pair_loss: PairLoss, *scores: Tensor | None) -> Tensor:
+def mean_pair_loss(
+    pair_loss: PairLoss,
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor | None,
+    reference_rejected: Tensor | None,
+) -> Tensor:
     """The mean of a pair loss over the pairs of a batch.
 
     Args:
         pair_loss: the user's.
-        scores: of policy and reference, as `PairLoss` takes them.
+        policy_chosen: scores, as `PairLoss` takes them; likewise the others.
+        policy_rejected: of the rejected replies.
+        reference_chosen: None without a reference.
+        reference_rejected: likewise.
 
     Raises:
         ValueError: the function reduces its losses, or returns something else.
     """
-    losses = pair_loss(*scores)
-    if not isinstance(losses, Tensor) or losses.shape != scores[0].shape:
+    losses = pair_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
+    if not isinstance(losses, Tensor) or losses.shape != policy_chosen.shape:
         came = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
-            f"`pair_loss` returned {came} for {len(scores[0])} pairs. It must return a tensor of shape "
-            f"({len(scores[0])},), one loss per pair; the trainer takes the mean."
+            f"`pair_loss` returned {came} for {len(policy_chosen)} pairs. It must return a tensor of shape "
+            f"({len(policy_chosen)},), one loss per pair; the trainer takes the mean."
         )
     return losses.mean()

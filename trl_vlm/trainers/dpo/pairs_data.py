@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 from datasets import Dataset, IterableDataset
 
@@ -11,6 +11,7 @@ from trl_vlm.data.images import load_image
 from trl_vlm.data.named_rows import NamedRows, has_images, named_rows, undecoded, without_images
 from trl_vlm.data.rows import ROW_NAME, faults, row_images
 from trl_vlm.models.image_tokens import image_tokens
+from trl_vlm.trainers.types import EvaluationRows, NumberedRows, Processor, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -25,27 +26,31 @@ class Pairs(NamedTuple):
         own_collator: The collator is the user's, and gets what TRL would give it.
     """
 
-    dataset: Any
+    dataset: Rows | None
     kept: Sequence[int] | None
     name: str
     own_collator: bool
 
-    def for_trl(self) -> Any:
+    def for_trl(self) -> Rows | None:
         """The rows that stay, as TRL's constructor takes them; text rows have their names."""
         if not isinstance(self.dataset, Dataset | IterableDataset):
             return self.dataset
         dataset = self.dataset
         if not self.own_collator and not has_images(dataset) and ROW_NAME not in (dataset.column_names or ()):
             dataset = dataset.map(_Named(self.name), with_indices=True)
-        return dataset if self.kept is None else dataset.select(self.kept)
+        if self.kept is None:
+            return dataset
+        assert isinstance(dataset, Dataset)  # rows of a stream are not looked at before
+        return dataset.select(self.kept)
 
-    def named(self) -> Any:
+    def named(self) -> Rows | NumberedRows | None:
         """The rows that stay, with their names: "train row 12" is the one of this number in the dataset as given."""
         if not isinstance(self.dataset, Dataset | IterableDataset):
             return self.dataset
         if isinstance(self.dataset, IterableDataset):
-            rows = named_rows(self.dataset, self.name)
-            return rows.map(_loaded, remove_columns=[ROW_NAME]) if self.own_collator else rows
+            stream = named_rows(self.dataset, self.name)
+            assert isinstance(stream, IterableDataset)
+            return stream.map(_loaded, remove_columns=[ROW_NAME]) if self.own_collator else stream
         rows = NamedRows(self.dataset, self.name, self.kept)
         return LoadedRows(rows) if self.own_collator else rows
 
@@ -87,7 +92,25 @@ def _loaded(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "images": images} if row.get("images") is not None else dict(row)
 
 
-def checked_pairs(dataset: Any, name: str, bad_pairs: str, processor: Any = None, own_collator: bool = False) -> Any:
+@overload
+def checked_pairs(
+    dataset: Rows | None, name: str, bad_pairs: str, processor: Processor | None = None, own_collator: bool = False
+) -> Pairs: ...
+@overload
+def checked_pairs(
+    dataset: EvaluationRows | None,
+    name: str,
+    bad_pairs: str,
+    processor: Processor | None = None,
+    own_collator: bool = False,
+) -> Pairs | dict[str, Pairs]: ...
+def checked_pairs(
+    dataset: EvaluationRows | None,
+    name: str,
+    bad_pairs: str,
+    processor: Processor | None = None,
+    own_collator: bool = False,
+) -> Pairs | dict[str, Pairs]:
     """A dataset after a look at every pair, as `Pairs`, or a dictionary of them.
 
     Rows with images keep the row contract; an empty reply is an error or left out, and identical replies are reported.
@@ -105,7 +128,10 @@ def checked_pairs(dataset: Any, name: str, bad_pairs: str, processor: Any = None
         ValueError: No row is left.
     """
     if isinstance(dataset, dict):
-        return {key: checked_pairs(rows, key, bad_pairs, processor, own_collator) for key, rows in dataset.items()}
+        return {
+            str(key): checked_pairs(rows, str(key), bad_pairs, processor, own_collator)
+            for key, rows in dataset.items()
+        }
     if not isinstance(dataset, Dataset | IterableDataset):
         return Pairs(dataset, None, name, own_collator)
     dataset = undecoded(dataset)
@@ -129,6 +155,7 @@ def _bad_pairs(
     empty: dict[int, Fault] = {}
     identical = []
     for index, row in enumerate(without_images(dataset)):
+        assert isinstance(row, dict)
         for fault in faults(row, "dpo", image_tokens=tokens, with_images=with_images):
             if fault.kind == EMPTY_REPLY and not fault.is_warning:
                 empty.setdefault(index, fault)
@@ -164,17 +191,43 @@ def _kept(rows: int, empty: list[int], identical: list[int], name: str, bad_pair
     return None
 
 
-def for_trl(pairs: Any) -> Any:
+def for_trl(pairs: Pairs | dict[str, Pairs]) -> EvaluationRows | None:
     """The datasets that TRL's constructor gets."""
-    return {key: one.for_trl() for key, one in pairs.items()} if isinstance(pairs, dict) else pairs.for_trl()
+    if isinstance(pairs, Pairs):
+        return pairs.for_trl()
+    datasets: dict[str, Any] = {key: one.for_trl() for key, one in pairs.items()}
+    return datasets
 
 
-def named(pairs: Any) -> Any:
+def named(pairs: Pairs | dict[str, Pairs]) -> Any:
     """The datasets with images that are trained on: named, and for a collator that is not ours with images."""
     return {key: one.named() for key, one in pairs.items()} if isinstance(pairs, dict) else pairs.named()
 
 
-def for_evaluation(dataset: Any, processor: Any, own_collator: bool) -> Any:
+class CheckedData(NamedTuple):
+    """The pairs that a trainer was given, after the check."""
+
+    train: Pairs
+    evaluation: Pairs | dict[str, Pairs]
+
+    def for_trl(self) -> tuple[Rows | None, EvaluationRows | None]:
+        """The datasets that TRL's constructor gets."""
+        return self.train.for_trl(), for_trl(self.evaluation)
+
+    def named(self) -> tuple[Rows | NumberedRows | None, Any]:
+        """The datasets with images that are trained on."""
+        return self.train.named(), named(self.evaluation)
+
+
+def checked_data(
+    train: Rows | None, evaluation: EvaluationRows | None, bad_pairs: str, processor: Processor, own_collator: bool
+) -> CheckedData:
+    """The datasets of a trainer after a look at every pair, see `checked_pairs`."""
+    options = (bad_pairs, processor, own_collator)
+    return CheckedData(checked_pairs(train, "train", *options), checked_pairs(evaluation, "eval", *options))
+
+
+def for_evaluation(dataset: Any, processor: Processor, own_collator: bool) -> Any:
     """A dataset with images that `evaluate` gets, checked and named like the trainer's; anything else as it came."""
     if not isinstance(dataset, Dataset | IterableDataset | dict):
         return dataset
@@ -191,7 +244,7 @@ class _Named:
         return {ROW_NAME: f"{self.name} row {index}"}
 
 
-def extra_replies(dataset: Any) -> int:
+def extra_replies(dataset: Rows | None) -> int:
     """How many replies `rejected_extra` holds in the first row of a dataset; 0 without the column."""
     if not isinstance(dataset, Dataset | IterableDataset):
         return 0
@@ -199,7 +252,9 @@ def extra_replies(dataset: Any) -> int:
     return len((row or {}).get("rejected_extra") or ())
 
 
-def prepared_extras(dataset: Any, prepared: Any, prepare: Callable[[Any], Any], extra: int, name: str) -> Any:
+def prepared_extras(
+    dataset: Rows, prepared: Rows, prepare: Callable[[Dataset], Rows], extra: int, name: str
+) -> Dataset:
     """TRL's tokenised rows with `rejected_extra_ids`: TRL tokenises each extra reply in the place of `rejected`.
 
     Args:
@@ -209,7 +264,7 @@ def prepared_extras(dataset: Any, prepared: Any, prepare: Callable[[Any], Any], 
         extra: how many replies `rejected_extra` holds.
         name: what the dataset is called in errors.
     """
-    if isinstance(dataset, IterableDataset):
+    if isinstance(dataset, IterableDataset) or isinstance(prepared, IterableDataset):
         raise ValueError(f"{name}: `rejected_extra` of text rows needs a dataset with rows by index, not a stream.")
     if "rejected_extra" not in dataset.column_names:
         raise ValueError(
@@ -218,6 +273,7 @@ def prepared_extras(dataset: Any, prepared: Any, prepare: Callable[[Any], Any], 
     columns: list[list[list[int]]] = []
     for number in range(extra):
         one = prepare(dataset.map(_ExtraAsRejected(number)))
+        assert isinstance(one, Dataset)  # of a dataset TRL makes a dataset
         if one["prompt_ids"][:] != prepared["prompt_ids"][:]:
             raise ValueError(
                 f"{name}: the chat template renders a prompt in two ways, depending on the reply, or `max_length` "

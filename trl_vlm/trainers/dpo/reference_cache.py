@@ -13,7 +13,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +27,11 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl_vlm.data.io.atomic import remove_leftovers, whole, write_whole
 from trl_vlm.data.rows import ROW_NAME, row_images
 from trl_vlm.trainers import _trl
-from trl_vlm.trainers.dpo.collator import PreferenceCollator, Row
+from trl_vlm.trainers.dpo.collator import PreferenceBatch, PreferenceCollator, Row
+from trl_vlm.trainers.types import unwrapped
+
+if TYPE_CHECKING:
+    from trl_vlm.trainers.dpo.trainer import DPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +227,7 @@ def fill(
     name: str,
     *,
     collator: PreferenceCollator,
-    score: Callable[[dict[str, Tensor]], Tensor],
+    score: Callable[[PreferenceBatch], Tensor],
     batch_size: int,
     accelerator: Accelerator,
 ) -> None:
@@ -256,7 +260,7 @@ def fill(
     cache.read()
 
 
-def filled_for(trainer: Any, score: Callable[[nn.Module, dict[str, Tensor]], Tensor]) -> ReferenceCache:
+def filled_for(trainer: "DPOTrainer", score: Callable[[nn.Module, PreferenceBatch], Tensor]) -> ReferenceCache:
     """The cache of a `DPOTrainer` in the folder that its arguments name, with all rows of its datasets.
 
     Args:
@@ -266,8 +270,9 @@ def filled_for(trainer: Any, score: Callable[[nn.Module, dict[str, Tensor]], Ten
     args = trainer.args
     settings = f"max_length={args.max_length} bf16={args.bf16} fp16={args.fp16}"
     reference = trainer.ref_model if trainer.ref_model is not None else trainer.model
-    identity = model_identity(trainer.accelerator.unwrap_model(reference))
+    identity = model_identity(unwrapped(trainer.accelerator, reference))
     identity |= {"processor": processor_identity(trainer.processing_class), "settings": settings}
+    assert args.reference_cache is not None and isinstance(trainer.data_collator, PreferenceCollator)
     cache = ReferenceCache(args.reference_cache, identity)
     check_shared(cache.folder, trainer.accelerator)
     datasets = {"train": trainer.train_dataset}

@@ -3,25 +3,30 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from accelerate.utils import is_peft_model
-from peft import PeftConfig
-from torch import nn
+from datasets import IterableDataset
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
 
 from trl_vlm.models.prefix_sharing.sharing import why_not_shareable
 from trl_vlm.trainers import preparation
-from trl_vlm.trainers.dpo.config import DPOConfig
+from trl_vlm.trainers.checks import refuse
+from trl_vlm.trainers.dpo.collator import SegmentOptions
+from trl_vlm.trainers.dpo.config import LENGTH_NORMALIZED, DPOConfig
+from trl_vlm.trainers.dpo.log_probs import DenseScore
+from trl_vlm.trainers.types import Model, NumberedRows, Rows
 
 
 class DPOSetup(Protocol):
     """What decides on shared prefixes, of a trainer that TRL's constructor has made."""
 
     args: DPOConfig
-    model: nn.Module
+    model: Model
+    train_dataset: Rows | NumberedRows | None
     compute_metrics: Callable[..., dict] | None
     aux_loss_enabled: bool
 
 
-def why_no_shared_prefix(trainer: DPOSetup, models: list[nn.Module], own_collator: bool) -> str | None:
+def why_no_shared_prefix(trainer: DPOSetup, models: list[PreTrainedModel], own_collator: bool) -> str | None:
     """Why a `DPOTrainer` computes prompts once per reply, as one sentence; None if its models can share them."""
     args = trainer.args
     further = {
@@ -36,7 +41,7 @@ def why_no_shared_prefix(trainer: DPOSetup, models: list[nn.Module], own_collato
 
 
 def refuse_unknown_reference(
-    model: str | nn.Module, ref_model: nn.Module | None, peft_config: PeftConfig | None, args: DPOConfig
+    model: str | Model, ref_model: PreTrainedModel | None, peft_config: PeftConfig | None, args: DPOConfig
 ) -> None:
     """Stop where TRL would load the reference from the path of a model that was made in memory and has none.
 
@@ -44,10 +49,59 @@ def refuse_unknown_reference(
         ValueError: The model has no path, and its reference is neither passed, nor its own base, nor computed before.
     """
     needs_path = ref_model is None and peft_config is None and not args.precompute_ref_log_probs
-    if isinstance(model, str) or is_peft_model(model) or model.config._name_or_path or not needs_path:
+    if isinstance(model, str | PeftModel) or model.config._name_or_path or not needs_path:
         return
     raise ValueError(
         f"The model is a {type(model).__name__} that was made in memory, so its reference cannot be loaded. Pass "
         "`ref_model=copy.deepcopy(model)`, or save the model with its processor and pass the folder, or train an "
         "adapter (`peft_config`), whose base is the reference."
     )
+
+
+def refuse_what_does_not_combine(
+    trainer: DPOSetup, num_extra_rejected: int, has_own_collator: bool, has_pair_loss: bool
+) -> None:
+    """Refuse options of which one would be left without effect.
+
+    Raises:
+        ValueError: The message says which, why, and what to do.
+    """
+    args = trainer.args
+    needs_collator = {
+        "Dense DPO": args.dense_gamma is not None,
+        "`rejected_extra`": num_extra_rejected > 0,
+        "`reference_cache`": args.reference_cache is not None,
+        "`povid_loss`": args.povid_loss is not None,
+    }
+    for name, is_needed in needs_collator.items():
+        if is_needed and has_own_collator:
+            raise ValueError(f"{name} needs the trainer's own collator. Leave out `data_collator`.")
+    if num_extra_rejected > 0 or args.povid_loss is not None:
+        one_pair = "it is made for one pair per row"
+        refuse(
+            "`rejected_extra` (and `povid_loss`, which adds one)",
+            {
+                "`precompute_ref_log_probs`": (args.precompute_ref_log_probs, f"{one_pair} (see `reference_cache`)"),
+                "The auxiliary loss of mixtures of experts": (trainer.aux_loss_enabled, one_pair),
+                "`compute_metrics`": (trainer.compute_metrics is not None, one_pair),
+            },
+        )
+    if has_pair_loss:
+        reason = "TRL adds it to its own losses (see `router_aux_loss_coef`)"
+        refuse("`pair_loss`", {"The auxiliary loss of mixtures of experts": (trainer.aux_loss_enabled, reason)})
+    if args.reference_cache is not None and isinstance(trainer.train_dataset, IterableDataset):
+        raise ValueError("`reference_cache` needs a dataset with rows by index, not a stream. Unset it.")
+
+
+def dense_score(args: DPOConfig, has_pair_loss: bool) -> DenseScore | None:
+    """How Dense DPO scores replies; None without it."""
+    if args.dense_gamma is None:
+        return None
+    assert args.dense_reduction is not None  # Dense DPO is refused without
+    per_token = not has_pair_loss and bool(LENGTH_NORMALIZED & set(args.loss_type))
+    return DenseScore(args.dense_gamma, args.dense_reduction, per_token=per_token)
+
+
+def segment_options(args: DPOConfig) -> SegmentOptions | None:
+    """How Dense DPO finds changed tokens; None without it."""
+    return None if args.dense_gamma is None else SegmentOptions(args.dense_min_match, args.dense_two_sided)

@@ -31,4 +31,6 @@ def token_places(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tupl
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)  # of one sequence
+    return text

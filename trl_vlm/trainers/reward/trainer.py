@@ -210,8 +210,9 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
 
     def _without_long_rows(self, dataset: NamedRows | IterableDataset) -> NamedRows:
         """The rows that fit into `max_length`; how many do not is logged."""
-        collator, limit = self._reward_collator, self.args.max_length
-        assert isinstance(collator, RewardCollator) and isinstance(limit, int)
+        collator = self._reward_collator
+        assert isinstance(collator, RewardCollator) and collator.max_length is not None  # else the option is refused
+        limit = collator.max_length
         if isinstance(dataset, IterableDataset):
             raise ValueError(
                 "`drop_too_long_rows` has to read every row before training, and the dataset is streamed. Filter it "

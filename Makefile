@@ -26,6 +26,7 @@ quick: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check trl_vlm tests examples benchmarks
+	PATH=$(BIN):$$PATH pyright
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -176,13 +176,14 @@ def complete_processor(processor: Processor | None, model: str | Model, args: Ar
         ValueError: The processor is to be loaded, and the model was made in memory.
     """
     if processor is not None:
-        processor = as_trainable(processor)
+        found: Processor = as_trainable(processor)
     else:
         source, arguments = source_of(model), loading_arguments(model, args)
         sees = hasattr(config_of(model, **arguments), "vision_config")
-        processor = (load_processor if sees else AutoProcessor.from_pretrained)(source, **arguments, **sides)
-        assert processor is not None
-    return with_reply_ends(processor) if args.append_eos else processor
+        loaded = (load_processor if sees else AutoProcessor.from_pretrained)(source, **arguments, **sides)
+        assert isinstance(loaded, Processor)
+        found = loaded
+    return with_reply_ends(found) if args.append_eos else found
 
 
 # Model

@@ -3,12 +3,12 @@
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from datasets import IterableDataset
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProcessorMixin, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_vlm.models.families import IMAGE_INPUTS
 from trl_vlm.models.generation import Policy, Reply, generated
@@ -71,7 +71,8 @@ class DegenerationWatch(TrainerCallback):
         trainer, args = self.trainer, self.trainer.args
         prompts = trainer._prepare_inputs(self._prompts())
         with _trl.unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
-            policy = Policy(model, trainer.processing_class)
+            # A policy has a tokenizer in the place of the processor where it reads no images.
+            policy = Policy(model, cast(ProcessorMixin, trainer.processing_class))
             return generated(policy, [prompts], max_new_tokens=args.degeneration_max_new_tokens)
 
     def _prompts(self) -> dict[str, Tensor]:

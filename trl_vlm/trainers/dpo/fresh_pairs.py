@@ -34,10 +34,16 @@ NO_REPLY = [{"role": "assistant", "content": "-"}]
 COLLATED_COLUMNS = ("prompt", *PAIR_COLUMNS, "tools", "chat_template_kwargs", ROW_NAME, *IMAGE_COLUMNS)
 
 
+class GenerativeModel(Protocol):
+    """A model that makes replies."""
+
+    generate: Callable[..., Any]
+
+
 class Collator(Protocol):
     """Makes a batch of pairs."""
 
-    def __call__(self, rows: list[Row], /) -> PreferenceBatch:
+    def __call__(self, rows: list[dict[str, Any]], /) -> PreferenceBatch:
         """The batch of these rows."""
         ...
 
@@ -65,7 +71,7 @@ def current_policy(trainer: Trainer) -> Iterator[Policy]:
 
 
 @contextmanager
-def _unsynchronised(model: GenerationMixin) -> Iterator[None]:
+def _unsynchronised(model: GenerativeModel) -> Iterator[None]:
     """Let `generate` run on one process alone: under ZeRO-3 and FSDP it would wait for the others to generate, too.
 
     Sources call it as often as their rows need, which differs from process to process.

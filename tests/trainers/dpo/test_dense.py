@@ -136,7 +136,7 @@ def test_where_the_margin_comes_from_is_logged_and_adds_up(tmp_path):
 def test_pairs_without_a_changed_token_are_counted_and_reported(tmp_path, caplog):
     same = rows((1, 1)).map(lambda row: {"rejected": row["chosen"]})
     trainer = make(DPOTrainer, DPOConfig, tmp_path, data=same, dense_preset="paper", **SHORT)
-    assert "2 of 2 rows of the training data have identical replies" in caplog.text
+    assert "2 of 2 rows of the train dataset have identical replies" in caplog.text
     entries = logs(trainer)
     assert [entry["dense/pairs_without_change"] for entry in entries] == [2, 4, 6]
     assert all(math.isclose(entry["loss"], math.log(2), abs_tol=1e-4) for entry in entries)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, overload
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import DataCollator, GenerationMixin, ProcessorMixin, Trainer
+from transformers import DataCollator, ProcessorMixin, Trainer
 
 from trl_vlm.data.named_rows import has_images, undecoded
 from trl_vlm.data.rows import IMAGE_COLUMNS, PAIR_COLUMNS, ROW_NAME, Row
@@ -32,12 +32,6 @@ NO_REPLY = [{"role": "assistant", "content": "-"}]
 
 # What a collator reads of a pair. TRL takes rows with other reply columns (`completion`) for another kind of data.
 COLLATED_COLUMNS = ("prompt", *PAIR_COLUMNS, "tools", "chat_template_kwargs", ROW_NAME, *IMAGE_COLUMNS)
-
-
-class GenerativeModel(Protocol):
-    """A model that makes replies."""
-
-    generate: Callable[..., Any]
 
 
 class Collator(Protocol):
@@ -64,17 +58,19 @@ def current_policy(trainer: Trainer) -> Iterator[Policy]:
     ):
         # An adapter's layers are inside the model that it adapts.
         model, processor = base_model(model), trainer.processing_class
-        # Rows with images come with a processor, and TRL trains models that generate.
-        assert isinstance(processor, ProcessorMixin) and isinstance(model, GenerationMixin)
+        assert isinstance(processor, ProcessorMixin)  # rows with images come with one
         with generating(model), _unsynchronised(model), trainer.accelerator.autocast():
             yield Policy(model, processor)
 
 
 @contextmanager
-def _unsynchronised(model: GenerativeModel) -> Iterator[None]:
+def _unsynchronised(model: Any) -> Iterator[None]:
     """Let `generate` run on one process alone: under ZeRO-3 and FSDP it would wait for the others to generate, too.
 
     Sources call it as often as their rows need, which differs from process to process.
+
+    Args:
+        model: `Any`, since no class of transformers says that its models have `generate`.
     """
     model.generate = partial(model.generate, synced_gpus=False)
     try:

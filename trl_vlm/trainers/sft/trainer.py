@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import trl
+from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor
 from transformers import BitsAndBytesConfig, DataCollator, EvalPrediction, TrainerCallback
@@ -94,17 +95,26 @@ class SFTTrainer(PreparedTrainer, trl.SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
+        assert self._signature_columns is not None  # since the line before
         if ROW_NAME not in self._signature_columns:
             self._signature_columns.append(ROW_NAME)
 
     def _prepare_dataset(
-        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
-    ) -> Any:
+        self,
+        dataset: Rows,
+        processing_class: Processor,
+        args: SFTConfig,
+        packing: bool,
+        formatting_func: Callable[[dict], str] | None,
+        dataset_name: str,
+    ) -> Rows:
         """As in TRL, which drops rows without images whose reply `max_length` cuts off: here it says how many."""
         prepared = super()._prepare_dataset(
             dataset, processing_class, args, packing, formatting_func, dataset_name=dataset_name
         )
-        if packing or not isinstance(dataset, Dataset) or len(prepared) == len(dataset):
+        if packing or not isinstance(dataset, Dataset) or not isinstance(prepared, Dataset):
+            return prepared
+        if len(prepared) == len(dataset):
             return prepared
         cut = (
             f"`max_length={args.max_length}` cuts off the whole reply of {len(dataset) - len(prepared)} of the "

@@ -6,14 +6,13 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from torch import nn
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from trl_vlm.evaluation import generate_replies, score_rows
-from trl_vlm.models.loading import load_generative_model, load_generative_processor
+from trl_vlm.models.loading import load_generative_model, load_generative_processor, moved
 
 
-def load_for_replies(folder: str | PathLike, **options: Any) -> tuple[nn.Module, ProcessorMixin]:
+def load_for_replies(folder: str | PathLike, **options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Returns a model (all weights or an adapter) on this machine's accelerator, ready to reply, and its processor.
 
     Args:
@@ -23,7 +22,7 @@ def load_for_replies(folder: str | PathLike, **options: Any) -> tuple[nn.Module,
     model = load_generative_model(folder, **options).eval()
     placed = options.get("quantization_config") is not None or "device_map" in options
     if not placed:
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model = moved(model, "cuda" if torch.cuda.is_available() else "cpu")
     return model, load_generative_processor(folder)
 
 

@@ -139,7 +139,9 @@ def checked_pairs(
         return Pairs(dataset, None, name, own_collator)
     if len(dataset) == 0:
         raise ValueError(f"The {name} dataset is empty. Check the path, the split and the filters it came through.")
-    empty, identical = _bad_pairs(dataset, name, bad_pairs, image_tokens(processor), own_collator)
+    empty, identical = _bad_pairs(
+        dataset, name, bad_pairs, () if processor is None else image_tokens(processor), own_collator
+    )
     kept = _kept(len(dataset), empty, identical, name, bad_pairs)
     return Pairs(dataset, kept, name, own_collator)
 

@@ -1,6 +1,6 @@
 """The reward functions that PPO hands to TRL."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -57,5 +57,6 @@ def _seeing(function: RewardFunction, processor: Any, load_options: dict[str, An
         sees = hasattr(config_of(function, **load_options), "vision_config")
         return RewardModelReward(function, **load_options) if sees else function
     if isinstance(function, PreTrainedModel | PeftModel) and hasattr(function.config, "vision_config"):
-        return RewardModelReward(function, processor=processor)
+        # PEFT's wrapper has all that the model inside has.
+        return RewardModelReward(cast(PreTrainedModel, function), processor=processor)
     return function

@@ -27,9 +27,10 @@ def check_rollout_rows(dataset: EvaluationRows | None, name: str, processor: Pro
     Raises:
         ValueError: A column is missing, a row breaks the contract, or there is no row.
     """
+    tokens = () if processor is None else image_tokens(processor)
     for key, rows in dataset.items() if isinstance(dataset, dict) else [(name, dataset)]:
         if isinstance(rows, Dataset | IterableDataset):
-            check_rows(rows, "ppo", name=str(key), image_tokens=image_tokens(processor))
+            check_rows(rows, "ppo", name=str(key), image_tokens=tokens)
 
 
 def rollout_rows(dataset: Any, name: str) -> Any:

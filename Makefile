@@ -2,8 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
+LOWEST := .venv-lowest
+LOWEST_BIN := $(CURDIR)/$(LOWEST)/bin
+TORCHVISION := $(CURDIR)/.torchvision
+QUICK := pytest -n 2 --dist loadfile --families quick
 
-.PHONY: install demo test quick check format
+.PHONY: install demo test quick test-lowest test-torchvision check format
 
 install: $(VENV)/.installed
 
@@ -21,7 +25,29 @@ test: install
 
 # For whoever changes one thing: two model families, one process, nothing that trains for long.
 quick: install
-	PATH=$(BIN):$$PATH OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --families quick -m "not slow and not distributed"
+	PATH=$(BIN):$$PATH OMP_NUM_THREADS=1 $(QUICK) -m "not slow and not distributed"
+
+# The same with the oldest releases that pyproject.toml allows, in an environment of its own.
+test-lowest: $(LOWEST)/.installed
+	PATH=$(LOWEST_BIN):$$PATH OMP_NUM_THREADS=1 $(QUICK) -m "not slow and not distributed"
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST_BIN)/python -m pip install --quiet --upgrade pip
+	$(LOWEST_BIN)/python -m pip install --quiet -c constraints-lowest.txt -e '.[dev]'
+	touch $@
+
+# What runs once per model family, with torchvision, and the family that needs it (mistral3). It is installed beside the
+# environment, so that the other targets go without.
+test-torchvision: install $(TORCHVISION)/.installed
+	PATH=$(BIN):$$PATH OMP_NUM_THREADS=1 TORCHVISION_STAND_IN=$(TORCHVISION) $(QUICK) \
+		-m "family_grid and not slow and not distributed" tests/models tests/trainers tests/data tests/test_families.py
+	PATH=$(BIN):$$PATH OMP_NUM_THREADS=1 TORCHVISION_STAND_IN=$(TORCHVISION) pytest -n 2 --dist loadfile -k mistral3 \
+		-m "not slow and not distributed" tests/models tests/trainers
+
+$(TORCHVISION)/.installed: Makefile
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(TORCHVISION) 'torchvision==0.28.*'
+	touch $@
 
 check: install
 	$(BIN)/ruff check .

@@ -19,7 +19,8 @@ BELOW = {
     "testbed": {"maths", "models", "data", "rewards", "judges", "evaluation"},
     "scripts": {"maths", "models", "data", "rewards", "judges", "pairs", "evaluation", "trainers"},
     "cli": {"maths", "models", "data", "rewards", "judges", "pairs", "evaluation", "look", "trainers", "scripts"},
-    "__init__": {"trainers"},  # under `TYPE_CHECKING`; what loads when is held by test_public_names.py
+    "requirements": set(),
+    "__init__": {"requirements", "trainers"},  # trainers under `TYPE_CHECKING`: see test_public_names.py
 }
 MAY_IMPORT_TRL = {"trainers", "scripts"}
 

@@ -6,6 +6,8 @@ The names below load on first use, so that `import trl_vlm` is quick and needs n
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from trl_vlm.requirements import check_installed
+
 if TYPE_CHECKING:  # what editors and type checkers see; `_WHERE` says the same to `__getattr__`
     from trl_vlm.trainers.dpo.config import DPOConfig
     from trl_vlm.trainers.dpo.pair_callback import PairSourceCallback
@@ -23,6 +25,8 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_WHERE` says the same 
     from trl_vlm.trainers.sft.trainer import SFTTrainer
 
 __version__ = "0.1.0.dev0"
+
+check_installed()
 
 _WHERE = {
     "DPOConfig": "trainers.dpo.config",

@@ -67,7 +67,8 @@ def test_arithmetic_in_float32_beside_4bit_weights_is_named_with_the_remedy():
 
 
 def test_fsdp2_gives_outputs_as_the_model_computes_them():
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
     assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16
     keep_float_outputs(plugin)
     policy = plugin.mixed_precision_policy

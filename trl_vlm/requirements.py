@@ -1,0 +1,43 @@
+"""The oldest releases that this package works with: `import trl_vlm` stops on an older one, and names it.
+
+pip sees to it when this package is installed. Another `pip install` later does not, and what fails then is a line deep
+inside, with a reason that misleads. `make test-lowest` runs the tests with exactly these releases.
+"""
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.version import Version
+
+OLDEST = {
+    "torch": "2.6",
+    "trl": "1.16",
+    "transformers": "5.22.2",
+    "peft": "0.18",
+    "accelerate": "1.10.1",
+    "datasets": "4.7",
+    "pillow": "10",
+}
+
+
+def check_installed(oldest: Mapping[str, str] = OLDEST) -> None:
+    """Stop where an installed release is older than needed; a package that is missing is left to its own import.
+
+    Raises:
+        ImportError: A release is too old.
+    """
+    old = {}
+    for package, floor in oldest.items():
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            continue
+        # The base of a version: a development build of the oldest release is as good as the release.
+        if Version(Version(found).base_version) < Version(floor):
+            old[package] = found
+    if old:
+        needed = [f"{package}>={oldest[package]}" for package in old]
+        raise ImportError(
+            f"trl_vlm needs {' and '.join(needed)}; installed: {', '.join(f'{name} {old[name]}' for name in old)}. "
+            f"Run `pip install --upgrade {' '.join(repr(requirement) for requirement in needed)}`."
+        )

@@ -1,4 +1,4 @@
-"""The lower bounds are one set of releases: in the package, in pyproject.toml, and in what `make test-lowest` installs."""
+"""The lower bounds are one set: those of the package, of pyproject.toml, and of what `make test-lowest` installs."""
 
 import re
 import subprocess
@@ -65,8 +65,8 @@ def test_an_import_beside_a_release_that_is_too_old_says_what_is_needed(package,
     needed = f"{package}>={requirements.OLDEST[package]}"
     run = import_with(**{package: version})
     assert run.returncode == 1
-    said = f"ImportError: trl_vlm needs {needed}; installed: {package} {version}. Run `pip install --upgrade '{needed}'`."
-    assert said in run.stderr
+    remedy = f"Run `pip install --upgrade '{needed}'`."
+    assert f"ImportError: trl_vlm needs {needed}; installed: {package} {version}. {remedy}" in run.stderr
 
 
 def test_all_releases_that_are_too_old_are_named_at_once(monkeypatch):

@@ -2,8 +2,11 @@
 
 import re
 
+import pyarrow
 import pytest
 
+import trl_vlm
+from trl_vlm.data.io import card
 from trl_vlm.data.io.card import about, as_text, write_card
 from trl_vlm.data.io.progress import Part, Progress
 from trl_vlm.data.io.shards import write_parquet
@@ -42,12 +45,14 @@ def test_what_needs_no_care_is_shown_as_it_is():
     ]
 
 
-def test_no_setting_and_no_reason_ends_its_place_in_the_card(tmp_path):
-    import pyarrow
-
+def write_shard(folder):
     reply = [{"role": "assistant", "content": "four"}]
     table = pyarrow.Table.from_pylist([{"chosen": reply, "rejected": reply, "pair_`\nx": "```"}])
-    write_parquet(table, tmp_path / "train-00000.parquet")
+    write_parquet(table, folder / "train-00000.parquet")
+
+
+def test_no_setting_and_no_reason_ends_its_place_in_the_card(tmp_path):
+    write_shard(tmp_path)
     progress = Progress({"judge_model": "````\n# out\n"}, [Part(0, 2, 1, {"the answer | <b>": 1}, 0)])
     write_card(tmp_path / "README.md", "pairs [1](x)", tmp_path, progress, 1.0)
     lines = (tmp_path / "README.md").read_text().splitlines()
@@ -56,3 +61,11 @@ def test_no_setting_and_no_reason_ends_its_place_in_the_card(tmp_path):
     assert fences == ["`````json", "`````"]
     assert "| no pair: the answer \\| &lt;b&gt; | 1 | 50.0% |" in lines
     assert "## `pair_ x`" in lines
+
+
+def test_a_package_that_runs_from_a_checkout_without_being_installed_writes_its_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(card, "version", {"torch": "1", "transformers": "2", "datasets": "3"}.__getitem__)
+    write_shard(tmp_path)
+    card.write_card(tmp_path / "README.md", "pairs", tmp_path, Progress({}, [Part(0, 1, 1, {}, 0)]), 1.0)
+    versions = f"Versions: trl-vlm {trl_vlm.__version__}, torch 1, transformers 2, datasets 3."
+    assert versions in (tmp_path / "README.md").read_text().splitlines()

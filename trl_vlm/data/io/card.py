@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from trl_vlm import __version__
 from trl_vlm.data.io.atomic import write_whole
 from trl_vlm.data.io.progress import Progress
 from trl_vlm.data.io.shards import read_columns
@@ -16,7 +17,7 @@ from trl_vlm.data.messages import message_text
 
 PREFIX = "pair_"
 REPLIES = ("chosen", "rejected")
-PACKAGES = ("trl-vlm", "torch", "transformers", "datasets")
+PACKAGES = ("torch", "transformers", "datasets")
 MOST_VALUES = 12  # a text column with more of them is not counted
 BINS = 10
 BAR = 30  # characters
@@ -39,7 +40,8 @@ def write_card(file: Path, title: str, shards: Path, progress: Progress, rows_pe
     settings = json.dumps(progress.identity, indent=2, ensure_ascii=False)
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", settings)), default=0))
     lines += ["## Settings", "", f"{fence}json", settings, fence, ""]
-    lines += [f"Versions: {', '.join(f'{package} {version(package)}' for package in PACKAGES)}.", ""]
+    versions = {"trl-vlm": __version__, **{package: version(package) for package in PACKAGES}}
+    lines += [f"Versions: {', '.join(f'{package} {release}' for package, release in versions.items())}.", ""]
     lines += ["## Rows", ""]
     counts = {"pairs": progress.rows, **{f"no pair: {why}": n for why, n in sorted(progress.dropped.items())}}
     lines += table(("rows", "count", "share"), [(k, n, f"{n / progress.records:.1%}") for k, n in counts.items()])

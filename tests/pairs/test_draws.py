@@ -57,7 +57,7 @@ def test_a_model_generates_with_a_cache_and_goes_on_training_as_before():
     model, processor = families.build("llava")
     model.train()
     model.model.vision_tower.eval()
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     model.config.use_cache = False
     modes = {name: module.training for name, module in model.named_modules()}
     lengths = []
@@ -71,7 +71,7 @@ def test_a_model_generates_with_a_cache_and_goes_on_training_as_before():
     hook.remove()
     assert lengths == [batch["input_ids"].shape[1], 1, 1]
     assert {name: module.training for name, module in model.named_modules()} == modes
-    assert model.config.use_cache is False and torch.is_grad_enabled() and model.is_activation_checkpointing
+    assert model.config.use_cache is False and torch.is_grad_enabled() and model.is_gradient_checkpointing
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ SETTINGS = dict(
     disable_tqdm=True,
     use_cpu=True,
     bf16=False,
-    activation_checkpointing=False,
+    gradient_checkpointing=False,
 )
 
 

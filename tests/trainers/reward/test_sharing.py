@@ -72,7 +72,7 @@ def test_lora_and_gradient_checkpointing_change_no_gradient(checkpointing, tmp_p
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     shared, plain = (make(tmp_path, share_prefix=share, peft_config=lora) for share in (True, False))
     if checkpointing:
-        shared.model.get_base_model().activation_checkpointing_enable()
+        shared.model.get_base_model().gradient_checkpointing_enable()
     assert_the_same(shared, plain)
 
 

@@ -16,7 +16,7 @@ OLDEST = {
     "peft": "0.18",
     "accelerate": "1.10.1",
     "datasets": "4.7",
-    "pillow": "10",
+    "pillow": "11",
 }
 
 

@@ -13,6 +13,7 @@ from tests.trainers.contract_rows import HTML, PICTURE, row, says
 from tests.trainers.dpo.helpers import make, rows, text_rows
 from trl_vlm import DPOConfig, DPOTrainer
 from trl_vlm.data.errors import RowError
+from trl_vlm.models.reply_ends import with_reply_ends
 
 
 def dataset(*changes):
@@ -127,6 +128,7 @@ class Keeping:
 
 def test_a_collator_of_ones_own_gets_of_text_rows_what_trl_gives_it(tmp_path):
     seen = []
+    processor = with_reply_ends(load_processor("llava"))  # its template leaves replies open, and TRL trains them so
     for kind in ((trl.DPOTrainer, trl.DPOConfig), (DPOTrainer, DPOConfig)):
         collator = Keeping(DataCollatorForPreference(pad_token_id=0))
         trainer = make(*kind, tmp_path, data=text_rows(), max_steps=2, learning_rate=0.0)
@@ -135,7 +137,7 @@ def test_a_collator_of_ones_own_gets_of_text_rows_what_trl_gives_it(tmp_path):
             args=trainer.args,
             data_collator=collator,
             train_dataset=text_rows(),
-            processing_class=load_processor("llava"),
+            processing_class=processor,
         )
         trainer.train()
         seen.append(collator.seen)

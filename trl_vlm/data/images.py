@@ -66,7 +66,7 @@ def load_image(
         name: What the image is called in errors, for example "row 12, image 1".
         max_pixels: Width times height at most; None lifts our limit (Pillow's own, twice `MAX_IMAGE_PIXELS`, stays).
         at_least: A JPEG may be decoded at a half, a quarter or an eighth of its size, as long as both sides keep this
-            many pixels: for thumbnails, several times faster.
+            many pixels: For thumbnails, several times faster.
 
     Raises:
         RowError: The file is missing, empty, truncated, no image of a known format, or too large. A `ValueError`.

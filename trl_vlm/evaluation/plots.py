@@ -11,8 +11,8 @@ from matplotlib.patches import Patch
 
 from trl_vlm.evaluation.metrics import Arm, Metric, curves_of, metrics_of
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; grey for the arm that is compared with.
-_COLOURS = ("#8A8A8A", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's colors, which color-blind readers can tell apart; grey for the arm that is compared with.
+_COLORS = ("#8A8A8A", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _COLUMNS = 4
 
 
@@ -27,7 +27,7 @@ def metric_bars(arms: Sequence[Arm], split: str) -> bytes:
         _bars(panel, arms, split, metric)
     for panel in panels[len(metrics) :]:
         panel.axis("off")
-    handles = [Patch(color=_colour(place), label=arm.name) for place, arm in enumerate(arms)]
+    handles = [Patch(color=_color(place), label=arm.name) for place, arm in enumerate(arms)]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(arms)), frameon=False)
     return _png(figure)
 
@@ -40,7 +40,7 @@ def _bars(panel: Axes, arms: Sequence[Arm], split: str, metric: Metric) -> None:
         if value is None or math.isnan(value.mean):
             continue
         mean, std = scale * value.mean, scale * value.std
-        panel.bar(place, mean, yerr=std or None, color=_colour(place), width=0.7, error_kw={"capsize": 3, "lw": 1})
+        panel.bar(place, mean, yerr=std or None, color=_color(place), width=0.7, error_kw={"capsize": 3, "lw": 1})
         end = mean + std if mean >= 0 else mean - std
         side = "bottom" if mean >= 0 else "top"
         panel.annotate(
@@ -61,7 +61,7 @@ def _bars(panel: Axes, arms: Sequence[Arm], split: str, metric: Metric) -> None:
 
 
 def training_curves(arms: Sequence[Arm]) -> bytes:
-    """What trainers log of each arm over its optimiser steps, one panel for each of `CURVES` that was logged."""
+    """What trainers log of each arm over its optimizer steps, one panel for each of `CURVES` that was logged."""
     curves = curves_of(arms)
     figure = Figure(figsize=(max(6.0, 5.0 * len(curves)), 3.8), layout="constrained")
     lines = {}
@@ -70,7 +70,7 @@ def training_curves(arms: Sequence[Arm]) -> bytes:
             steps, values = arm.curve(curve)
             if steps:
                 mark = "o" if len(steps) < 3 else None
-                (lines[arm.name],) = panel.plot(steps, values, color=_colour(place), lw=1.6, marker=mark)
+                (lines[arm.name],) = panel.plot(steps, values, color=_color(place), lw=1.6, marker=mark)
         panel.set_title(curve.label, fontsize=10)
         panel.set_xlabel("step", fontsize=9)
         panel.grid(alpha=0.25)
@@ -84,8 +84,8 @@ def _plain(panel: Axes) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _colour(place: int) -> str:
-    return _COLOURS[place % len(_COLOURS)]
+def _color(place: int) -> str:
+    return _COLORS[place % len(_COLORS)]
 
 
 def _png(figure: Figure) -> bytes:

@@ -88,7 +88,7 @@ class LocalChat:
 
     def __call__(self, requests: Sequence[Request]) -> list[Answer]:
         """Returns one answer per request."""
-        # transformers sets `hf_device_map` on models that it placed itself, quantised ones among them.
+        # transformers sets `hf_device_map` on models that it placed itself, quantized ones among them.
         if getattr(self.model, "hf_device_map", None) is None:
             moved(self.model, PartialState().device)
         texts = [without_control_tokens(request.text, self._control_tokens) for request in requests]

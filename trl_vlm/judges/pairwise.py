@@ -25,7 +25,7 @@ _WITH_IMAGES = """You are an expert who compares two responses to a request abou
 decide.
 
 What counts, in this order:
-1. Fewer hallucinations. A response is right where each object that it names is there, and each colour, number, \
+1. Fewer hallucinations. A response is right where each object that it names is there, and each color, number, \
 place, action and relation is as shown. What is invented weighs more than what is left out, and to pass over what \
 cannot be made out is a merit.
 2. More help. Of two responses that are equally true, the better one tells more of what can be seen and was asked \

@@ -45,7 +45,7 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> 
         scores: (B,), one score per reply.
         kl: (B, T), from `per_token_kl`.
         mask: (B, T), true on real tokens. A reply without any real token gets no reward at all.
-        kl_coef: weight of the penalty, >= 0.
+        kl_coef: Weight of the penalty, >= 0.
 
     Source: equation 2 of Fact-RLHF (2309.14525).
     Differs: its public code puts the score on the last padded index, which gamma = lambda = 1 hides.
@@ -57,7 +57,7 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> 
 
 
 def generalized_advantages(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Advantages:
-    """Generalised advantage estimation: A_t = sum_s (gamma * lam)^(s-t) * (r_s + gamma * V_{s+1} - V_s).
+    """Generalized advantage estimation: A_t = sum_s (gamma * lam)^(s-t) * (r_s + gamma * V_{s+1} - V_s).
 
     The sum runs over the real tokens of the reply: tokens outside `mask` are skipped as if they were not there, and
     the value after the last real token is 0. Returns are A + V.
@@ -66,8 +66,8 @@ def generalized_advantages(rewards: Tensor, values: Tensor, mask: Tensor, *, gam
         rewards: (B, T).
         values: (B, T), the critic's value of the state in which token t is chosen.
         mask: (B, T).
-        gamma: discount, in [0, 1].
-        lam: lambda of GAE, in [0, 1].
+        gamma: Discount, in [0, 1].
+        lam: Lambda of GAE, in [0, 1].
 
     Source: equation 16 of 1506.02438.
     """
@@ -96,7 +96,7 @@ def whiten(values: Tensor, mask: Tensor, totals: Tensor, *, shift_mean: bool = T
         values: (B, T).
         mask: (B, T).
         totals: (3,), `moments` of everything that shares one scale, usually of all processes.
-        shift_mean: whether to subtract the mean as well.
+        shift_mean: Whether to subtract the mean as well.
 
     Uses the population variance, as Fact-RLHF does. Differs from its public code, which takes padding into the
     statistics. A single token, or tokens that are all equal, have no scale and come back as zeros (or unscaled by

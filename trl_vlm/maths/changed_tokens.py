@@ -25,10 +25,10 @@ def changed_tokens(
     counts at any length, because it continues into the prompt, or the end of the text, which both share.
 
     Args:
-        chosen: token ids of the chosen reply, end-of-reply token included.
-        rejected: token ids of the rejected reply.
-        min_match: how many tokens in a row must agree to count as shared.
-        two_sided: count a change only where both replies have tokens, so that a pure insertion or a pure deletion
+        chosen: Token ids of the chosen reply, end-of-reply token included.
+        rejected: Token ids of the rejected reply.
+        min_match: How many tokens in a row must agree to count as shared.
+        two_sided: Count a change only where both replies have tokens, so that a pure insertion or a pure deletion
             is none. That is what the published code does.
 
     Returns:
@@ -56,9 +56,9 @@ def tokens_in_spans(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int
     """The tokens that touch one of the character spans.
 
     Args:
-        places: for each token, the (start, end) of its characters in the text, end exclusive.
+        places: For each token, the (start, end) of its characters in the text, end exclusive.
         spans: (start, end) of characters, end exclusive, counted from `start`.
-        start: where in the text the characters of the spans begin to count.
+        start: Where in the text the characters of the spans begin to count.
     """
     return [any(first < start + end and start + begin < last for begin, end in spans) for first, last in places]
 

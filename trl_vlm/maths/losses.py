@@ -20,7 +20,7 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
         values: (B, T), the critic now.
         old_values: (B, T), the critic when the replies were sampled.
         returns: (B, T), what it should have said.
-        cliprange: c > 0, in units of the return.
+        cliprange: C > 0, in units of the return.
 
     Source: the PPO implementation of OpenAI baselines; used by Fact-RLHF (2309.14525) with c = 0.2.
     """
@@ -30,7 +30,7 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
 
 
 def mean_reward_penalty(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """|mean(r_chosen + r_rejected)|, a scalar: keeps the rewards of a reward model centred.
+    """|mean(r_chosen + r_rejected)|, a scalar: keeps the rewards of a reward model centered.
 
     Args:
         chosen: (P,), rewards of the chosen replies.

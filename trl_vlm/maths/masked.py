@@ -9,8 +9,8 @@ def masked_sum(values: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None =
 
     Args:
         values: (..., T), any real values.
-        mask: broadcastable to `values`, bool or 0/1.
-        dim: dimensions to reduce; all of them by default.
+        mask: Broadcastable to `values`, bool or 0/1.
+        dim: Dimensions to reduce; all of them by default.
     """
     return torch.where(mask.bool(), values, torch.zeros_like(values)).sum(dim)
 
@@ -20,8 +20,8 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None 
 
     Args:
         values: (..., T), any real values.
-        mask: the same shape, bool or 0/1.
-        dim: dimensions to reduce; all of them by default.
+        mask: The same shape, bool or 0/1.
+        dim: Dimensions to reduce; all of them by default.
     """
     return masked_sum(values, mask, dim) / mask.sum(dim).clamp(min=1)
 
@@ -33,8 +33,8 @@ def weighted_mean(values: Tensor, weights: Tensor, dim: int = -1) -> Tensor:
 
     Args:
         values: (..., T), any real values.
-        weights: the same shape, not negative.
-        dim: the dimension to reduce.
+        weights: The same shape, not negative.
+        dim: The dimension to reduce.
     """
     terms = torch.where(weights > 0, values * weights, torch.zeros_like(values))
     return terms.sum(dim) / weights.sum(dim).clamp(min=torch.finfo(values.dtype).tiny)

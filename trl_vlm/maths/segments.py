@@ -17,7 +17,7 @@ def segment_weights(is_changed: Tensor, is_reply: Tensor, *, gamma: float, reduc
     Args:
         is_changed: (..., T), bool.
         is_reply: (..., T), bool; a position outside the reply weighs 0.
-        gamma: weight of a changed token, at least 1.
+        gamma: Weight of a changed token, at least 1.
         reduction: "mean" (the paper) or "sum" (the released code).
 
     Returns:
@@ -43,7 +43,7 @@ def dense_score(logps: Tensor, is_changed: Tensor, is_reply: Tensor, *, gamma: f
         logps: (..., T), log-probabilities.
         is_changed: (..., T), bool.
         is_reply: (..., T), bool.
-        gamma: weight of a changed token, at least 1.
+        gamma: Weight of a changed token, at least 1.
         reduction: "mean" or "sum".
 
     Returns:

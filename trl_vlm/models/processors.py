@@ -127,7 +127,7 @@ class _ImageOnly(ProcessorMixin):
 class _PaliGemmaProcessor(PaliGemmaProcessor):
     """PaliGemma's processor for training: rows without an image are allowed, and are read causally.
 
-    TRL tokenises replies apart from their prompt and without images, which the stock class refuses
+    TRL tokenizes replies apart from their prompt and without images, which the stock class refuses
     ("`images` are expected as arguments"), and prompts of several lengths without padding, at which it fails
     ("inhomogeneous shape"). A reply's `token_type_ids` must be 1: with 0 it would count as part
     of the bidirectional prefix, and each token would see the ones that follow it. In a batch where only some

@@ -224,7 +224,7 @@ def _load_full(path: str | PathLike, head_seed: int, kwargs: dict[str, Any]) -> 
 
 
 def _sparing_the_head(quantization: BitsAndBytesConfig) -> BitsAndBytesConfig:
-    """The same quantisation with the head left as it is; a list of the user's would otherwise replace the default."""
+    """The same quantization with the head left as it is; a list of the user's would otherwise replace the default."""
     skipped = quantization.llm_int8_skip_modules
     if skipped is None:
         return quantization  # transformers then spares a model's last module, which the head is

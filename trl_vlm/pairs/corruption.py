@@ -20,7 +20,7 @@ REFUSED = "the model refused"
 _TASK = """Below stand a request about a picture and a good response to it. Write the response anew, so that some of \
 what it says about the picture is wrong.
 
-- Put in objects, people or animals that are not there, or change numbers, colours and other properties, places, or \
+- Put in objects, people or animals that are not there, or change numbers, colors and other properties, places, or \
 how things stand to one another.
 - Each change must be likely enough: whoever reads the request and your response without seeing the picture must not \
 be able to tell what is wrong. Whatever follows from a change changes with it, reasons included.

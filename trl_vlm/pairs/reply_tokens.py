@@ -9,7 +9,7 @@ _TAIL_TOKENS = 8  # enough for a decoder to know whether a space stands between 
 
 
 class ReplyTokens(NamedTuple):
-    """A reply behind its prompt, tokenised once.
+    """A reply behind its prompt, tokenized once.
 
     text: The reply, without white space around it.
     ids: Its tokens, and before them what the chat template puts between the opening of the turn and the reply.
@@ -26,7 +26,7 @@ class ReplyTokens(NamedTuple):
     def of(cls, processor: ProcessorMixin, reply: str) -> "ReplyTokens":
         """The tokens of `reply` as the answer to a prompt.
 
-        A reply is tokenised behind the opening of its turn, because many tokenizers write a space into the first
+        A reply is tokenized behind the opening of its turn, because many tokenizers write a space into the first
         token of a text, or not, depending on what stands before it.
         """
         opening, lead = _opening(processor, reply)

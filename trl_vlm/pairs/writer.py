@@ -1,4 +1,4 @@
-"""A data set of pairs, made by a source on any number of processes, and written so that a killed run goes on."""
+"""A dataset of pairs, made by a source on any number of processes, and written so that a killed run goes on."""
 
 import logging
 import time
@@ -60,7 +60,7 @@ class Outcome(NamedTuple):
 
 
 class Named(NamedTuple):
-    """A row of the data set, and what it is called."""
+    """A row of the dataset, and what it is called."""
 
     name: str
     row: Row
@@ -68,7 +68,7 @@ class Named(NamedTuple):
 
 @dataclass
 class PairWriter:
-    """Writes the pairs that a source makes of a data set.
+    """Writes the pairs that a source makes of a dataset.
 
     The rows are read in blocks. The processes share out the rows of a block; the first one puts their pairs in order
     and saves them, so that the result hangs neither on the number of processes nor on the batch size. A run that dies

@@ -36,7 +36,7 @@ class RewardModelReward:
     input nor end its turn and judge itself. An empty reply is scored like any other, or gets `empty_reply_score`.
 
     Source: Fact-RLHF (arXiv:2309.14525).
-    Differs: its code shuffles the facts at every use, and tokenises the judge turn apart from the reply.
+    Differs: its code shuffles the facts at every use, and tokenizes the judge turn apart from the reply.
 
     Args:
         model: Folder or hub id of a reward model (or of a PEFT adapter of one), as `RewardTrainer` saves it; or a
@@ -92,7 +92,7 @@ class RewardModelReward:
 
     def _load(self, path: str | PathLike, options: dict[str, Any]) -> PreTrainedModel:
         if "quantization_config" in options and "device_map" not in options:
-            # A quantised model cannot be moved later; by default it would go to the first GPU on every process.
+            # A quantized model cannot be moved later; by default it would go to the first GPU on every process.
             device = self.device if self.device is not None else PartialState().device
             if device is not None and device.type != "cpu":
                 options = {**options, "device_map": {"": device}}
@@ -115,7 +115,7 @@ class RewardModelReward:
         Args:
             prompts: Conversations up to the reply; their contents are strings, or blocks with the images in them.
             completions: The replies, each a list of messages.
-            completion_ids: Not read: the reply is tokenised in the reward model's own way.
+            completion_ids: Not read: the reply is tokenized in the reward model's own way.
             images: Images of each row, for prompts that do not hold them.
             image: The one image of each row, instead of `images`.
             facts: Facts of each row; None or [] for a row without.
@@ -181,7 +181,7 @@ class RewardModelReward:
     @contextmanager
     def _ready_to_score(self) -> Iterator[None]:
         """The model on this process's device, in evaluation mode, without gradient; then in the modes it was in."""
-        # transformers sets `hf_device_map` on models that it placed itself, quantised ones among them.
+        # transformers sets `hf_device_map` on models that it placed itself, quantized ones among them.
         if getattr(self.model, "hf_device_map", None) is None:
             moved(self.model, self.device if self.device is not None else PartialState().device)
         with evaluating(self.model):

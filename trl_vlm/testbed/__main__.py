@@ -11,7 +11,7 @@ def main() -> None:
     """Reads the options and writes the sheet."""
     parser = argparse.ArgumentParser(prog="python -m trl_vlm.testbed", description=__doc__)
     parser.add_argument("--out", default="testbed.html", help="The page (.html) or picture (.png) to write.")
-    parser.add_argument("--world", type=int, default=0, help="Seed of the world: names, shapes and colours.")
+    parser.add_argument("--world", type=int, default=0, help="Seed of the world: names, shapes and colors.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the scenes.")
     parser.add_argument("--count", type=int, default=6, help="Pictures of each split.")
     options = parser.parse_args()

@@ -167,7 +167,7 @@ def preference_rows(
         split: Where the scenes come from.
         label_noise: Standard deviation of the noise on each reply's worth.
         vision_noise: If positive, the rows' images carry this much more pixel noise than those that the replies were
-            drawn for: a reward model that learns from these rows sees badly.
+            drawn for: A reward model that learns from these rows sees badly.
     """
     rows: list[dict[str, Any]] = []
     for start in range(0, 10 * count + SAMPLED_AT_ONCE, SAMPLED_AT_ONCE):

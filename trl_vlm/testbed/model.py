@@ -11,7 +11,7 @@ def build_model(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditional
     """A random LLaVA for the testbed's processor; one seed gives one model.
 
     A CLIP tower sees each of the nine cells as one patch, and a three-layer Llama reads and speaks. Three choices make
-    it learn within minutes: a wide initialisation, slow rotary positions, and key projections that start equal to the
+    it learn within minutes: a wide initialization, slow rotary positions, and key projections that start equal to the
     query projections, so that attention begins with a liking for equal tokens (a kind asked for, a kind seen).
 
     Args:

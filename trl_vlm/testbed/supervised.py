@@ -204,7 +204,7 @@ _Example = TypeVar("_Example")
 
 
 class Stream(Dataset[_Example]):
-    """A data set of examples that are made when asked for; example `index` is always the same."""
+    """A dataset of examples that are made when asked for; example `index` is always the same."""
 
     def __init__(self, example: Callable[[int], _Example], length: int):
         self.example = example

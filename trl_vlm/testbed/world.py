@@ -1,6 +1,6 @@
 """A small world in which hallucination can be measured: scenes, their pictures, and what is said about them.
 
-Every kind of object has a colour and a shape of its own. Some kinds are *anchors*: their *partner* is nearly always
+Every kind of object has a color and a shape of its own. Some kinds are *anchors*: their *partner* is nearly always
 beside them, as a chair is beside a table. A model trained on captions that assume the partner learns to name what it
 does not see.
 """
@@ -71,11 +71,11 @@ class Picture(NamedTuple):
 class World:
     """Which kinds exist, who accompanies whom, how pictures look and how captions err.
 
-    Two worlds with equal fields are the same world: names, glyphs and colours follow from `seed`. Scenes, pictures and
+    Two worlds with equal fields are the same world: names, glyphs and colors follow from `seed`. Scenes, pictures and
     texts are drawn with a generator that the caller passes.
 
     Attributes:
-        seed: Chooses names, glyphs and colours.
+        seed: Chooses names, glyphs and colors.
         pairs: Number of anchors; each has one partner.
         neutral_kinds: Number of kinds that belong to no pair.
         partner_shift: Anchor i accompanies the partner kind of pair (i + shift) modulo `pairs`.
@@ -126,14 +126,14 @@ class World:
 
     @cached_property
     def _appearance(self) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Names, glyphs (10, 10) of zeros and ones, and colours (3,) in 0 to 1."""
+        """Names, glyphs (10, 10) of zeros and ones, and colors (3,) in 0 to 1."""
         rng = np.random.default_rng(1000 + self.seed)
         count = 2 * self.pairs + self.neutral_kinds
         kinds = [NOUNS[index] for index in rng.permutation(len(NOUNS))[:count]]
         bitmaps = _distinct_bitmaps(count, rng)
         glyphs = [np.kron(bitmap, np.ones((2, 2))) for bitmap in bitmaps]
-        colours = [np.array(colorsys.hsv_to_rgb(hue, 0.9, 0.95)) for hue in rng.permutation(count) / count]
-        return kinds, dict(zip(kinds, glyphs, strict=True)), dict(zip(kinds, colours, strict=True))
+        colors = [np.array(colorsys.hsv_to_rgb(hue, 0.9, 0.95)) for hue in rng.permutation(count) / count]
+        return kinds, dict(zip(kinds, glyphs, strict=True)), dict(zip(kinds, colors, strict=True))
 
     @property
     def kinds(self) -> list[str]:
@@ -204,14 +204,14 @@ class World:
 
     def render(self, scene: Scene, rng: np.random.Generator) -> Image.Image:
         """Paints a scene: 48 x 48 RGB, each glyph blended into its cell, noise on every pixel."""
-        _, glyphs, colours = self._appearance
+        _, glyphs, colors = self._appearance
         canvas = np.full((IMAGE_PIXELS, IMAGE_PIXELS, 3), BACKGROUND) + rng.normal(0, 0.03, 3)
         for kind, cell, contrast in scene.objects:
             top = cell // GRID * CELL_PIXELS + int(rng.integers(2, 5))
             left = cell % GRID * CELL_PIXELS + int(rng.integers(2, 5))
             area = (slice(top, top + GLYPH_PIXELS), slice(left, left + GLYPH_PIXELS))
             cover = glyphs[kind][..., None] * contrast  # (10, 10, 1)
-            canvas[area] = canvas[area] * (1 - cover) + colours[kind] * cover
+            canvas[area] = canvas[area] * (1 - cover) + colors[kind] * cover
         canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * self.pixel_noise
         return _to_image(canvas)
 

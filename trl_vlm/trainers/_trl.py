@@ -83,12 +83,12 @@ use_adapter = require("trl.trainer.utils", "use_adapter")
 unwrap_model_for_generation = require("trl.models", "unwrap_model_for_generation")
 # Gathers what FSDP has spread, likewise.
 DistributedBackend = require("trl.distributed", "DistributedBackend")
-# `_compute_loss` runs policy and reference and takes extra batch keys to both; `_prepare_dataset` tokenises text
+# `_compute_loss` runs policy and reference and takes extra batch keys to both; `_prepare_dataset` tokenizes text
 # rows; `_set_signature_columns_if_needed` says which columns reach the collator; `compute_ref_log_probs` sums up.
 for _method in ("_compute_loss", "_prepare_dataset", "_set_signature_columns_if_needed", "compute_ref_log_probs"):
     require("trl", f"DPOTrainer.{_method}")
 
-# With images, rows are checked where `_prepare_dataset` would tokenise text, and the collator reads columns that
+# With images, rows are checked where `_prepare_dataset` would tokenize text, and the collator reads columns that
 # `_set_signature_columns_if_needed` would drop.
 for _method in ("_prepare_dataset", "_set_signature_columns_if_needed"):
     require("trl", f"RewardTrainer.{_method}")

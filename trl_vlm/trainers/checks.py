@@ -70,7 +70,7 @@ def check_depends_on_pixels(output: Tensor, output_on_other_pixels: Tensor, what
     if difference < BLIND_BELOW:
         raise RuntimeError(
             f"The {what} do not depend on the pixels: other images change them by {difference:.1e}. The model is "
-            "blind to its images (a projector initialised to zeros, image tokens cut off, pixels lost by a collator "
+            "blind to its images (a projector initialized to zeros, image tokens cut off, pixels lost by a collator "
             "or a generation backend), and would learn from the text alone. Check the checkpoint and the processor, "
             "or pass `check_pixels=False` if this is meant."
         )

@@ -163,7 +163,7 @@ def complete_processor(processor: Processor | None, model: str | Model, args: Ar
 
     With `append_eos` its chat template ends each reply.
 
-    TRL tokenises replies without images, which PaliGemma's own processor refuses, and AutoProcessor cannot load Qwen,
+    TRL tokenizes replies without images, which PaliGemma's own processor refuses, and AutoProcessor cannot load Qwen,
     InternVL and SmolVLM without torchvision.
 
     Args:

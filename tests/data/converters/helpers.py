@@ -1,4 +1,4 @@
-"""Records with the true column names of each public data set, and invented content."""
+"""Records with the true column names of each public dataset, and invented content."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""POVID, LLaVA-Human-Preference-10K and the Fact-RLHF prompts: data sets that hold conversations."""
+"""POVID, LLaVA-Human-Preference-10K and the Fact-RLHF prompts: datasets that hold conversations."""
 
 import pytest
 

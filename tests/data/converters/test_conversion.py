@@ -1,4 +1,4 @@
-"""Whole data sets: read from every kind of input, written to every kind of output, resumed, and counted."""
+"""Whole datasets: read from every kind of input, written to every kind of output, resumed, and counted."""
 
 import dataclasses
 import json

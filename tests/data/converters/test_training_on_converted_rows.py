@@ -38,7 +38,7 @@ PREFERENCE_DATA = [name for name in RECORDS if name != "fact-rlhf"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Every data set, converted into a folder of its own."""
+    """Every dataset, converted into a folder of its own."""
     world = tmp_path_factory.mktemp("world")
     coco = ["COCO_train2014_000000000009.jpg", "000000111111.jpg", "000000222222.jpg", "000000000042.jpg"]
     image_folder(world / "images", "bus.png", *coco)

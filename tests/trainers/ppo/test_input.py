@@ -115,7 +115,7 @@ def test_every_option_says_what_it_is():
     assert described and all(field.metadata.get("help") for field in described)
 
 
-# Data sets
+# Datasets
 
 
 def make(tmp_path, dataset, reward=count_letters, **more):

@@ -1,4 +1,4 @@
-"""Public preference data sets as rows of the row contract: one pure function each, and `convert` around them."""
+"""Public preference datasets as rows of the row contract: one pure function each, and `convert` around them."""
 
 from trl_vlm.data.converters.conversion import CONVERTERS, Converter, Report, convert
 from trl_vlm.data.converters.records import BadRecord, Converted, MissingColumns

@@ -1,4 +1,4 @@
-"""The conversion of a whole data set: read, convert, count, write; resumable, and nothing is dropped in silence."""
+"""The conversion of a whole dataset: read, convert, count, write; resumable, and nothing is dropped in silence."""
 
 import inspect
 import json
@@ -33,12 +33,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Converter:
-    """One public data set.
+    """One public dataset.
 
     Args:
         function: `to_row(record, **options)`, or `to_rows` where one record makes several rows.
         columns: Name to `datasets` feature of all the columns that its rows may have.
-        hub_id: Where it is published; of a data set with a reader of its own, the folder that it is unpacked to.
+        hub_id: Where it is published; of a dataset with a reader of its own, the folder that it is unpacked to.
         reader: Reads the records of a folder, where these are not the lines of its files.
         needs_images: Whether rows are only made of images that are there.
     """
@@ -103,16 +103,16 @@ def convert(
     progress: bool = True,
     **options: Any,
 ) -> Report:
-    """Converts a data set and writes it; a run that was interrupted goes on when it is called again.
+    """Converts a dataset and writes it; a run that was interrupted goes on when it is called again.
 
     A finished one that is called again does nothing.
 
     Args:
-        name: Which data set: a key of `CONVERTERS`.
+        name: Which dataset: a key of `CONVERTERS`.
         source: Where its records are.
         output: A folder (parquet shards), or a file that ends in .parquet or .jsonl.
         images: Folder of the image files that records name.
-        facts: JSON file with the facts of each image (`image_to_caption.json`), for the data sets that have them.
+        facts: JSON file with the facts of each image (`image_to_caption.json`), for the datasets that have them.
         embed_images: Store the bytes of image files instead of their paths; parquet only.
         skip_bad: Leave out records that make no row, and count them; otherwise the first one raises.
         overwrite: Replace a finished output, and forget an unfinished one.
@@ -215,7 +215,7 @@ class Conversion:
         return {**row, "images": stored}
 
     def features_of(self, rows: list[Row]) -> dict[str, Any]:
-        """Name to feature of the rows' columns; all rows of a data set have the same ones."""
+        """Name to feature of the rows' columns; all rows of a dataset have the same ones."""
         state = self.writer.progress
         for row in rows:
             state.columns = state.columns or list(row)

@@ -24,7 +24,7 @@ PREFERENCE_COLUMNS = {**PROMPT_COLUMNS, "chosen": MESSAGES, "rejected": MESSAGES
 
 
 class MissingColumns(BadRecord):
-    """A record without the columns that its converter reads: another data set, or another revision of it."""
+    """A record without the columns that its converter reads: another dataset, or another revision of it."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ def need(record: Record, columns: Iterable[str], remedy: str = "") -> None:
         raise MissingColumns(
             "missing columns",
             f"{missing}. Found the columns {sorted(map(str, record))}; needed are {columns}. "
-            + (remedy or "Is this the data set, the file and the revision that the converter is for?"),
+            + (remedy or "Is this the dataset, the file and the revision that the converter is for?"),
         )
 
 
@@ -68,7 +68,7 @@ def clean_reply(value: object, what: str = "reply") -> str:
 def question_text(value: object) -> str:
     """A question's text without its image placeholder: the row contract puts the image at the first user turn.
 
-    Raises `BadRecord` for a second placeholder, because these data sets hold one image a record.
+    Raises `BadRecord` for a second placeholder, because these datasets hold one image a record.
     """
     text = clean_text(value, "question")
     if text.count(IMAGE_MENTION) > 1:

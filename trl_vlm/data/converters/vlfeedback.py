@@ -3,7 +3,7 @@
 `completions` comes as a dictionary of lists, or as a list of dictionaries, depending on who read the file. Ratings are
 text and not always numbers. One record, its content invented and two of its four replies shown:
 
-    {"id": "svit-1", "prompt": "What colour is the bus?", "models": ["gpt-4v", "llava-7b"], "img_path": "svit/1.jpg",
+    {"id": "svit-1", "prompt": "What color is the bus?", "models": ["gpt-4v", "llava-7b"], "img_path": "svit/1.jpg",
      "completions": {
        "annotations": [
          {"Helpfulness": {"Rating": "4", "Rationale": "..."},
@@ -64,7 +64,7 @@ def to_rows(
 ) -> Converted:
     """The preference rows of one record; ties, unusable ratings and unusable replies are dropped and counted.
 
-    A reply's score is the mean of its ratings. Source: the data set's own training code takes all three aspects and
+    A reply's score is the mean of its ratings. Source: the dataset's own training code takes all three aspects and
     every pair that is not a tie.
 
     Args:

@@ -1,4 +1,4 @@
-"""The card of a data set of pairs: how it was made, and what its `pair_*` columns say, counted."""
+"""The card of a dataset of pairs: how it was made, and what its `pair_*` columns say, counted."""
 
 import html
 import json
@@ -30,7 +30,7 @@ def write_card(file: Path, title: str, shards: Path, progress: Progress, rows_pe
 
     Args:
         file: Where to.
-        title: Name of the data set.
+        title: Name of the dataset.
         shards: Folder of its shards.
         progress: What was asked for, read, written and left out.
         rows_per_second: Of the last run.

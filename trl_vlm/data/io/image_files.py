@@ -1,4 +1,4 @@
-"""Images of a record as a data set stores them: `{"bytes", "path"}`, found and seen to be images."""
+"""Images of a record as a dataset stores them: `{"bytes", "path"}`, found and seen to be images."""
 
 import hashlib
 import io
@@ -29,7 +29,7 @@ def stored_image(value: object, *, folder: Path | None = None, embed: bool = Fal
         value: `PIL.Image`, bytes, a path or a file name, or `{"bytes", "path"}`.
         folder: Where named files are: under the name as it stands, else under its last part; no name leads out of it,
             by `..`, as an absolute path or through a link. Without it, names are relative to the working directory.
-        embed: Read files into bytes, so that the data set needs no folder of images beside it.
+        embed: Read files into bytes, so that the dataset needs no folder of images beside it.
 
     Raises:
         BadRecord: No image, a file that is not there or not in the folder, or something that is no image.

@@ -1,4 +1,4 @@
-"""A data set written shard by shard beside its destination, and moved there when it is whole.
+"""A dataset written shard by shard beside its destination, and moved there when it is whole.
 
 While it is being written, `<output>.partial/` holds the finished shards and `.conversion.json`, the state that the
 next run goes on from. Whatever moment a run dies at, the destination is absent or complete.
@@ -41,7 +41,7 @@ class Output:
     Args:
         destination: The folder or file. Nothing else may be there, unless `overwrite`.
         identity: What is being converted, and how; must be JSON.
-        overwrite: Replace a finished data set, and forget an unfinished one.
+        overwrite: Replace a finished dataset, and forget an unfinished one.
 
     Raises:
         FileExistsError: Something else is at the destination.
@@ -181,7 +181,7 @@ class Output:
         write_whole(self.partial / STATE_FILE, self.progress.to_json())
 
     def finish(self) -> None:
-        """Moves the data set to its destination, in one step that happens or does not."""
+        """Moves the dataset to its destination, in one step that happens or does not."""
         if self.is_file:
             with whole(self.destination) as unfinished:
                 self._merge(unfinished)

@@ -1,4 +1,4 @@
-"""How far the writing of a data set is: which records have been read, and where their rows are."""
+"""How far the writing of a dataset is: which records have been read, and where their rows are."""
 
 import json
 from collections import Counter

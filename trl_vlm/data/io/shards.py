@@ -1,4 +1,4 @@
-"""The shards of a data set that is being written: one schema for all, and their columns one after another."""
+"""The shards of a dataset that is being written: one schema for all, and their columns one after another."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -55,7 +55,7 @@ def give_one_schema(folder: Path) -> None:
         common = pyarrow.unify_schemas([schema.remove_metadata() for schema in schemas], promote_options="permissive")
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
         raise ValueError(
-            f"The shards in {str(folder)!r} hold columns of several kinds ({error}). Give all rows of the data set "
+            f"The shards in {str(folder)!r} hold columns of several kinds ({error}). Give all rows of the dataset "
             "the same kind of value in each column."
         ) from error
     known = {name: feature for schema in schemas for name, feature in Features.from_arrow_schema(schema).items()}

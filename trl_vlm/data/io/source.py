@@ -1,4 +1,4 @@
-"""Records of a data set, one after another, images undecoded: from the hub, a folder, parquet, JSON or JSON Lines."""
+"""Records of a dataset, one after another, images undecoded: from the hub, a folder, parquet, JSON or JSON Lines."""
 
 import json
 import re
@@ -23,10 +23,10 @@ class Source:
 
     Args:
         location: A file (.parquet, .json, .jsonl), a folder (of such files, or from `save_to_disk`), or a hub id.
-        split: Split of a folder or hub data set; files have none.
-        config: Configuration of a hub data set.
-        revision: Branch, tag or commit of a hub data set.
-        data_files: Which files of a folder or hub data set to read; all of them if None.
+        split: Split of a folder or hub dataset; files have none.
+        config: Configuration of a hub dataset.
+        revision: Branch, tag or commit of a hub dataset.
+        data_files: Which files of a folder or hub dataset to read; all of them if None.
         reader: Reads the records of a folder in a form of its own.
     """
 
@@ -89,14 +89,14 @@ class Source:
         if isinstance(loaded, datasets.DatasetDict):
             loaded = loaded[self._only_split(loaded)]
         elif self.split not in (None, str(loaded.split)):
-            raise ValueError(f"{self.location!r} holds one data set without splits; leave `split` out.")
+            raise ValueError(f"{self.location!r} holds one dataset without splits; leave `split` out.")
         self.total = len(loaded)
         tables = cast(Iterator[pyarrow.Table], loaded.with_format("arrow").iter(PARQUET_BATCH_RECORDS))
         for table in tables:
             yield from table.to_pylist()
 
     def _streamed(self) -> datasets.IterableDataset:
-        """A hub data set, or a folder of data files, without downloading all of it."""
+        """A hub dataset, or a folder of data files, without downloading all of it."""
         try:
             splits = datasets.load_dataset(
                 self.location,

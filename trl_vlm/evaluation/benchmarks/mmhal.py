@@ -75,7 +75,7 @@ def read(data: Path, folder: str = "mmhal") -> list[Question]:
             )
         image = need_image(data, folder, PurePosixPath(record["image_src"]).name)
         contents = record["image_content"]
-        if isinstance(contents, dict):  # the data set's loading script has {"class": [...]}
+        if isinstance(contents, dict):  # the dataset's loading script has {"class": [...]}
             contents = contents["class"]
         truth = {
             "type": record["question_type"],

@@ -34,10 +34,10 @@ def packed_masks(config: PreTrainedConfig, packing: Packing, plain: Mapping[str,
     """Which packed tokens see which: what the family's own masks say about the plain sequences.
 
     Args:
-        config: of the whole model.
-        packing: as made by `prefix_sharing.packing`.
-        plain: the keyword arguments of the plain batch: `attention_mask` (N, T), token types.
-        dtype: of the model's activations; eager attention adds its masks.
+        config: Of the whole model.
+        packing: As made by `prefix_sharing.packing`.
+        plain: The keyword arguments of the plain batch: `attention_mask` (N, T), token types.
+        dtype: Of the model's activations; eager attention adds its masks.
 
     Returns:
         (B, 1, R, L) bool. R is L, or fewer: then the mask is for the last R queries, and the ones before see each

@@ -69,7 +69,7 @@ def share_prefix(model: PreTrainedModel) -> None:
     """Let the backbone of `model` compute a prompt once for all its replies; once is enough, twice does no harm.
 
     Args:
-        model: with any head, of one of `SHARING_FAMILIES`, or of another family that its first batch decides on. A
+        model: With any head, of one of `SHARING_FAMILIES`, or of another family that its first batch decides on. A
             PEFT model gives its `get_base_model()`.
     """
     reason = why_not_shareable(model.config)
@@ -144,10 +144,10 @@ def share_pairs(batch: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[s
     Args:
         batch: `input_ids` and `attention_mask` (2P, T), right padded, and the pixels, with what belongs to them, of
             the chosen rows and then, the same, of the rejected ones; nothing else.
-        config: of the model that reads it.
+        config: Of the model that reads it.
 
     Raises:
-        ValueError: the model cannot share prefixes, or reads the replies as part of a prompt that sees all of itself
+        ValueError: The model cannot share prefixes, or reads the replies as part of a prompt that sees all of itself
             (PaliGemma).
     """
     reason = why_pairs_not_shareable(config)

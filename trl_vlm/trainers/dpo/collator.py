@@ -98,13 +98,13 @@ class PreferenceCollator:
 
     Args:
         collate: TRL's collator; for rows with images its `processor` is replaced.
-        vision: whether rows hold images (and text), or token ids.
-        tokenizer: decodes replies to find character spans.
-        extra: how many replies `rejected_extra` holds in each row.
-        share: whether the model shares prefixes.
-        segments: how to find changed tokens.
-        reference: gives the reference log-probabilities of a row's replies, one tensor per reply.
-        count_image_tokens: refuse rows whose placeholders are not as many as their images have features.
+        vision: Whether rows hold images (and text), or token ids.
+        tokenizer: Decodes replies to find character spans.
+        extra: How many replies `rejected_extra` holds in each row.
+        share: Whether the model shares prefixes.
+        segments: How to find changed tokens.
+        reference: Gives the reference log-probabilities of a row's replies, one tensor per reply.
+        count_image_tokens: Refuse rows whose placeholders are not as many as their images have features.
     """
 
     def __init__(

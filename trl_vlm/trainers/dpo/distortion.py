@@ -37,10 +37,10 @@ class DistortingCollator:
     restores.
 
     Args:
-        collate: makes the batch; for one further rejected reply than the rows hold.
-        processor: the model's.
-        steps: of noise, see `trl_vlm.pairs.noise`.
-        overflow: what becomes of colours that leave their range.
+        collate: Makes the batch; for one further rejected reply than the rows hold.
+        processor: The model's.
+        steps: Of noise, see `trl_vlm.pairs.noise`.
+        overflow: What becomes of colors that leave their range.
     """
 
     def __init__(self, collate: PreferenceCollator, processor: ProcessorMixin, steps: int, overflow: Overflow):
@@ -83,7 +83,7 @@ class DistortedReplies:
     """Puts the likeliest tokens under noisy images in the place of the last P sequences' labels.
 
     Args:
-        shared: the reference scores the policy's tokens, not its own.
+        shared: The reference scores the policy's tokens, not its own.
     """
 
     def __init__(self, shared: bool):
@@ -94,10 +94,10 @@ class DistortedReplies:
         """Labels (N, T) for a forward with clean images.
 
         Args:
-            model: policy or reference.
-            inputs: of that forward, with `labels` (N, T): the first P sequences are the chosen replies, and so are
+            model: Policy or reference.
+            inputs: Of that forward, with `labels` (N, T): the first P sequences are the chosen replies, and so are
                 the last.
-            noisy: see `DISTORTED`; with `is_reference` for the reference, which comes after the policy.
+            noisy: See `DISTORTED`; with `is_reference` for the reference, which comes after the policy.
         """
         labels, rows = inputs["labels"], noisy["rows"]
         is_reply = labels[:rows, 1:] != -100

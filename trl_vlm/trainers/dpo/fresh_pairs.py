@@ -96,7 +96,7 @@ def made_pairs(source: PairSource, rows: Sequence[Row], policy: Policy, turn: in
     Spans of changed characters are left out with the replies that they were about.
 
     Raises:
-        ValueError: an entry is missing, or is no pair.
+        ValueError: An entry is missing, or is no pair.
     """
     made = source(rows, policy, turn)
     if len(made) != len(rows):
@@ -145,8 +145,8 @@ def check_arguments(args: DPOConfig, processor: Processor, data_collator: DataCo
     """Refuse what cannot be combined with a source of pairs.
 
     Raises:
-        TypeError: the model reads no images.
-        ValueError: an option needs pairs that are there before training.
+        TypeError: The model reads no images.
+        ValueError: An option needs pairs that are there before training.
     """
     if not isinstance(processor, ProcessorMixin):
         raise TypeError(
@@ -195,7 +195,7 @@ def checked_rows(dataset: EvaluationRows | None, name: str, processor: Processor
 def checked_rows(dataset: Any, name: str, processor: Processor) -> Any:
     """The dataset after a look at its rows, with a column `images` ([] in each row) if it has none.
 
-    TRL tokenises rows without such a column before training, and their replies are not there yet.
+    TRL tokenizes rows without such a column before training, and their replies are not there yet.
     """
     if isinstance(dataset, dict):
         return {key: checked_rows(rows, key, processor) for key, rows in dataset.items()}
@@ -219,9 +219,9 @@ class FreshPairs:
     pair; and the mean of each number that the source reports in a column `pair_*`.
 
     Args:
-        trainer: of the policy.
-        source: makes the pairs.
-        make_collator: gives a collator for so many further rejected replies per row.
+        trainer: Of the policy.
+        source: Makes the pairs.
+        make_collator: Gives a collator for so many further rejected replies per row.
     """
 
     def __init__(self, trainer: "DPOTrainer", source: PairSource, make_collator: Callable[[int], Collator]):

@@ -69,7 +69,7 @@ def sequences(
     """Some sequences of a forward that was computed before, as TRL reads them.
 
     Args:
-        output: of a fused forward.
+        output: Of a fused forward.
         place: (N,), which sequences.
         is_reply: (N, T - 1), bool.
         score: `DenseScore.apply` for these sequences.
@@ -86,8 +86,8 @@ def attach(model: PreTrainedModel, distortion: DistortedReplies | None) -> None:
     """Patch `model.forward`, after TRL has done so: its log-probabilities stay (N, T - 1) with a shared prefix.
 
     Args:
-        model: policy or reference.
-        distortion: chooses the last replies' tokens (POVID); one for policy and reference.
+        model: Policy or reference.
+        distortion: Chooses the last replies' tokens (POVID); one for policy and reference.
     """
     fused = model.forward
 

@@ -17,7 +17,7 @@ def dense_metrics(ratios: Tensor, is_changed: Tensor, is_reply: Tensor, gather: 
         ratios: (K * P, T), log pi - log pi_ref per token.
         is_changed: (K - 1, 2 * P, T), bool.
         is_reply: (K * P, T), bool.
-        gather: over processes.
+        gather: Over processes.
 
     Returns:
         The margins are sums over tokens, chosen minus rejected, in nats, means over pairs.
@@ -50,7 +50,7 @@ def drift_metrics(ratios: Tensor, is_reply: Tensor, num_replies: int, gather: Ga
         ratios: (K * P, T).
         is_reply: (K * P, T), bool.
         num_replies: K.
-        gather: over processes.
+        gather: Over processes.
     """
     rows = len(ratios) // num_replies
     drift = {}

@@ -86,7 +86,7 @@ class PairSourceCallback(TrainerCallback):
         batch_size: Rows per call of the source; None: `per_device_train_batch_size`.
 
     Raises:
-        TypeError, ValueError: the trainer, its rows or its data loader cannot be refreshed.
+        TypeError, ValueError: The trainer, its rows or its data loader cannot be refreshed.
 
     Example:
         >>> trainer = trl.DPOTrainer("llava-hf/llava-1.5-7b-hf", train_dataset=rows)
@@ -193,7 +193,7 @@ def _refreshable_rows(trainer: Any, every_steps: int | None) -> Dataset | NamedR
             is_ours and trainer.args.reference_cache is not None
         ),
         "trains on a stream, whose rows cannot be written back": not isinstance(dataset, Dataset | NamedRows),
-        "trains on rows without images, which TRL tokenised when it was made": not trainer._is_vision_dataset,
+        "trains on rows without images, which TRL tokenized when it was made": not trainer._is_vision_dataset,
         "has workers that hold copies of the rows (`dataloader_num_workers`); use 0, or each epoch": (
             every_steps is not None and args.dataloader_num_workers > 0
         ),

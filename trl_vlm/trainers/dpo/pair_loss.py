@@ -41,7 +41,7 @@ def check_pair_loss(pair_loss: PairLoss | None, args: DPOConfig, ref_model: PreT
     """Refuse what a pair loss of one's own would leave without effect.
 
     Raises:
-        ValueError: the message says which option, why, and what to do.
+        ValueError: The message says which option, why, and what to do.
     """
     if args.reference_free and (pair_loss is None or ref_model is not None):
         reason = "TRL's losses all read one" if pair_loss is None else "a `ref_model` was passed"
@@ -74,14 +74,14 @@ def mean_pair_loss(
     """The mean of a pair loss over the pairs of a batch.
 
     Args:
-        pair_loss: the user's.
-        policy_chosen: scores, as `PairLoss` takes them; likewise the others.
-        policy_rejected: of the rejected replies.
+        pair_loss: The user's.
+        policy_chosen: Scores, as `PairLoss` takes them; likewise the others.
+        policy_rejected: Of the rejected replies.
         reference_chosen: None without a reference.
-        reference_rejected: likewise.
+        reference_rejected: Likewise.
 
     Raises:
-        ValueError: the function reduces its losses, or returns something else.
+        ValueError: The function reduces its losses, or returns something else.
     """
     losses = pair_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     if not isinstance(losses, Tensor) or losses.shape != policy_chosen.shape:

@@ -257,14 +257,14 @@ def extra_replies(dataset: Rows | None) -> int:
 def prepared_extras(
     dataset: Rows, prepared: Rows, prepare: Callable[[Dataset], Rows], extra: int, name: str
 ) -> Dataset:
-    """TRL's tokenised rows with `rejected_extra_ids`: TRL tokenises each extra reply in the place of `rejected`.
+    """TRL's tokenized rows with `rejected_extra_ids`: TRL tokenizes each extra reply in the place of `rejected`.
 
     Args:
-        dataset: the rows as the user gave them.
-        prepared: what TRL made of them.
+        dataset: The rows as the user gave them.
+        prepared: What TRL made of them.
         prepare: TRL's preparation.
-        extra: how many replies `rejected_extra` holds.
-        name: what the dataset is called in errors.
+        extra: How many replies `rejected_extra` holds.
+        name: What the dataset is called in errors.
     """
     if isinstance(dataset, IterableDataset) or isinstance(prepared, IterableDataset):
         raise ValueError(f"{name}: `rejected_extra` of text rows needs a dataset with rows by index, not a stream.")

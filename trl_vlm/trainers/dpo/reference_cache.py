@@ -44,11 +44,11 @@ class ReferenceCache:
     """Log-probabilities of replies, by key.
 
     Args:
-        folder: made if it is not there.
-        identity: what the numbers depend on, by name; all values must equal those of the folder.
+        folder: Made if it is not there.
+        identity: What the numbers depend on, by name; all values must equal those of the folder.
 
     Raises:
-        ValueError: the folder was made with something else; the message says what.
+        ValueError: The folder was made with something else; the message says what.
     """
 
     def __init__(self, folder: str | Path, identity: dict[str, str]):
@@ -234,7 +234,7 @@ def fill(
     """Compute what the cache lacks of a dataset, each process its share.
 
     Args:
-        score: a batch -> (K * P, T - 1), reference log-probabilities, 0 outside the replies.
+        score: A batch -> (K * P, T - 1), reference log-probabilities, 0 outside the replies.
     """
     cache.read()
     keys = dataset_keys(cache, dataset, name, accelerator)
@@ -264,8 +264,8 @@ def filled_for(trainer: "DPOTrainer", score: Callable[[nn.Module, PreferenceBatc
     """The cache of a `DPOTrainer` in the folder that its arguments name, with all rows of its datasets.
 
     Args:
-        trainer: before training; its collator is in place.
-        score: the reference model and a batch -> (K * P, T - 1), as for `fill`.
+        trainer: Before training; its collator is in place.
+        score: The reference model and a batch -> (K * P, T - 1), as for `fill`.
     """
     args = trainer.args
     settings = f"max_length={args.max_length} bf16={args.bf16} fp16={args.fp16}"

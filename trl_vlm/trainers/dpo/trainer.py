@@ -58,23 +58,23 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
     replies), `chosen_spans` and `rejected_spans` (the corrected characters); docs/methods/dpo.md has the formulas.
 
     Args:
-        model: as in TRL.
-        ref_model: as in TRL.
+        model: As in TRL.
+        ref_model: As in TRL.
         args: `DPOConfig`, ours or TRL's.
-        data_collator: as in TRL; with a collator of your own, prefix sharing and Dense DPO are off or refused.
-        train_dataset: as in TRL, with any of the columns above.
-        eval_dataset: as in TRL.
-        processing_class: as in TRL. Unset, it is loaded in the variant that can train (PaliGemma; no torchvision).
-        compute_metrics: as in TRL.
-        callbacks: as in TRL.
-        optimizers: as in TRL.
-        quantization_config: as in TRL.
-        peft_config: as in TRL; `target_modules` may be "language-model" or "language-model-and-projector".
-        pair_source: makes the pairs of every step with the current policy. Rows then need `prompt` and what the
-            source reads: often `completion` (or `chosen`), never `rejected`.
-        pair_loss: takes the place of TRL's losses: the scores of chosen and rejected replies, (P,) each, of the
+        data_collator: As in TRL; with a collator of your own, prefix sharing and Dense DPO are off or refused.
+        train_dataset: As in TRL, with any of the columns above.
+        eval_dataset: As in TRL.
+        processing_class: As in TRL. Unset, it is loaded in the variant that can train (PaliGemma; no torchvision).
+        compute_metrics: As in TRL.
+        callbacks: As in TRL.
+        optimizers: As in TRL.
+        quantization_config: As in TRL.
+        peft_config: As in TRL; `target_modules` may be "language-model" or "language-model-and-projector".
+        pair_source: Makes the pairs of every step with the current policy. Rows then need `prompt` and what the
+            source reads: Often `completion` (or `chosen`), never `rejected`.
+        pair_loss: Takes the place of TRL's losses: the scores of chosen and rejected replies, (P,) each, of the
             policy and then of the reference -> losses, (P,). With `reference_free` the reference's are None.
-        kwargs: what a later TRL adds.
+        kwargs: What a later TRL adds.
     """
 
     args: DPOConfig

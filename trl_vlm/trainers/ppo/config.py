@@ -59,7 +59,7 @@ class PPOConfig(PartOptions, trl.GRPOConfig):
     num_mini_batches: int = field(
         default=1,
         metadata={
-            "help": "Optimiser steps per pass over a rollout. A rollout holds this many times "
+            "help": "Optimizer steps per pass over a rollout. A rollout holds this many times "
             "per_device_train_batch_size * gradient_accumulation_steps replies on each process."
         },
     )
@@ -91,7 +91,7 @@ class PPOConfig(PartOptions, trl.GRPOConfig):
 
     # Advantages
     gamma: float = field(default=1.0, metadata={"help": "Discount."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalized advantage estimation."})
     whiten_rewards: bool = field(
         default=False, metadata={"help": "Scale per-token rewards to unit variance before estimating advantages."}
     )
@@ -196,7 +196,7 @@ class PPOConfig(PartOptions, trl.GRPOConfig):
                 ),
                 f"`multi_objective_aggregation={aggregation!r}`": (
                     aggregation != default["multi_objective_aggregation"],
-                    "it normalises each reward within a group of replies, and PPO has no groups",
+                    "it normalizes each reward within a group of replies, and PPO has no groups",
                 ),
                 f"`loss_type={self.loss_type!r}`": (
                     self.loss_type in OTHER_LOSSES,
@@ -227,7 +227,7 @@ class PPOConfig(PartOptions, trl.GRPOConfig):
             raise ValueError("`kl_target` steers `kl_coef`: both must be positive.")
 
     def _set_rollout_size(self) -> None:
-        """A rollout holds `num_mini_batches` optimiser batches."""
+        """A rollout holds `num_mini_batches` optimizer batches."""
         if self.num_mini_batches == 1:
             return
         if self.steps_per_generation is not None or self.generation_batch_size is not None:

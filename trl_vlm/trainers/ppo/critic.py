@@ -110,7 +110,7 @@ def _from_policy(policy: Model, load_options: dict[str, Any]) -> Model:
         # 4-bit weights cannot be merged without loss, and ZeRO-3's are split: read them again.
         if not policy.config._name_or_path:
             raise ValueError(
-                "The critic of a quantised or ZeRO-3 policy is loaded from the policy's folder, and this policy was "
+                "The critic of a quantized or ZeRO-3 policy is loaded from the policy's folder, and this policy was "
                 "made in memory. Save it and pass the folder, or pass a `reward_model` or `value_model`."
             )
         if quantization is not None:
@@ -149,7 +149,7 @@ def load_critic(critic: Model, folder: str) -> None:
     """Read what `save_critic` wrote.
 
     Raises:
-        ValueError: the folder is no checkpoint of PPO, or of PPO with other arguments.
+        ValueError: The folder is no checkpoint of PPO, or of PPO with other arguments.
     """
     path = os.path.join(folder, CRITIC_FILE)
     if not os.path.exists(path):

@@ -20,7 +20,7 @@ _POLICY_ONLY = ("labels", "shift_labels", "fused_lm_head", "num_items_in_batch",
 
 
 def zero_head_(critic: Model) -> None:
-    """Set the critic's head to zero, so that every value starts at 0 (Fact-RLHF's published initialisation)."""
+    """Set the critic's head to zero, so that every value starts at 0 (Fact-RLHF's published initialization)."""
     parameters = list(base_model(critic).get_submodule("score").parameters())
     whole = nullcontext()
     if is_deepspeed_zero3_enabled():
@@ -63,8 +63,8 @@ class ValuesAsLogProbs:
 class JointForward:
     """Makes the critic a child of the policy, and runs it inside the policy's forward while `collecting()`.
 
-    One optimiser, wrapper and checkpoint then hold both. Both must belong to one forward call: DDP and DeepSpeed
-    synchronise gradients per forward of the wrapped model, and would miss (or count twice) a critic that runs beside
+    One optimizer, wrapper and checkpoint then hold both. Both must belong to one forward call: DDP and DeepSpeed
+    synchronize gradients per forward of the wrapped model, and would miss (or count twice) a critic that runs beside
     it. The values join the output, where DDP looks for tensors that need gradients, and are handed to the caller
     through the list that `collecting()` yields.
     """

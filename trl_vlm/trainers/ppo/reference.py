@@ -29,10 +29,10 @@ def own_reference(
     """The reference that TRL does not make itself; None where it does, or where none is needed.
 
     Args:
-        model: the policy, or where it is loaded from.
-        ref_model: the user's reference.
-        peft_config: the adapters that the policy gets; their base is then the reference.
-        args: the configuration.
+        model: The policy, or where it is loaded from.
+        ref_model: The user's reference.
+        peft_config: The adapters that the policy gets; their base is then the reference.
+        args: The configuration.
     """
     if args.kl_coef == 0 or ref_model is not None:
         return ref_model if args.kl_coef else None

@@ -25,7 +25,7 @@ def reward_functions(
         given: As TRL takes them.
         reward_model: One more, or None.
         processor: The policy's, for a reward model that is loaded already.
-        load_options: For a vision-language reward model that is named: precision, quantisation, ...
+        load_options: For a vision-language reward model that is named: precision, quantization, ...
     """
     functions = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
     functions += [] if reward_model is None else [reward_model]
@@ -38,7 +38,7 @@ def reward_functions(
 def load_options_of_rewards(
     model: str | Model, others: dict[str, Any], quantization_config: BitsAndBytesConfig | None
 ) -> dict[str, Any]:
-    """How reward models are loaded: in the policy's precision, as TRL does, and quantised as it is.
+    """How reward models are loaded: in the policy's precision, as TRL does, and quantized as it is.
 
     Args:
         model: The policy, or where it comes from.

@@ -45,8 +45,8 @@ def check_enough_rows(dataset: Any, prompts: int) -> None:
     """Refuse a dataset that does not fill one rollout: TRL drops incomplete ones, and would train on nothing.
 
     Args:
-        dataset: the training rows; a streamed one is not checked.
-        prompts: how many different prompts a rollout holds, on all processes.
+        dataset: The training rows; a streamed one is not checked.
+        prompts: How many different prompts a rollout holds, on all processes.
     """
     if isinstance(dataset, Dataset) and len(dataset) < prompts:
         raise ValueError(
@@ -89,7 +89,7 @@ def refuse_mixed_rows(rows: Sequence[dict[str, Any]], trainer: Trainer) -> None:
     gradients in the order in which they come, and take for granted that it is the same on all processes.
 
     Raises:
-        RuntimeError: some rows of the rollout, on whatever process, have images and others have none.
+        RuntimeError: Some rows of the rollout, on whatever process, have images and others have none.
     """
     fixed_order = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     if not fixed_order or trainer.accelerator.num_processes == 1:

@@ -63,7 +63,7 @@ from trl_vlm.trainers.types import (
 
 
 class PPOTrainer(CheckpointsWithCritic, GRPOTrainer):
-    """Proximal policy optimisation of a vision-language (or language) model, with a critic.
+    """Proximal policy optimization of a vision-language (or language) model, with a critic.
 
     Rollouts, batches of every family, vLLM, DeepSpeed, FSDP and logging are those of `trl.GRPOTrainer`. On top of it
     come a critic, a per-token KL penalty in the reward, GAE, whitened advantages, a clipped value loss, and several
@@ -79,15 +79,15 @@ class PPOTrainer(CheckpointsWithCritic, GRPOTrainer):
     `value_model.safetensors`.
 
     Args:
-        model: folder or hub id, model, or PEFT model.
+        model: Folder or hub id, model, or PEFT model.
         reward_funcs: TRL reward functions. The folder of a vision-language reward model becomes an image-and-facts
             `RewardModelReward`.
-        args: the configuration.
-        train_dataset: rows with `prompt`, `images` and whatever columns the reward functions read.
-        ref_model: the reference, if it is not the starting policy.
-        reward_model: folder, hub id or model: short for one more `RewardModelReward`, and where the critic starts.
-        value_model: folder, hub id or model that the critic starts from, if not from `reward_model`.
-        value_peft_config: the critic's adapters; like the policy's by default.
+        args: The configuration.
+        train_dataset: Rows with `prompt`, `images` and whatever columns the reward functions read.
+        ref_model: The reference, if it is not the starting policy.
+        reward_model: Folder, hub id or model: short for one more `RewardModelReward`, and where the critic starts.
+        value_model: Folder, hub id or model that the critic starts from, if not from `reward_model`.
+        value_peft_config: The critic's adapters; like the policy's by default.
 
     The other arguments are those of `trl.GRPOTrainer`, which collates rollouts itself: there is no `data_collator`.
 
@@ -185,7 +185,7 @@ class PPOTrainer(CheckpointsWithCritic, GRPOTrainer):
         peft_config: PeftConfig | None,
         quantization_config: BitsAndBytesConfig | None,
     ) -> None:
-        """Make the critic a child of the policy, so that one optimiser, wrapper and checkpoint holds both."""
+        """Make the critic a child of the policy, so that one optimizer, wrapper and checkpoint holds both."""
         refuse_several_devices(self.model)
         quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
         critic = make_critic(
@@ -228,7 +228,7 @@ class PPOTrainer(CheckpointsWithCritic, GRPOTrainer):
         return CardFacts(method, papers=[PAPER, FACT_RLHF_PAPER])
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """TRL's optimiser; the critic, its projector included, has its own groups if `value_learning_rate` is set."""
+        """TRL's optimizer; the critic, its projector included, has its own groups if `value_learning_rate` is set."""
         optimizer = super().create_optimizer(model)
         if self.args.value_learning_rate is not None:
             give_own_learning_rate(optimizer, self.value_model.parameters(), self.args.value_learning_rate)
@@ -368,7 +368,7 @@ class PPOTrainer(CheckpointsWithCritic, GRPOTrainer):
             self.beta = beta
 
     def _tokens_per_update(self, inputs: Rollout) -> Tensor:
-        """Reply tokens of one optimiser step on all processes, per process and micro-batch: TRL's normaliser."""
+        """Reply tokens of one optimizer step on all processes, per process and micro-batch: TRL's normalizer."""
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self.model.training:
             assert self.args.steps_per_generation is not None  # GRPOConfig has computed it

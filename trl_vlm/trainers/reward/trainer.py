@@ -75,7 +75,7 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
         optimizers: As in TRL.
         optimizer_cls_and_kwargs: As in TRL.
         preprocess_logits_for_metrics: As in TRL.
-        quantization_config: How a model given by name is quantised.
+        quantization_config: How a model given by name is quantized.
         peft_config: Adapter; it is made a `SEQ_CLS` one that trains the head in full. `target_modules` may be
             "language-model" or "language-model-and-projector".
         judge_template: The words of the judge turn, in place of `args.judge_template`.
@@ -261,7 +261,7 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
     def _mean_reward_penalty(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         """This process's share of |mean over the pairs of all processes|: the mean over processes is exact.
 
-        Differs from the public code of Fact-RLHF, where each device penalises the mean of its own pairs.
+        Differs from the public code of Fact-RLHF, where each device penalizes the mean of its own pairs.
         """
         local = (chosen + rejected).detach().mean()
         everywhere = gathered(self.accelerator, local).mean()

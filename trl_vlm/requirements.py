@@ -14,7 +14,7 @@ OLDEST = {
     "trl": "1.16",
     "transformers": "5.22.2",
     "peft": "0.18",
-    "accelerate": "1.10.1",
+    "accelerate": "1.15",
     "datasets": "4.7",
     "pillow": "11",
 }

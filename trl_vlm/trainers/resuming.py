@@ -1,10 +1,10 @@
 """Resuming a run with rollouts exactly: the same rows in every epoch, and checkpoints where no rollout is cut."""
 
 import logging
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_vlm.trainers._trl import RepeatSampler
 
@@ -19,6 +19,16 @@ class RolloutTrainer(Protocol):
 
     _step: int
     num_iterations: int
+
+
+class RolloutArguments(Protocol):
+    """How long a rollout is, in micro-batches."""
+
+    @property
+    def steps_per_generation(self) -> int | None: ...  # noqa: D102
+
+    @property
+    def num_iterations(self) -> int: ...  # noqa: D102
 
 
 class ResumableRepeatSampler(RepeatSampler):
@@ -90,3 +100,26 @@ def check_best_model_saving(args: TrainingArguments, rollout_steps: float) -> No
             f"ends inside a rollout of {rollout_steps:g} optimizer steps, where none is saved. Set `save_steps` and "
             f"`eval_steps` to a multiple of {rollout_steps:g}."
         )
+
+
+class ResumableRollouts(Trainer):
+    """What trainers with rollouts override of TRL's so that a killed run ends as an uninterrupted one: a mixin."""
+
+    _step: int
+    num_iterations: int
+
+    def save_where_rollouts_end(self, args: RolloutArguments) -> None:
+        """Postpone checkpoints to the ends of rollouts; call it at the end of the constructor.
+
+        Raises:
+            ValueError: The best checkpoint is looked for at steps at which none is saved.
+        """
+        assert args.steps_per_generation is not None  # TRL's configuration has computed it
+        micro_batches = args.steps_per_generation * args.num_iterations
+        check_best_model_saving(self.args, micro_batches / self.args.gradient_accumulation_steps)
+        self.add_callback(SaveAtRolloutEnds(self, micro_batches))
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> ResumableRepeatSampler:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        assert isinstance(sampler, RepeatSampler)
+        return ResumableRepeatSampler.like(sampler)

@@ -11,11 +11,12 @@ from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.card import CardFacts
 from trl_vlm.trainers.grpo.config import GRPOConfig
 from trl_vlm.trainers.preparation import PreparedTrainer, complete_arguments, complete_processor, prepare_model
+from trl_vlm.trainers.resuming import ResumableRollouts
 from trl_vlm.trainers.types import Environments, EvaluationRows, Model, Optimizers, Processor, RewardFunction, Rows
 
 
-class GRPOTrainer(PreparedTrainer, trl.GRPOTrainer):
-    """A drop-in for `trl.GRPOTrainer`: a processor that can train, frozen parts, own rates, LoRA presets.
+class GRPOTrainer(PreparedTrainer, ResumableRollouts, trl.GRPOTrainer):
+    """A drop-in for `trl.GRPOTrainer`: frozen parts, own rates, LoRA presets, exact resuming.
 
     The arguments are those of `trl.GRPOTrainer`; `peft_config.target_modules` may be "language-model" or
     "language-model-and-projector". With nothing of ours set the losses are TRL's.
@@ -64,6 +65,7 @@ class GRPOTrainer(PreparedTrainer, trl.GRPOTrainer):
             **kwargs,
         )
         prepare_model(self.model, args)
+        self.save_where_rollouts_end(args)
 
     def card_facts(self) -> CardFacts:
         """What the model card says of this run."""

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -48,7 +47,7 @@ from trl_vlm.trainers.preparation import (
     loading_arguments_of_others,
     prepare_model,
 )
-from trl_vlm.trainers.resuming import ResumableRepeatSampler, SaveAtRolloutEnds, check_best_model_saving
+from trl_vlm.trainers.resuming import ResumableRollouts
 from trl_vlm.trainers.types import (
     Environments,
     EvaluationRows,
@@ -62,7 +61,7 @@ from trl_vlm.trainers.types import (
 )
 
 
-class PPOTrainer(CheckpointsWithCritic, GRPOTrainer):
+class PPOTrainer(CheckpointsWithCritic, ResumableRollouts, GRPOTrainer):
     """Proximal policy optimization of a vision-language (or language) model, with a critic.
 
     Rollouts, batches of every family, vLLM, DeepSpeed, FSDP and logging are those of `trl.GRPOTrainer`. On top of it
@@ -168,15 +167,7 @@ class PPOTrainer(CheckpointsWithCritic, GRPOTrainer):
 
     def _save_at_rollout_ends(self) -> None:
         args = self.args
-        assert args.steps_per_generation is not None  # GRPOConfig has computed it
-        micro_batches = args.steps_per_generation * args.num_iterations
-        check_best_model_saving(args, micro_batches / args.gradient_accumulation_steps)
-        self.add_callback(SaveAtRolloutEnds(self, micro_batches))
-
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> ResumableRepeatSampler:
-        sampler = super()._get_train_sampler(dataset)
-        assert isinstance(sampler, _trl.RepeatSampler)
-        return ResumableRepeatSampler.like(sampler)
+        self.save_where_rollouts_end(args)
 
     def _add_critic(
         self,

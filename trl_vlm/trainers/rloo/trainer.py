@@ -9,12 +9,13 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCal
 from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.card import CardFacts
 from trl_vlm.trainers.preparation import PreparedTrainer, complete_arguments, complete_processor, prepare_model
+from trl_vlm.trainers.resuming import ResumableRollouts
 from trl_vlm.trainers.rloo.config import RLOOConfig
 from trl_vlm.trainers.types import EvaluationRows, Model, Optimizers, Processor, RewardFunction, Rows
 
 
-class RLOOTrainer(PreparedTrainer, trl.RLOOTrainer):
-    """A drop-in for `trl.RLOOTrainer`: a processor that can train, frozen parts, own rates, LoRA presets.
+class RLOOTrainer(PreparedTrainer, ResumableRollouts, trl.RLOOTrainer):
+    """A drop-in for `trl.RLOOTrainer`: frozen parts, own rates, LoRA presets, exact resuming.
 
     The arguments are those of `trl.RLOOTrainer`; `peft_config.target_modules` may be "language-model" or
     "language-model-and-projector". With nothing of ours set the losses are TRL's.
@@ -57,6 +58,7 @@ class RLOOTrainer(PreparedTrainer, trl.RLOOTrainer):
             **kwargs,
         )
         prepare_model(self.model, args)
+        self.save_where_rollouts_end(args)
 
     def card_facts(self) -> CardFacts:
         """What the model card says of this run."""

@@ -82,7 +82,8 @@ def look(locations: Sequence[str], path: str | Path, settings: LookSettings | No
     views += _evaluation_views([Path(place) for place in kinds if kinds[place] == EVALUATION], thumbnails, settings)
     runs = [Path(place) for place in kinds if kinds[place] == RUN]
     if runs:
-        views.append(run_view({name: read_log(log_file(run)) for name, run in _named(runs).items()}))
+        logs = {name: log_file(run) for name, run in _named(runs).items()}
+        views.append(run_view({name: read_log(file) for name, file in logs.items() if file is not None}))
     title = settings.title or ", ".join(_named([Path(place) for place in locations]))
     notes = f"Written by trl-vlm look from {', '.join(Path(place).name for place in locations)}."
     return write_page(path, views, title=title, notes=notes, pictures=thumbnails.pictures, annotate=settings.annotate)
@@ -115,7 +116,8 @@ def _evaluation_views(folders: Sequence[Path], thumbnails: Thumbnails, settings:
         label = task.split(", ")[0] if len(tasks) > 1 else ""
         if len(models) == 2:
             title = f"Two models{f', {label}' if label else ''}"
-            views.append(models_view(f"models-{slug}", title, *models, settings.finder, pictures))
+            first, second = models
+            views.append(models_view(f"models-{slug}", title, first, second, settings.finder, pictures))
         title = f"Replies{f', {label}' if label else ''}"
         views.append(replies_view(f"replies-{slug}", title, models, settings.finder, pictures))
     return views

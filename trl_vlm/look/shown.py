@@ -214,12 +214,13 @@ def columns_of(rows: Iterable[ShownRow]) -> list[JSON]:
 
 def _column(name: str, values: Sequence[Value], rows: int) -> JSON:
     column = {"name": name, "varies": len(set(values)) > 1 or len(values) < rows}
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        low, high = min(values), max(values)
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(numbers) == len(values):
+        low, high = min(numbers), max(numbers)
         width = (high - low) / BINS or 1
-        bins = Counter(min(BINS - 1, int((value - low) / width)) for value in values)
+        bins = Counter(min(BINS - 1, int((value - low) / width)) for value in numbers)
         return {**column, "kind": "number", "min": low, "max": high, "bins": [bins[place] for place in range(BINS)]}
-    words = Counter({True: "yes", False: "no"}.get(value, str(value)) for value in values)
+    words = Counter(("yes" if value else "no") if isinstance(value, bool) else str(value) for value in values)
     return {**column, "kind": "word", "top": words.most_common(CLASSES)}
 
 

@@ -46,8 +46,8 @@ def pairs_view(
         RowError: A row is no pair.
     """
     shown: list[ShownRow] = []
-    rows = enumerate(rows)
-    while block := list(islice(rows, AT_ONCE)):
+    numbered = enumerate(rows)
+    while block := list(islice(numbered, AT_ONCE)):
         shown += _shown_rows(block, thumbnails, segments, originals)
     if not shown:
         raise ValueError("there are no pairs to look at: the dataset is empty.")
@@ -90,7 +90,8 @@ def _shown_row(
     row: Mapping[str, Any], number: int, images: Sequence[int | str], segments: Segments, source: str | None
 ) -> ShownRow:
     replies = {column: reply_text(row[column]) for column in ("chosen", "rejected")}
-    sides = segments.of_pair(*replies.values(), *(_spans(row, column) for column in replies))
+    spans = _spans(row, "chosen"), _spans(row, "rejected")
+    sides = segments.of_pair(replies["chosen"], replies["rejected"], *spans)
     texts = [
         ShownText(column, column, reply, side.marks, note=_note(row, column, side, segments.unit))
         for (column, reply), side in zip(replies.items(), sides, strict=True)
@@ -151,9 +152,9 @@ def _values(
             said.append((name, value))
         elif isinstance(value, bool | int | float | str):
             values[name] = value
-    rewards = [row.get(column) for column in REWARDS]
-    if all(isinstance(reward, int | float) for reward in rewards):
-        values["reward_margin"] = float(rewards[0] - rewards[1])
+    chosen, rejected = (row.get(column) for column in REWARDS)
+    if isinstance(chosen, int | float) and isinstance(rejected, int | float):
+        values["reward_margin"] = float(chosen - rejected)
     values["changed"] = sum(side.changed for side in sides)
     words = [len(reply.split()) for reply in replies.values()]
     values["longer"] = words[0] - words[1]
@@ -206,7 +207,7 @@ def gate_table(rows: Sequence[ShownRow]) -> list[list[str]]:
 
 
 def _mean(rows: Sequence[ShownRow], name: str) -> str:
-    values = [row.values[name] for row in rows if isinstance(row.values.get(name), int | float)]
+    values = [value for row in rows if isinstance(value := row.values.get(name), int | float)]
     if not values:
         return "–"
     share = all(isinstance(value, bool) for value in values)

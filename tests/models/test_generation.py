@@ -26,7 +26,7 @@ def replies(policy, rows=ROWS, batch_size=8, max_new_tokens=6, **options):
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "paligemma"])
 def test_batching_and_padding_change_no_greedy_reply(family):
-    policy = Policy(*build(family, sharp=8.0))
+    policy = Policy(*build(family, sharp=3.0 if family == "gemma3" else 8.0))  # sharper, Gemma 3 repeats one token
     alone = [replies(policy, [row])[0] for row in ROWS]
     assert len({tuple(reply.tokens) for reply in alone}) > 1
     assert replies(policy) == alone

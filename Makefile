@@ -52,7 +52,7 @@ $(TORCHVISION)/.installed: Makefile
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check trl_vlm tests examples benchmarks
-	PATH=$(BIN):$$PATH pyright
+	PATH=$(BIN):$$PATH pyright -p .
 
 format: install
 	$(BIN)/ruff check --fix .

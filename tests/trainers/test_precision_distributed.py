@@ -29,9 +29,8 @@ def test_two_processes_in_bf16_give_the_losses_of_one_and_scores_in_float32(kind
     report = launch(SCRIPT, kind, processes=2, folder=tmp_path, mixed_precision="bf16", model=model, batch=2)
     for name in ("dpo full", "dpo lora", "reward full", "reward lora", "ppo full", "ppo lora"):
         found, wanted = report[name], single[name]
-        tolerance = TOLERANCE["bf16"]
         assert_close(
-            found["loss"], wanted["loss"], rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+            found["loss"], wanted["loss"], rtol=0, atol=TOLERANCE, msg=lambda text, name=name: f"{name}: {text}"
         )
         read = {"dpo": ["log_probs"], "reward": ["logits"], "ppo": ["log_probs", "token_values"]}[name.split()[0]]
         assert {output: found["dtypes"][output] for output in read} == dict.fromkeys(read, ["float32"]), name

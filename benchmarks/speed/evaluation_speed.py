@@ -8,14 +8,16 @@ decoding. Both with the same loaded model, in turns in one process of one thread
 hides the overhead; a real one takes a thousand times as long for its replies, and the overhead stays.
 
 Processes: wall seconds of the whole command `trl-vlm evaluate` on one and on two processes of one thread each, started
-by the same launcher, in turns. The load of the machine is printed beside them: other work on its cores falsifies them.
+by the same launcher, in turns; and of two separate commands at once with half of the questions each: what the machine
+allows, since nothing joins them. The load of the machine is printed beside them: other work on its cores falsifies
+them.
 """
 
 import argparse
 import json
 import os
 import platform
-import shutil
+import shlex
 import statistics
 import subprocess
 import sys
@@ -152,17 +154,26 @@ def overhead(name: str, data: Path, model: Path, tokens: int, rounds: int) -> di
     return found
 
 
-def wall_seconds(processes: int, data: Path, model: Path, tokens: int) -> float:
-    """Wall seconds of the whole command under a launcher."""
-    output = Path(tempfile.mkdtemp())
+def command(processes: int, folder: Path, output: Path, limit: int) -> list[str]:
+    """The whole command under a launcher."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "trl_vlm.cli"]
-    command = ["evaluate", str(model), "--tasks", "pope", "--data", str(data), "--output", str(output)]
-    command += ["--max-new-tokens", str(tokens), "--batch-size", str(BATCH_SIZE)]
+    asked = ["evaluate", str(folder / "model"), "--tasks", "pope", "--data", str(folder / "data")]
+    asked += ["--output", str(output), "--limit", str(limit)]
+    return [sys.executable, *launcher, *asked, "--max-new-tokens", "64", "--batch-size", str(BATCH_SIZE)]
+
+
+def wall_seconds(processes: int, folder: Path, limit: int, at_once: int = 1) -> float:
+    """Wall seconds of some such commands at once."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    start = time.perf_counter()
-    subprocess.run([sys.executable, *launcher, *command], check=True, capture_output=True, env=environment)
-    spent = time.perf_counter() - start
-    shutil.rmtree(output)
+    quiet = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with tempfile.TemporaryDirectory() as outputs:
+        start = time.perf_counter()
+        asked = [command(processes, folder, Path(outputs, str(number)), limit) for number in range(at_once)]
+        running = [subprocess.Popen(one, **quiet) for one in asked]
+        codes = [process.wait() for process in running]
+        spent = time.perf_counter() - start
+    if any(codes):
+        raise RuntimeError(f"{shlex.join(asked[0])} ended with {codes}")
     return spent
 
 
@@ -197,16 +208,19 @@ def table(results: dict[str, Any]) -> str:
             sides = [spread(found["evaluation"]), spread(found["plain loop"]), spread(ratios)]
             lines.append(f"| {name} | {' | '.join(sides)} |")
     if results.get("processes"):
-        one, two = results["processes"]["1"], results["processes"]["2"]
+        one, two, apart = (results["processes"][key] for key in ("1", "2", "halves"))
         ratios = [second / first for first, second in zip(one, two, strict=True)]
+        limits = [second / first for first, second in zip(one, apart, strict=True)]
         lines += [
             "",
-            "The whole command under `torchrun`, start included, in wall seconds; a wider model. Load of "
-            f"the machine beforehand: {results['load']:.1f} on {os.cpu_count()} cores.",
+            "The whole command under `torchrun`, start included, in wall seconds; a wider model. Two commands at once "
+            "with half of the questions each share nothing but the machine: their ratio is what its cores allow. Load "
+            f"of the machine beforehand: {results['load']:.1f} on {os.cpu_count()} cores.",
             "",
-            "| rows | one process | two processes | ratio |",
-            "|---|---|---|---|",
-            f"| {results['launched_rows']:,} | {spread(one)} | {spread(two)} | {spread(ratios)} |",
+            "| rows | one process | two processes | ratio | two commands, half each | ratio |",
+            "|---|---|---|---|---|---|",
+            f"| {results['launched_rows']:,} | {spread(one)} | {spread(two)} | {spread(ratios)} | {spread(apart)} | "
+            f"{spread(limits)} |",
         ]
     return "\n".join(lines) + "\n"
 
@@ -222,11 +236,13 @@ def measure_overhead(results: dict[str, Any], folder: Path, args: argparse.Names
 def measure_processes(results: dict[str, Any], folder: Path, args: argparse.Namespace) -> None:
     write_data(folder / "data", args.launched_rows, (160, 120))
     save_model(folder / "model", 256)
-    results |= {"launched_rows": args.launched_rows, "load": os.getloadavg()[0], "processes": {"1": [], "2": []}}
+    found: dict[str, list[float]] = {"1": [], "2": [], "halves": []}
+    rows = args.launched_rows
+    results |= {"launched_rows": rows, "load": os.getloadavg()[0], "processes": found}
     for _ in range(args.launched_rounds):
-        for processes in (1, 2):
-            spent = wall_seconds(processes, folder / "data", folder / "model", 64)
-            results["processes"][str(processes)].append(spent)
+        found["1"].append(wall_seconds(1, folder, rows))
+        found["2"].append(wall_seconds(2, folder, rows))
+        found["halves"].append(wall_seconds(1, folder, rows // 2, at_once=2))
 
 
 def main() -> None:

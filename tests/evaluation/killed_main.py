@@ -15,6 +15,7 @@ from pathlib import Path
 
 import peft  # noqa: F401  imported once, before the forks
 
+from trl_vlm.evaluation import ledger
 from trl_vlm.evaluation.benchmarks import BENCHMARKS
 from trl_vlm.evaluation.run import RunSettings, run_benchmarks
 from trl_vlm.evaluation.subjects import Subject
@@ -26,6 +27,7 @@ LATEST = 6  # write of a run at which it is killed; to score and to report takes
 def killed_at(moment: int, is_before: bool) -> None:
     """This process's group is killed at a write of this process."""
     fsync, writes = os.fsync, []
+    ledger.SECONDS_BETWEEN_SYNCS = 0  # each write of replies and answers is such a moment
 
     def dies(file: int) -> None:
         writes.append(file)

@@ -16,6 +16,18 @@ def test_entries_of_all_processes_are_read_and_the_later_one_counts(tmp_path):
     assert entries(tmp_path) == {"a": "1", "b": "2", "c": "4"}
 
 
+def test_what_was_appended_is_read_at_once_and_synced_once_a_second(tmp_path, monkeypatch):
+    now, synced = [100.0], []
+    monkeypatch.setattr("trl_vlm.evaluation.ledger.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("trl_vlm.evaluation.ledger.os.fsync", synced.append)
+    ledger = Ledger(tmp_path, "replies", 0)
+    for place, moment in enumerate((100.0, 100.4, 100.9, 101.0, 101.9)):
+        now[0] = moment
+        ledger.append([{"id": str(place), "reply": "x"}])
+        assert len(entries(tmp_path)) == place + 1
+    assert len(synced) == 2
+
+
 def test_a_torn_or_damaged_line_is_dropped_and_the_next_entry_stands_alone(tmp_path):
     ledger = Ledger(tmp_path, "replies", 0)
     ledger.append([{"id": "a", "reply": "1"}])

@@ -135,6 +135,7 @@ def test_replies_of_a_policy_that_has_changed_are_not_taken_for_those_of_the_new
     assert "holds replies with other settings (files)" in failed.stderr and "Traceback" not in failed.stderr
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_killed_in_every_stage_it_resumes_and_ends_with_the_same_report(finished, tmp_path):
     # What a stage has written by the time that it is killed: a checkpoint each.

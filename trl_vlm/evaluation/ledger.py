@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 from trl_vlm.data.io.atomic import write_whole
 
 SETTINGS = "settings.json"
+SECONDS_BETWEEN_SYNCS = 1.0
 
 
 class Ledger:
     """Entries with an `id`, in `<name>.<process>.jsonl` of a folder.
 
-    An incomplete line of a killed process is dropped. The number of processes may change between runs. Of two entries
-    with the same id the later one counts.
+    What was appended survives the death of its process; a sync every second at most guards it from that of the
+    machine. An incomplete line of a killed process is dropped. The number of processes may change between runs. Of two
+    entries with the same id the later one counts.
 
     Args:
         folder: Where the files lie.
@@ -27,6 +30,7 @@ class Ledger:
         self.folder, self.name = folder, name
         self.path = folder / f"{name}.{process:05}.jsonl"
         self._is_whole = False
+        self._last_sync = -SECONDS_BETWEEN_SYNCS
 
     def entries(self, is_final: Callable[[Mapping[str, Any]], bool] = lambda entry: True) -> dict[str, dict[str, Any]]:
         """All whole entries of all processes, by id.
@@ -46,7 +50,7 @@ class Ledger:
         return found
 
     def append(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Adds entries and flushes them to the disk."""
+        """Adds entries; whoever reads the file from now on sees them."""
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
         # Bytes, so that a reply with a lone surrogate is stored, too.
         data = lines.encode("utf-8", "backslashreplace")
@@ -57,7 +61,9 @@ class Ledger:
         with open(self.path, "ab") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if time.monotonic() - self._last_sync >= SECONDS_BETWEEN_SYNCS:  # a sync waits for the disk
+                os.fsync(file.fileno())
+                self._last_sync = time.monotonic()
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:

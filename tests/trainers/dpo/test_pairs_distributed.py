@@ -42,7 +42,7 @@ def test_twenty_steps_on_one_process_and_replies_follow_the_policy(source, adapt
     ("kind", "options"),
     [
         ("zero2", {"source": "judged", "undecided": True}),
-        ("zero3", {"source": "bdhs", "adapter": True, "callback": True}),
+        pytest.param("zero3", {"source": "bdhs", "adapter": True, "callback": True}, marks=pytest.mark.nightly),
     ],
 )
 def test_two_processes_make_the_pairs_of_one_and_train_like_it(kind, options, tmp_path):

@@ -31,7 +31,9 @@ def single(models, tmp_path_factory):
     return report, torch.load(folder / "weights.pt")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["ddp", "zero2", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("zero3", "fsdp2"))]
+)
 def test_ten_steps_on_two_processes_are_those_of_one(kind, models, single, tmp_path):
     expected, weights = single
     report = launch(SCRIPT, kind, processes=2, folder=tmp_path, batch=2, options=CHECKPOINTING, **models)

@@ -150,10 +150,7 @@ def convert(
     """
     converter, output = checked_converter(name, options, facts), Path(output)
     wanted = None if split_off is None else SplitOff(split_off, seed)
-    if embed_images and output.suffix == ".jsonl":
-        raise ValueError("JSON Lines cannot hold the bytes of images. Drop `embed_images`, or write parquet.")
-    if images is not None and not Path(images).is_dir():
-        raise FileNotFoundError(f"The folder of images {str(images)!r} does not exist.")
+    _check_images(images, output, embed_images)
     source = replace(source, reader=converter.reader)
     identity = {
         "converter": name,
@@ -171,12 +168,7 @@ def convert(
     def fill(writer: Output) -> None:
         run = Conversion(converter, options, folder, embed_images, skip_bad, writer)
         run.read(source, limit=limit, shard_records=shard_records, progress=progress)
-        if not writer.progress.rows:
-            dropped = dict(writer.progress.dropped)
-            raise ValueError(
-                f"None of {writer.progress.records} records of {source.location!r} made a row: {dropped}."
-            )
-        writer.finish()
+        run.finish(source)
 
     if wanted is not None:
         identity["split_off"] = asdict(wanted)
@@ -186,6 +178,14 @@ def convert(
             fill(writer)
     done = writer.progress
     return Report(str(output), done.records, done.rows, dict(done.dropped), writer.is_done)
+
+
+def _check_images(images: str | Path | None, output: Path, embed_images: bool) -> None:
+    """Refuses a folder of images that is not there, and bytes of images in text."""
+    if embed_images and output.suffix == ".jsonl":
+        raise ValueError("JSON Lines cannot hold the bytes of images. Drop `embed_images`, or write parquet.")
+    if images is not None and not Path(images).is_dir():
+        raise FileNotFoundError(f"The folder of images {str(images)!r} does not exist.")
 
 
 def _convert_and_split(
@@ -239,6 +239,18 @@ class Conversion:
                 for block in blocks_of(records, size):
                     self.convert(block, start, f"{source.location}, record", gap.shard, bar)
                     start += len(block)
+
+    def finish(self, source: Source) -> None:
+        """Completes the output.
+
+        Raises:
+            ValueError: No record made a row.
+        """
+        done = self.writer.progress
+        if not done.rows:
+            dropped = dict(done.dropped)
+            raise ValueError(f"None of {done.records} records of {source.location!r} made a row: {dropped}.")
+        self.writer.finish()
 
     def convert(self, block: Sequence[Record], start: int, name: str, shard: int | None, bar: tqdm) -> None:
         """Writes the rows of some records, the first of which has the number `start`."""

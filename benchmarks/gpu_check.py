@@ -43,7 +43,11 @@ from benchmarks.gpu.measuring import (
     trained,
 )
 from benchmarks.gpu.models import END, PATCH, PROMPT_WORDS, SHAPES, lora, model, processor, rows
-from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX, _attention, share_prefix
+from trl_vlm.models.prefix_sharing.attention import ATTENTION, LAYOUT, empty_mask
+from trl_vlm.models.prefix_sharing.masks import layout_of
+from trl_vlm.models.prefix_sharing.packing import packing
+from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX, share_prefix
+from trl_vlm.models.prefix_sharing.varlen import runs_here
 from trl_vlm.pairs import BDHS, Policy
 from trl_vlm.rewards import RewardModelReward
 
@@ -100,33 +104,43 @@ def environment(setting: Setting) -> dict[str, Any]:
 
 
 def sdpa(setting: Setting) -> dict[str, Any]:
-    """Attention of packed rows: two calls (prefix, replies) against one call with a mask for everything."""
+    """Attention of pairs that share their prompts: in padded calls, in one of variable length, and without sharing."""
     shape = SHAPES[setting.shape]
     prompt, reply, width = setting.prompt, setting.reply, shape.hidden // shape.heads
-    length = prompt + 2 * reply
+    attention_mask = torch.ones(2 * setting.batch, prompt + reply, dtype=torch.long)
+    pairs = torch.arange(setting.batch).repeat(2)
+    slots = packing(attention_mask, torch.stack([pairs, torch.full_like(pairs, prompt)], dim=1))
+    config = transformers.LlavaConfig(attn_implementation="sdpa")
+    layout = layout_of(config, slots, {"attention_mask": attention_mask.to(DEVICE)}, torch.bfloat16)
+    layouts = {"padded_calls": layout._replace(flat=None), "variable_length": layout}
 
     def drawn(heads: int) -> torch.Tensor:
-        size = (setting.batch, heads, length, width)
+        size = (1, heads, len(slots.source), width)
         return torch.randn(size, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
 
-    query, key, value = drawn(shape.heads), drawn(shape.key_value_heads), drawn(shape.key_value_heads)
-    segment = torch.tensor([0] * prompt + [1] * reply + [2] * reply, device=DEVICE)
-    sees = ((segment[None] == 0) | (segment[None] == segment[:, None])).tril()[None, None]
-    whole = sees.expand(setting.batch, 1, -1, -1)
-    split = whole[:, :, prompt:].contiguous()
+    packed = drawn(shape.heads), drawn(shape.key_value_heads), drawn(shape.key_value_heads)
+    target = slots.target.to(DEVICE)
+    plain = [states[0][:, target].transpose(0, 1).detach().requires_grad_() for states in packed]
     module = torch.nn.Module()
     module.is_causal, module.num_key_value_groups = True, shape.heads // shape.key_value_heads
+    attend, options = transformers.AttentionInterface()[ATTENTION], {"scaling": width**-0.5, "dropout": 0.0}
 
-    def run(mask: torch.Tensor | None, backward: bool = True) -> torch.Tensor:
-        output, _ = _attention(module, query, key, value, mask, scaling=width**-0.5, dropout=0.0)
+    def run(name: str, backward: bool = True) -> torch.Tensor:
+        if name == "plain":
+            states, mask, more = plain, None, {}
+        else:
+            states, mask, more = packed, empty_mask(target.device), {LAYOUT: layouts[name]}
+        output, _ = attend(module, *states, mask, **options, **more)
         if backward:
-            torch.autograd.grad(output.float().square().sum(), (query, key, value))
+            torch.autograd.grad(output.float().square().sum(), states)
         return output
 
-    difference = (run(split, False) - run(whole, False)).detach().abs().max()
-    times = {"split": split, "one_mask": whole, "causal_without_mask": None}
-    report = {f"ms_{name}": milliseconds(lambda mask=mask: run(mask)) for name, mask in times.items()}
-    return report | {"tokens": length, "largest_difference": float(difference)}
+    wanted = run("plain", False)
+    found = {name: run(name, False)[0][target] for name in layouts}
+    report = {f"ms_{name}": milliseconds(lambda name=name: run(name)) for name in (*layouts, "plain")}
+    varlen = HAS_GPU and runs_here(target.device, torch.bfloat16, shape.heads, shape.key_value_heads, width)
+    difference = max((states - wanted).detach().abs().max() for states in found.values())
+    return report | {"tokens": len(slots.source), "varlen_runs": varlen, "largest_difference": float(difference)}
 
 
 def _dpo(

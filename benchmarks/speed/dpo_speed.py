@@ -4,12 +4,14 @@
 
 Each figure is a whole optimiser step (policy with gradient, reference without, AdamW) of `trl_vlm.DPOTrainer` beside
 one of plain `trl.DPOTrainer`, TRL's fused head on in both, on the same rows, taken in turns in one process, in CPU
-seconds of one thread. The limit is the count of tokens that need not be computed: K (p + r) / (p + K r) for K replies
-of r tokens to a prompt of p. Peak memory is that of one step in a fresh process per trainer (Linux). The models are
-random: six layers of width 384, and a CLIP tower.
+seconds of one thread. The limit is the count of tokens that need not be computed: TRL's, with padding, by those of all
+prompts and replies, without. Peak memory is that of one step in a fresh process per trainer (Linux). The models are
+random: six layers of width 384, and a CLIP tower. FlashAttention runs on GPUs alone; its path is measured with kernels
+of the same interface that call SDPA for one sequence after the other, for TRL as for us.
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -17,32 +19,69 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 import transformers
 import trl
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from benchmarks import flash_stand_in
 from trl_vlm import DPOConfig, DPOTrainer
 
-WORDS, PROMPT_WORDS = 1000, 26  # and four tokens of the chat template
+WORDS = 1000
 CHAT = (
     "{% for m in messages %}<user> {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
     "{% else %}{{ c['text'] }}{% endif %}{% endfor %} <end> {% endfor %}"
     "{% if add_generation_prompt %}<user> {% endif %}"
 )
-# Family, tokens per reply, replies per row.
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: words of its prompt (the template adds four tokens), tokens of its replies, whether it has an image."""
+
+    replies: tuple[int, ...] = (64, 64)
+    words: int = 26
+    has_image: bool = True
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A batch, and what is measured with it."""
+
+    rows: tuple[Row, ...]
+    family: str = "llava"
+    attention: str = "sdpa"
+    with_cache: bool = False  # and the memory
+
+
+MIXED = (Row((20, 90), 40), Row((64, 30), 15), Row((110, 75), 120), Row((40, 48), 70))
+# One long prompt with short replies beside one short prompt with long replies.
+WORST = (Row((16, 16)), Row((508, 508), has_image=False))
 ROWS = {
-    "llava-64": ("llava", 64, 2),
-    "llava-128": ("llava", 128, 2),
-    "next-64": ("llava_next", 64, 2),
-    "extra": ("llava", 64, 3),
+    "llava-64": Setting((Row(),), with_cache=True),
+    "llava-128": Setting((Row((128, 128)),), with_cache=True),
+    "llava-512": Setting((Row((512, 512)),)),
+    "next-64": Setting((Row(),), "llava_next", with_cache=True),
+    "extra": Setting((Row((64, 64, 64)),), with_cache=True),
+    "mixed": Setting(MIXED),
+    "worst": Setting(WORST),
+    "text-64": Setting((Row(has_image=False),) * 4),
+    "text-512": Setting((Row((512, 512), has_image=False),)),
+    "text-long": Setting((Row((64, 64), 600, has_image=False),)),
+    "llava-64, variable length": Setting((Row(),), attention="flash_attention_2"),
+    "mixed, variable length": Setting(MIXED, attention="flash_attention_2"),
+    "worst, variable length": Setting(WORST, attention="flash_attention_2"),
+    "text-64, variable length": Setting((Row(has_image=False),) * 4, attention="flash_attention_2"),
 }
 
 
@@ -80,11 +119,10 @@ def save_model(family: str, folder: str) -> None:
     model.save_pretrained(folder)
 
 
-def rows(family: str, reply_tokens: int, replies: int) -> Dataset:
-    """One row, or for a trainer without `rejected_extra` as many pairs as it makes of it."""
+def rows(family: str, made_of: Sequence[Row]) -> Dataset:
+    """A row of the dataset for each of `made_of`."""
     random = np.random.RandomState(0)
     shape = (336, 336, 3) if family == "llava" else (336, 840, 3)
-    image = Image.fromarray(random.randint(0, 255, shape, dtype=np.uint8))
 
     def words(count: int) -> str:
         return " ".join(f"w{number}" for number in random.randint(0, WORDS, count))
@@ -92,12 +130,23 @@ def rows(family: str, reply_tokens: int, replies: int) -> Dataset:
     def message(role: str, text: str) -> list[dict[str, str]]:
         return [{"role": role, "content": text}]
 
-    # A reply is framed by the template: the marker of its turn is in the prompt, its end counts as a token.
-    texts = [message("assistant", words(reply_tokens - 1)) for _ in range(replies)]
-    row = {"images": [image], "prompt": message("user", words(PROMPT_WORDS)), "chosen": texts[0], "rejected": texts[1]}
-    if replies > 2:
-        row["rejected_extra"] = texts[2:]
-    return Dataset.from_list([row])
+    made = []
+    for row in made_of:
+        image = Image.fromarray(random.randint(0, 255, shape, dtype=np.uint8))
+        # A reply is framed by the template: the marker of its turn is in the prompt, its end counts as a token.
+        texts = [message("assistant", words(tokens - 1)) for tokens in row.replies]
+        made.append({"prompt": message("user", words(row.words)), "chosen": texts[0], "rejected": texts[1]})
+        made[-1]["images"] = [image] if row.has_image else []
+        if len(texts) > 2:
+            made[-1]["rejected_extra"] = texts[2:]
+    return Dataset.from_list(made, features=features(len(made_of[0].replies)))
+
+
+def features(replies: int) -> Features:
+    """Also where no row has an image."""
+    turns = [{"role": Value("string"), "content": Value("string")}]
+    columns = {"prompt": turns, "chosen": turns, "rejected": turns, "images": [datasets.Image()]}
+    return Features(columns | ({"rejected_extra": [turns]} if replies > 2 else {}))
 
 
 def as_pairs(data: Dataset) -> Dataset:
@@ -112,7 +161,7 @@ def as_pairs(data: Dataset) -> Dataset:
 class Side:
     """One trainer, its batch, and how long a step takes."""
 
-    def __init__(self, kind: str, family: str, data: Dataset, model: str, folder: str, checkpointing: bool):
+    def __init__(self, kind: str, setting: Setting, saved: str, folder: str, checkpointing: bool):
         options = {
             "per_device_train_batch_size": 8,
             "max_length": None,
@@ -125,17 +174,27 @@ class Side:
         if kind == "cached":
             options["reference_cache"] = f"{folder}/cache"
         trainer, config = (trl.DPOTrainer, trl.DPOConfig) if kind == "trl" else (DPOTrainer, DPOConfig)
+        data = rows(setting.family, setting.rows)
         data = as_pairs(data) if kind == "trl" else data
+        model = transformers.AutoModelForImageTextToText.from_pretrained(saved, dtype=torch.float32)
+        if setting.attention != "sdpa":
+            flash_stand_in.use(model)
         self.trainer = trainer(
-            model, args=config(folder, **options), train_dataset=data, processing_class=processor(family)
+            model,
+            copy.deepcopy(model),
+            args=config(folder, **options),
+            train_dataset=data,
+            processing_class=processor(setting.family),
         )
         self.trainer.model.train()
         if checkpointing:  # otherwise only `train` would switch it on
             self.trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = self.trainer.create_optimizer()
         batch = self.trainer.data_collator([dict(row) for row in data])
-        lengths = batch["attention_mask"].sum(1) - batch["completion_mask"].sum(1)
-        self.prompt, self.reply = int(lengths[0]), int(batch["completion_mask"].sum(1)[0])
+        mask, replies = batch["attention_mask"], batch["completion_mask"]
+        prompts = (mask.sum(1) - replies.sum(1))[: len(setting.rows)]
+        # What the language model computes: padding too, or prompts once.
+        self.tokens = mask.numel() if kind == "trl" else int(prompts.sum() + replies.sum())
         self.batch = dict(batch)
 
     def step(self) -> float:
@@ -148,35 +207,30 @@ class Side:
 
 
 def measure(name: str, pairs: int, checkpointing: bool, with_memory: bool) -> dict:
-    family, reply_tokens, replies = ROWS[name]
+    setting = ROWS[name]
+    kinds = ("trl", "ours", "cached") if setting.with_cache else ("trl", "ours")
     with tempfile.TemporaryDirectory() as folder:
-        save_model(family, folder)
-        data = rows(family, reply_tokens, replies)
-        kinds = ("trl", "ours", "cached")
-        sides = {kind: Side(kind, family, data, folder, f"{folder}/{kind}", checkpointing) for kind in kinds}
+        save_model(setting.family, folder)
+        sides = {kind: Side(kind, setting, folder, f"{folder}/{kind}", checkpointing) for kind in kinds}
         for side in sides.values():
             side.step()
-        times = {kind: [] for kind in kinds}
+        times: dict[str, list[float]] = {kind: [] for kind in kinds}
         for _ in range(pairs):
             for kind, side in sides.items():
                 times[kind].append(side.step())
-    prompt, reply = sides["ours"].prompt, sides["ours"].reply
-    computed = 2 * (replies - 1)  # TRL computes the chosen reply once per pair
-    limit = computed * (prompt + reply) / (prompt + replies * reply)
     result = {
         "row": name,
-        "prompt_tokens": prompt,
-        "reply_tokens": reply,
-        "replies": replies,
-        "limit": limit,
-        "seconds_trl": times["trl"],
-        "seconds_ours": times["ours"],
-        "seconds_cached": times["cached"],
+        "tokens_trl": sides["trl"].tokens,
+        "tokens_ours": sides["ours"].tokens,
+        "limit": sides["trl"].tokens / sides["ours"].tokens,
+        "seconds": times,
         "speedup": spread([a / b for a, b in zip(times["trl"], times["ours"], strict=True)]),
-        "speedup_of_cache": spread([a / b for a, b in zip(times["ours"], times["cached"], strict=True)]),
     }
-    result["share_of_limit"] = result["speedup"]["median"] / limit
-    if with_memory:
+    result["share_of_limit"] = result["speedup"]["median"] / result["limit"]
+    if setting.with_cache:
+        pairs_of_times = zip(times["ours"], times["cached"], strict=True)
+        result["speedup_of_cache"] = spread([ours / cached for ours, cached in pairs_of_times])
+    if with_memory and setting.with_cache:
         result["peak_mib"] = {kind: peak_memory(name, kind, checkpointing) for kind in kinds}
     return result
 
@@ -200,10 +254,9 @@ def peak_memory(name: str, kind: str, checkpointing: bool) -> float:
 
 
 def print_memory(name: str, kind: str, checkpointing: bool) -> None:
-    family, reply_tokens, replies = ROWS[name]
     with tempfile.TemporaryDirectory() as folder:
-        save_model(family, folder)
-        side = Side(kind, family, rows(family, reply_tokens, replies), folder, f"{folder}/out", checkpointing)
+        save_model(ROWS[name].family, folder)
+        side = Side(kind, ROWS[name], folder, f"{folder}/out", checkpointing)
         side.step()  # makes the optimiser's state
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of imports and loading
         before = resident("VmRSS")
@@ -228,6 +281,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
+    flash_stand_in.install()
     if args.memory_of:
         print_memory(*args.memory_of, args.checkpointing)
         return
@@ -235,11 +289,10 @@ def main() -> None:
     for name in args.rows:
         result = measure(name, args.pairs, args.checkpointing, not args.no_memory)
         results.append(result)
-        speedup, cached = result["speedup"], result["speedup_of_cache"]
         print(
-            f"{name}: {speedup['median']:.2f} times ({speedup['least']:.2f} to {speedup['most']:.2f}), limit "
-            f"{result['limit']:.2f}; cached reference {cached['median']:.2f} times more; "
-            f"peak memory {result.get('peak_mib', 'not measured')}"
+            f"{name}: {shown(result['speedup'])} times, limit {result['limit']:.2f}; cached reference "
+            f"{shown(result.get('speedup_of_cache'))} times more; peak memory {result.get('peak_mib', '-')}",
+            flush=True,
         )
     if args.output:
         facts = {"torch": torch.__version__, "trl": trl.__version__, "transformers": transformers.__version__}
@@ -255,26 +308,28 @@ def table(results: list[dict], facts: dict) -> str:
         "# Speed of a DPO step",
         "",
         f"A whole optimiser step beside one of plain TRL {facts['trl']}: median of {len(results[0]['seconds_trl'])} "
-        "paired steps (least to most), in CPU seconds. The limit counts the tokens that need not be computed in the "
-        "language model; images that are preprocessed and seen once come on top, which is how a ratio can exceed it. "
-        f"{facts['threads']} thread, torch {facts['torch']}, gradient checkpointing "
+        "paired steps (least to most), in CPU seconds. The limit counts the tokens that the language model computes: "
+        "TRL's with padding, ours without it and with each prompt once. Images that are seen once come on top, which "
+        f"is how a ratio can exceed it. {facts['threads']} thread, torch {facts['torch']}, gradient checkpointing "
         f"{'on' if facts['checkpointing'] else 'off'}, models of width 384 and six layers with random weights. "
+        '"Variable length" is the path of FlashAttention, with kernels for the CPU that call SDPA for one sequence '
+        "after the other, in both trainers: no GPU was there. "
         "`python -m benchmarks.speed.dpo_speed --pairs 5 --output docs/results/dpo_speed.json`",
         "",
-        "| row | prompt + reply tokens | replies | faster | limit | cached reference | MiB TRL, ours, cached |",
+        "| batch | tokens TRL | tokens ours | faster | limit | cached reference | MiB TRL, ours, cached |",
         "|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        memory = ", ".join(f"{value:.0f}" for value in result.get("peak_mib", {}).values()) or "not measured"
+        memory = ", ".join(f"{value:.0f}" for value in result.get("peak_mib", {}).values()) or "-"
         lines.append(
-            f"| {result['row']} | {result['prompt_tokens']} + {result['reply_tokens']} | {result['replies']} | "
-            f"{shown(result['speedup'])} | {result['limit']:.2f} | {shown(result['speedup_of_cache'])} | {memory} |"
+            f"| {result['row']} | {result['tokens_trl']} | {result['tokens_ours']} | {shown(result['speedup'])} | "
+            f"{result['limit']:.2f} | {shown(result.get('speedup_of_cache'))} | {memory} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def shown(values: dict[str, float]) -> str:
-    return f"{values['median']:.2f} ({values['least']:.2f} to {values['most']:.2f})"
+def shown(values: dict[str, float] | None) -> str:
+    return "-" if values is None else f"{values['median']:.2f} ({values['least']:.2f} to {values['most']:.2f})"
 
 
 if __name__ == "__main__":

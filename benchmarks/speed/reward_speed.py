@@ -22,7 +22,7 @@ import torch
 import transformers
 import trl
 
-from benchmarks.speed.dpo_speed import processor, resident, rows, save_model, spread
+from benchmarks.speed.dpo_speed import Row, processor, resident, rows, save_model, spread
 from trl_vlm import RewardConfig, RewardTrainer
 from trl_vlm.data.facts import JudgeTemplate
 from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX
@@ -35,7 +35,7 @@ class Side:
     """One trainer, its batch, and how long a step takes."""
 
     def __init__(self, share: bool, reply_tokens: int, model: str, folder: str):
-        data = rows("llava", reply_tokens, replies=2)
+        data = rows("llava", [Row((reply_tokens, reply_tokens))])
         args = RewardConfig(
             folder, share_prefix=share, check_pixels=False, use_cpu=True, bf16=False, report_to="none", max_steps=1000
         )

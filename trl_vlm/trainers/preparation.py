@@ -47,7 +47,6 @@ class SharingArguments(Protocol):
     """The options that decide whether replies can share their prompt."""
 
     share_prefix: bool
-    use_liger_kernel: bool
     torch_compile: bool
 
 
@@ -234,7 +233,6 @@ def why_no_shared_prefix(
     reasons = {
         "`share_prefix` is off": not args.share_prefix,
         "the data collator is not the trainer's own": own_collator,
-        "`use_liger_kernel` changes the model's layers": args.use_liger_kernel,
         "`torch_compile` is not tested with it": args.torch_compile,
         "the adapter puts virtual tokens before the prompt": virtual_tokens,
         **further,

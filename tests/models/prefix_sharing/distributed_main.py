@@ -10,12 +10,18 @@ from tests.trainers.dpo.helpers import rows
 from trl_vlm import DPOConfig, DPOTrainer
 from trl_vlm.models import families
 from trl_vlm.models.prefix_sharing import sharing
+from trl_vlm.models.prefix_sharing.packing import Packing
+
+
+def rejected(slots: Packing) -> torch.Tensor:
+    """(1, L): where a packed batch of pairs has tokens of rejected replies."""
+    return (slots.source >= slots.target.numel() // 2)[None]
 
 
 def disagree() -> None:
     """Let replies of this process start at a wrong position."""
     right = sharing._positions
-    sharing._positions = lambda backbone, slots, packed: right(backbone, slots, packed) + (slots.segment == 2)
+    sharing._positions = lambda backbone, slots, packed: right(backbone, slots, packed) + rejected(slots)
 
 
 def trained(folder: Path, model: str, trainer_arguments: dict, **options) -> DPOTrainer:

@@ -14,12 +14,11 @@ from tests.preference_rows import preference_row
 from trl_vlm.data.encoding import RewardCollator
 from trl_vlm.data.facts import JudgeTemplate
 from trl_vlm.models.families import IMAGE_INPUTS
+from trl_vlm.models.prefix_sharing.attention import ATTENTION
 from trl_vlm.models.prefix_sharing.sharing import (
-    ATTENTION,
     SHARED_PREFIX,
     SHARING_FAMILIES,
     _Pack,
-    packing,
     share_pairs,
     share_prefix,
     why_not_shareable,
@@ -130,6 +129,7 @@ def test_a_window_narrower_than_the_sequences_stays_in_force(kinds):
         model.model.language_model.has_sliding_layers = True
         for layer, kind in zip(model.model.language_model.layers, kinds, strict=True):
             layer.attention_type = kind
+            layer.self_attn.sliding_window = text.sliding_window if kind == "sliding_attention" else None
     assert_sharing_changes_nothing(model, processor, images=(1, 0))
 
 
@@ -176,10 +176,9 @@ def test_a_prompt_is_computed_once_for_its_replies():
     shared.pop("completion_mask")
     states = model.base_model(**shared, use_cache=False).last_hidden_state
     assert states.shape[:2] == plain["input_ids"].shape
-    rows, prompts = shared[SHARED_PREFIX].unbind(1)
+    prompts = shared[SHARED_PREFIX][:, 1]
     replies = shared["attention_mask"].sum(1) - prompts
-    packed = [sum(replies[rows == row]) for row in range(2)]
-    assert seen == [(2, prompts.max() + max(packed), 32)]
+    assert seen == [(1, prompts[:2].sum() + replies.sum(), 32)]  # without any padding
 
 
 def test_lora_trains_through_it():
@@ -222,29 +221,13 @@ def test_sharing_twice_is_sharing_once_and_leaves_no_trace_in_a_saved_config(tmp
     assert ATTENTION not in (tmp_path / "config.json").read_text()
 
 
-def test_the_packing_of_two_rows_by_hand():
-    # Row 0: prompt of 3, replies of 2 and 1. Row 1: prompt of 2, replies of 1 and 3.
-    lengths = torch.tensor([5, 3, 4, 5])
-    attention_mask = (torch.arange(5) < lengths[:, None]).long()
-    slots = packing(attention_mask, torch.tensor([[0, 3], [1, 2], [0, 3], [1, 2]]))
-    assert slots.segment.tolist() == [[0, 0, 0, 1, 1, 2, -1], [0, 0, -1, 1, 2, 2, 2]]
-    assert slots.index.tolist() == [[0, 1, 2, 3, 4, 3, 0], [0, 1, 0, 2, 2, 3, 4]]
-    assert slots.source.tolist() == [[0, 1, 2, 3, 4, 13, 0], [5, 6, 0, 7, 17, 18, 19]]
-    assert [row[:length] for row, length in zip(slots.target.tolist(), lengths, strict=True)] == [
-        [0, 1, 2, 3, 4],
-        [7, 8, 10],
-        [0, 1, 2, 5],
-        [7, 8, 11, 12, 13],
-    ]
-
-
 def test_every_family_that_is_on_is_tested_and_others_say_why_not():
     tested = {build(family)[0].config.model_type for family in [*FAMILIES, *MORE_SHARING]}
     assert set(SHARING_FAMILIES) == tested
     model, _ = build("llava")
     assert why_not_shareable(model.config) is None
-    model.config.get_text_config()._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="'flash_attention_2' takes no mask .* attn_implementation='sdpa'"):
+    model.config.get_text_config()._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="'flex_attention' is not known to keep .* attn_implementation='sdpa'"):
         share_prefix(model)
     model.config.get_text_config()._attn_implementation = "sdpa"
     text_model = LlamaForCausalLM(model.config.get_text_config())

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from tests.distributed import launch
 from tests.families import batch, build, saved
+from tests.models.prefix_sharing.distributed_main import rejected
 from tests.models.prefix_sharing.test_prefix_sharing import (
     assert_equal_gradients,
     batches,
@@ -48,7 +49,7 @@ def test_a_family_that_agrees_shares_from_its_first_batch_on(unknown, caplog):
     assert hook.is_proven and model.training
     assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert_equal_gradients(gradients, wanted_gradients)
-    assert sequences == [6, 3, 3, 3]  # the trial, plain and shared, and two batches
+    assert sequences == [6, 1, 1, 1]  # the trial, plain and shared, and two batches
     assert [record.levelname for record in caplog.records] == ["INFO"]
 
 
@@ -59,7 +60,7 @@ def test_a_family_that_disagrees_takes_the_plain_path_for_good(unknown, caplog, 
     # Replies that start at a wrong position: nothing fails, and everything is a little off.
     right = sharing._positions
     monkeypatch.setattr(
-        sharing, "_positions", lambda backbone, slots, packed: right(backbone, slots, packed) + (slots.segment == 2)
+        sharing, "_positions", lambda backbone, slots, packed: right(backbone, slots, packed) + rejected(slots)
     )
     for _ in range(2):
         found, gradients = hidden_states_and_gradients(model, shared)
@@ -80,7 +81,7 @@ def test_a_family_that_cannot_read_a_packed_batch_takes_the_plain_path(unknown, 
     def fails(*args):
         raise ValueError("masks of this kind are unknown here")
 
-    monkeypatch.setattr(sharing, "packed_masks", fails)
+    monkeypatch.setattr(sharing, "layout_of", fails)
     found, _ = hidden_states_and_gradients(model, shared)
     assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert hook.is_proven is False
@@ -107,7 +108,7 @@ def test_all_processes_decide_alike_also_when_the_batch_of_one_disagrees(kind, d
     report = launch("tests/models/prefix_sharing/distributed_main.py", kind, processes=2, folder=tmp_path, **more)
     agree = disagreeing is None
     assert report["proven"] == [agree, agree]
-    assert report["sequences"] == ([2, 2] if agree else [4, 4])  # of two rows, in the last forward
+    assert report["sequences"] == ([1, 1] if agree else [4, 4])  # of two rows, in the last forward
     assert report["losses"] == pytest.approx(report["plain"], abs=1e-5)
 
 

@@ -12,7 +12,7 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from tests.families import build
 from tests.trainers.dpo.helpers import make, rows
-from trl_vlm.models.prefix_sharing.sharing import ATTENTION
+from trl_vlm.models.prefix_sharing.attention import ATTENTION
 from trl_vlm.trainers import _trl
 
 

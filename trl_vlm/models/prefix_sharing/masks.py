@@ -1,6 +1,6 @@
-"""Attention masks for several replies that follow a common prompt; see `prefix_sharing`."""
+"""Which keys the prompts and replies of a packed batch attend to; see `sharing`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,90 +9,132 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from trl_vlm.models.families import TOKEN_TYPES, family_of
+from trl_vlm.models.prefix_sharing.packing import Packing, Segment, calls_of
 
-Masks = Tensor | dict[str, Tensor]
+_KINDS = ("full_attention", "sliding_attention")
 
 
-class Packing(NamedTuple):
-    """Where each token of N plain sequences of width T lies in B packed ones of length L.
+class Call(NamedTuple):
+    """Prompts or replies of similar size that are attended to in one call, n of them, padded.
 
-    source: (B, L), index into the N * T plain tokens; 0 for padding.
-    index: (B, L), the token's place in its plain sequence; 0 for padding.
-    segment: (B, L), 0 for the prompt, 1, 2, ... for the replies, -1 for padding.
-    target: (N, T), index into the B * L packed tokens; of no meaning for padding.
-    prefix: how many of the L places are for prompts.
+    queries: (n, Q), index into the L packed tokens; 0 for padding.
+    keys: (n, K), the same.
+    full: (n, 1, Q, K), which queries see which keys; None if all see what is not behind them.
+    sliding: The same for layers with a window.
     """
 
-    source: Tensor
-    index: Tensor
-    segment: Tensor
-    target: Tensor
-    prefix: int
+    queries: Tensor
+    keys: Tensor
+    full: Tensor | None
+    sliding: Tensor | None
 
 
-def packed_masks(config: PreTrainedConfig, packing: Packing, plain: Mapping[str, Tensor], dtype: torch.dtype) -> Masks:
-    """Which packed tokens attend to which, according to the family's own masks for the plain sequences.
+class Flat(NamedTuple):
+    """All prompts and replies of a packed batch for one variable-length call; its queries are the packed tokens.
+
+    keys: (M,), index into the L packed tokens: those of the first prompt, those of its first reply, and so on.
+    query_ends: (S + 1,), int32, where the queries of each begin, and where the last ones end.
+    key_ends: (S + 1,), int32, the same of the keys.
+    most_queries: Of one prompt or reply.
+    most_keys: The same.
+    """
+
+    keys: Tensor
+    query_ends: Tensor
+    key_ends: Tensor
+    most_queries: int
+    most_keys: int
+
+
+class Layout(NamedTuple):
+    """How attention reads a packed batch: either in padded calls with masks, or in one of variable length.
+
+    calls: For kernels that take padded batches.
+    back: (L,), index into the queries of all calls, one behind the other.
+    flat: For kernels that take sequences of any length; None where masks say more than "not behind itself".
+    """
+
+    calls: tuple[Call, ...]
+    back: Tensor
+    flat: Flat | None
+
+
+def layout_of(config: PreTrainedConfig, slots: Packing, plain: Mapping[str, Tensor], dtype: torch.dtype) -> Layout:
+    """How attention reads a packed batch, so that each token sees what it sees in its plain sequence.
 
     Args:
         config: Of the whole model.
-        packing: As made by `prefix_sharing.packing`.
+        slots: As made by `packing`.
         plain: The keyword arguments of the plain batch: `attention_mask` (N, T), token types.
         dtype: Of the model's activations; eager attention adds its masks.
-
-    Returns:
-        (B, 1, R, L) bool. R is L, or fewer: then the mask is for the last R queries, and the ones before see each
-        other causally, which an attention kernel does faster without a mask. A dictionary by layer type where the
-        layers differ.
     """
-    text, own_masks = config.get_text_config(), family_of(config).own_masks
-    if own_masks is not None:
-        masks = _own_masks(config, own_masks, packing, plain)
-    else:
-        window = vars(text).get("sliding_window")
-        window = window if vars(text).get("use_sliding_window", True) else None
-        masks = _causal_masks(text, packing, window, plain["attention_mask"].size(1))
-    if text._attn_implementation != "eager":
-        return masks
-    if isinstance(masks, dict):
-        return {kind: _additive(mask, packing, dtype) for kind, mask in masks.items()}
-    return _additive(masks, packing, dtype)
+    owner, implementation = family_of(config).own_masks, str(config.get_text_config()._attn_implementation)
+    device = plain["attention_mask"].device
+    if "flash" in implementation:  # it takes no mask, without sharing either
+        return Layout((), torch.empty(0, dtype=torch.long, device=device), _flat(slots, device))
+    own = None if owner is None else _own_masks(config, owner, plain)
+    is_eager = "eager" in implementation
+    calls = []
+    back, queries_before = torch.zeros(len(slots.source), dtype=torch.long), 0
+    for segments in calls_of(slots.segments):
+        queries, keys = _columns(segments, "first"), _columns(segments, "start")
+        places = _places(slots.target, segments, queries)
+        back[places[queries >= 0]] = queries_before + (queries >= 0).flatten().nonzero()[:, 0]
+        queries_before += places.numel()
+        masks = _masks(config, own, segments, queries.to(device), keys.to(device), needs_all=is_eager)
+        if is_eager:
+            masks = [None if mask is None else _additive(mask, dtype) for mask in masks]
+        calls.append(Call(places.to(device), _places(slots.target, segments, keys).to(device), *masks))
+    return Layout(tuple(calls), back.to(device), _flat(slots, device) if own is None and not is_eager else None)
 
 
-def _causal_masks(text: PreTrainedConfig, packing: Packing, window: int | None, width: int) -> Masks:
-    needs_rows = text._attn_implementation == "eager"
-    if window is None or width <= window:
-        return _causal(packing, 0 if needs_rows else packing.prefix)
-    full, sliding = _causal(packing, 0), _causal(packing, 0, window)
-    kinds = set(vars(text).get("layer_types") or ["sliding_attention"])
-    if kinds == {"sliding_attention"}:
-        return sliding
-    return {"full_attention": full, "sliding_attention": sliding}
+def _columns(segments: Sequence[Segment], first: str) -> Tensor:
+    """(n, W): the plain columns of each segment from `first` to its end; -1 for padding."""
+    firsts = torch.tensor([getattr(segment, first) for segment in segments])[:, None]
+    ends = torch.tensor([segment.end for segment in segments])[:, None]
+    columns = firsts + torch.arange(int((ends - firsts).max()))
+    return columns.masked_fill(columns >= ends, -1)
 
 
-def _causal(packing: Packing, first: int, window: int | None = None) -> Tensor:
-    index, queries = packing.index, packing.index[:, first:]
-    distance = queries[:, :, None] - index[:, None, :]
-    sees = _together(packing, first) & (distance >= 0)
-    if window is not None:
-        sees &= distance < window
-    return _with_padding(sees, packing, first)
+def _places(target: Tensor, segments: Sequence[Segment], columns: Tensor) -> Tensor:
+    """(n, W): where the columns of plain sequences lie in the packed one; 0 for padding."""
+    sequences = torch.tensor([segment.sequence for segment in segments])[:, None]
+    return target[sequences, columns.clamp(min=0)].masked_fill(columns < 0, 0)
 
 
-def _together(packing: Packing, first: int) -> Tensor:
-    """(B, L - first, L): whether a query and a key are of one plain sequence; a prompt sees no reply."""
-    key, query = packing.segment[:, None, :], packing.segment[:, first:, None]
-    return (key == 0) | ((key == query) & (key > 0))
+def _masks(
+    config: PreTrainedConfig,
+    own: Mapping[str, Tensor] | None,
+    segments: Sequence[Segment],
+    queries: Tensor,
+    keys: Tensor,
+    needs_all: bool,
+) -> list[Tensor | None]:
+    """(n, 1, Q, K) for layers without a window, and for those with one."""
+    if own is not None:
+        sequences = torch.tensor([segment.sequence for segment in segments], device=keys.device)[:, None, None]
+        return [
+            _without_nan(
+                own[kind][sequences, queries[:, :, None].clamp(min=0), keys[:, None, :].clamp(min=0)], queries, keys
+            )
+            for kind in _KINDS
+        ]
+    distance = queries[:, :, None] - keys[:, None, :]
+    window = vars(config.get_text_config()).get("sliding_window")
+    is_causal = segments[0].is_prompt and not needs_all
+    full = None if is_causal else _without_nan(distance >= 0, queries, keys)
+    if window is None or max(segment.keys for segment in segments) <= window:
+        return [full, full]
+    return [full, _without_nan((distance >= 0) & (distance < window), queries, keys)]
 
 
-def _with_padding(sees: Tensor, packing: Packing, first: int) -> Tensor:
-    """(B, 1, L - first, L): padding sees itself alone, since a softmax over nothing is nan."""
-    is_padding = packing.segment[:, first:] < 0
-    itself = torch.zeros_like(sees).diagonal_scatter(is_padding, offset=first, dim1=1, dim2=2)
-    return ((sees & ~is_padding[:, :, None]) | itself)[:, None]
+def _without_nan(sees: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """Padding is not seen, and sees all: a softmax over nothing is nan."""
+    return ((sees & (keys >= 0)[:, None, :]) | (queries < 0)[:, :, None])[:, None]
 
 
-def _own_masks(config: PreTrainedConfig, owner: str, packing: Packing, plain: Mapping[str, Tensor]) -> Masks:
-    """The masks that the generative class called `owner` makes."""
+def _own_masks(config: PreTrainedConfig, owner: str, plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """(N, T, T) by kind of layer: the masks that the generative class called `owner` makes for plain sequences."""
     attention_mask = plain["attention_mask"]
     # The functions read only shape, dtype and device of the embeddings.
     nothing = torch.zeros(1, 1, 1, device=attention_mask.device).expand(*attention_mask.shape, 1)
@@ -105,22 +147,26 @@ def _own_masks(config: PreTrainedConfig, owner: str, packing: Packing, plain: Ma
         **{name: plain[name] for name in TOKEN_TYPES if name in plain},
     )
     if not isinstance(masks, dict):
-        return _gathered(masks, packing)
-    return {kind: _gathered(mask, packing) for kind, mask in masks.items()}
+        masks = {"full_attention": masks, "sliding_attention": masks}
+    # A model may have layers of one kind only.
+    return {kind: _which(masks.get(kind, next(iter(masks.values()))), attention_mask) for kind in _KINDS}
 
 
-def _gathered(mask: Tensor | None, packing: Packing) -> Tensor:
-    """(N, 1, T, T) plain -> (B, 1, L, L) packed."""
-    if mask is None:
-        return _causal(packing, 0)
-    sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # eager masks are additive
-    width = sees.size(-1)
-    sequence = packing.source // width
-    # Row by row of the packed mask: the plain mask of the query's own sequence, at the key's place in it.
-    rows = sees[sequence, packing.index]  # (B, L, T)
-    keys = packing.index[:, None, :].expand(-1, rows.size(1), -1)
-    return _with_padding(rows.gather(2, keys) & _together(packing, 0), packing, 0)
+def _which(mask: Tensor | None, attention_mask: Tensor) -> Tensor:
+    if mask is None:  # causal
+        width = attention_mask.size(1)
+        causal = torch.ones(width, width, dtype=torch.bool, device=attention_mask.device).tril()
+        return causal.expand(len(attention_mask), -1, -1)
+    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # eager masks are additive
 
 
-def _additive(mask: Tensor, packing: Packing, dtype: torch.dtype) -> Tensor:
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _flat(slots: Packing, device: torch.device) -> Flat:
+    keys = torch.cat([slots.target[one.sequence, one.start : one.end] for one in slots.segments])
+    queries = [one.queries for one in slots.segments]
+    counts = [one.keys for one in slots.segments]
+    ends = [torch.tensor([0, *lengths]).cumsum(0).int().to(device) for lengths in (queries, counts)]
+    return Flat(keys.to(device), *ends, max(queries), max(counts))

@@ -1,4 +1,4 @@
-"""Prefix sharing for untested families: it is verified on the first batch, or stays off."""
+"""Prefix sharing for untested families and kernels: it is verified on the first batch, or stays off."""
 
 import logging
 from typing import Any
@@ -22,17 +22,20 @@ def plain_inputs(inputs: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any
     """A shared batch as it would be without sharing: with the images of its rows once for each sequence.
 
     Args:
-        inputs: With `keys[0]`, (N, 2); its sequences are all rows' first ones, then all rows' second ones, and so on.
+        inputs: With `keys[0]`, (N, 2). With images, its sequences are all rows' first ones, then all rows' second
+            ones, and so on.
         keys: Those that only a shared batch has.
     """
     rows, shape = inputs[keys[0]][:, 0], inputs["input_ids"].shape
+    plain = {name: value for name, value in inputs.items() if name not in keys}
+    per_image = [name for name, value in plain.items() if isinstance(value, Tensor) and value.shape != shape]
+    if not per_image:
+        return plain
     copies = len(rows) // (int(rows.max()) + 1)
     order = torch.arange(len(rows) // copies, device=rows.device).repeat(copies)
     if not torch.equal(rows, order):
         raise ValueError(f"The sequences of a shared batch belong to the rows {rows.tolist()}, not {order.tolist()}.")
-    per_image = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape != shape]
-    plain = {name: value for name, value in inputs.items() if name not in keys}
-    return plain | {name: torch.cat([plain[name]] * copies) for name in per_image if name in plain}
+    return plain | {name: torch.cat([plain[name]] * copies) for name in per_image}
 
 
 def gives_the_same(backbone: PreTrainedModel, inputs: dict[str, Any], keys: tuple[str, ...]) -> bool:

@@ -115,8 +115,8 @@ class DPOConfig(PartOptions, trl.DPOConfig):
     share_prefix: bool = field(
         default=True,
         metadata={
-            "help": "Compute prompt and image once per row instead of once per reply, where that is tested to give "
-            "the same numbers."
+            "help": "Compute prompt and image once per row instead of once per reply, in batches where that is "
+            "faster, and in models where it gives the same numbers."
         },
     )
     reference_cache: str | None = field(

@@ -214,7 +214,7 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
         for model in models:
             attach(model, distortion)
             if reason is None:
-                share_prefix(model)
+                share_prefix(model, is_tested=not self.args.use_liger_kernel)
         return reason is None
 
     # Data

@@ -62,8 +62,8 @@ class RewardConfig(PartOptions, trl.RewardConfig):
     share_prefix: bool = field(
         default=True,
         metadata={
-            "help": "Compute prompt and images once per pair instead of once per reply, where that is tested to give "
-            "the same numbers."
+            "help": "Compute prompt and images once per pair instead of once per reply, in batches where that is "
+            "faster, and in models where it gives the same numbers."
         },
     )
     check_pixels: bool = field(

@@ -189,7 +189,7 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
         reason = why_no_shared_prefix(self.model, self.args, own_collator)
         if reason is None:
             assert isinstance(self._reward_collator, RewardCollator)  # with another one there is a reason
-            share_prefix(base_model(self.model))
+            share_prefix(base_model(self.model), is_tested=not self.args.use_liger_kernel)
             self.data_collator = SharingCollator(self._reward_collator, self.model.config)
         elif self.args.share_prefix and self.accelerator.is_main_process:
             logger.warning("Prompts are computed once per reply, not once per pair: %s.", reason)

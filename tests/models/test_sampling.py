@@ -1,9 +1,13 @@
 """Samples that are drawn as the largest of logits and noise."""
 
+import math
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_vlm.models.sampling import GumbelSampler
+from trl_vlm.models.sampling import GumbelSampler, gumbel_noise
 
 
 def test_samples_follow_the_softmax_of_the_logits_over_the_temperature():
@@ -43,3 +47,55 @@ def test_a_sequence_without_a_seed_is_greedy_beside_one_that_is_sampled():
     assert [int(pair[0]) for pair in tokens] == [int(step[0].argmax()) for step in logits]
     assert [int(pair[1]) for pair in tokens] == [int(alone(None, step[1:]).argmax()) for step in logits]
     assert [int(pair[1]) for pair in tokens] != [int(step[1].argmax()) for step in logits]
+
+
+def splitmix64(seed, count):
+    """The first numbers of the generator, as its paper has it."""
+    numbers, state = [], seed
+    for _ in range(count):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        mixed = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) % 2**64
+        numbers.append(mixed ^ (mixed >> 31))
+    return numbers
+
+
+def test_the_noise_is_that_of_splitmix64_one_number_per_token_of_the_vocabulary():
+    assert splitmix64(1234567, 2) == [6457827717110365317, 3203168211198807973]  # of the public reference code
+    seeds, vocabulary, steps = [7, 2**63 - 1], 5, 3
+    sampler = GumbelSampler(seeds)
+    found = torch.stack([sampler(None, torch.zeros(2, vocabulary)) for _ in range(steps)], 1)  # (2, steps, V)
+    for row, seed in zip(found, seeds, strict=True):
+        wanted = [-math.log(-math.log1p(-((k >> 11) + 0.5) / 2**53)) for k in splitmix64(seed, steps * vocabulary)]
+        torch.testing.assert_close(row.flatten(), torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+
+
+def test_noise_is_standard_gumbel_and_never_infinite():
+    noise = gumbel_noise(range(0, 400_000, 100), 250, torch.device("cpu"))
+    assert noise.isfinite().all() and noise.unique().numel() > 0.95 * noise.numel()
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
+    assert noise.std().item() == pytest.approx(math.pi / math.sqrt(6), abs=0.01)
+    assert torch.corrcoef(torch.stack([noise[:-1].flatten(), noise[1:].flatten()]))[0, 1].abs() < 0.01
+
+
+class Operators(TorchDispatchMode):
+    """Counts what would be launched on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.seen[str(operator)] += 1
+        return operator(*args, **kwargs or {})
+
+
+def test_many_sequences_are_drawn_with_as_many_operators_as_two():
+    counts = []
+    for sequences in (2, 100):
+        sampler, logits = GumbelSampler(range(sequences)), torch.zeros(sequences, 33)
+        sampler(None, logits)  # what is computed once per vocabulary
+        with Operators() as operators:
+            sampler(None, logits)
+        counts.append(operators.seen)
+    assert counts[0] == counts[1] and counts[0].total() < 40

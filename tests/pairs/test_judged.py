@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.families import build, image
 from trl_vlm.judges import Answer, Request, ScriptedJudge, Verdict
-from trl_vlm.models.generation import Policy, generating
+from trl_vlm.models.generation import Policy, Reply, SampledElsewhere, generating
 from trl_vlm.pairs.corruption import NOT_REWRITTEN, REFUSED, UNCHANGED, Corrupted, rewritten_reply
 from trl_vlm.pairs.judged import Judged, best_and_worst
 from trl_vlm.pairs.samples import SAME_AS_REFERENCE, SelfSamples, sampled_replies
@@ -69,6 +69,18 @@ def test_pairs_hang_on_seed_turn_and_row_alone(policy):
     assert together == judged(ROWS[::-1], policy)[0][::-1]
     assert together != judged(ROWS, policy, round=1)[0]
     assert together != judged(ROWS, policy, seed=4)[0]
+
+
+def test_a_limit_of_memory_splits_the_samples_and_changes_none(policy):
+    sizes = []
+    hook = policy.model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    wanted, _ = judged(ROWS, policy)
+    assert max(sizes) == 6  # two replies to each of three rows
+    sizes.clear()
+    assert judged(ROWS, policy, max_cache_gib=1e-6)[0] == wanted and max(sizes) == 1
+    hook.remove()
 
 
 def test_samples_follow_the_probabilities_of_the_model(policy):
@@ -149,6 +161,40 @@ def test_best_and_worst_agrees_with_its_definition():
             assert max(gaps, default=0) <= 0
         else:
             assert decision[:2] == decided[gaps.index(max(gaps))]
+
+
+@pytest.mark.parametrize("gib", [0, -1.0, float("nan")])
+def test_a_limit_of_memory_is_a_positive_number(gib):
+    for source in (lambda: Judged(LONGER, max_cache_gib=gib), lambda: SelfSamples(max_cache_gib=gib)):
+        with pytest.raises(ValueError, match="`max_cache_gib` is .*; it must be more than 0"):
+            source()
+
+
+class Engine:
+    """Stands in for vLLM: replies with the seed, and keeps what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def replies(self, rows, names, *, seeds, temperature, max_new_tokens):
+        self.asked.append((list(names), list(seeds), temperature, max_new_tokens))
+        return [Reply([], f" {seed} ", seed % 2 == 0) for seed in seeds]
+
+
+def test_samples_may_come_from_an_engine_with_the_seeds_that_the_policy_would_use(policy):
+    engine = Engine()
+    served = SampledElsewhere(*policy, engine)
+    model, processor = served
+    assert (model, processor) == policy
+    drawn = sampled_replies(ROWS, served, replies=2, temperature=0.7, max_new_tokens=9, seed=3, round=1)
+    ((names, seeds, temperature, longest),) = engine.asked
+    assert names == [f"train row {number}" for number in (0, 0, 1, 1, 2, 2)] and (temperature, longest) == (0.7, 9)
+    assert [[reply.text for reply in row] for row in drawn] == [
+        [str(seed) for seed in seeds[start : start + 2]] for start in (0, 2, 4)
+    ]
+    assert len(set(seeds)) == 6
+    sampled_replies(ROWS[1:2], served, replies=2, temperature=0.7, max_new_tokens=9, seed=3, round=1)
+    assert engine.asked[1][1] == seeds[2:4]
 
 
 def test_one_reply_and_greedy_replies_are_refused():

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 import traceback
+from collections import Counter
 from contextlib import nullcontext
 
 import datasets
@@ -21,10 +22,12 @@ from accelerate.state import AcceleratorState
 from tests.families import build, image, saved
 from trl_vlm.cli import main as cli
 from trl_vlm.data.converters import Source
+from trl_vlm.data.errors import RowError
 from trl_vlm.data.io.card import histogram, statistics
 from trl_vlm.data.io.shards import give_one_schema
 from trl_vlm.models.generation import Policy, generating
 from trl_vlm.pairs.samples import SelfSamples
+from trl_vlm.pairs.source import Deferred, finish_pairs
 from trl_vlm.pairs.writer import BAD_ROW, NO_PAIR, PairWriter, features_of
 
 ROWS = 23
@@ -105,6 +108,39 @@ def test_batch_size_blocks_and_form_change_no_row(world, policy, options):
     make(world, policy, output="plain")
     make(world, policy, **{"output": "other", **options})
     assert rows_of(world / options.get("output", "other")) == rows_of(world / "plain")
+
+
+class Leaving:
+    """A source that leaves odd rows for later, and some of them without a pair."""
+
+    def __init__(self):
+        self.dropped, self.finished = Counter(), []
+
+    def begin(self, rows, policy, round=0):
+        if any(row["id"] == 4 for row in rows) and len(rows) > 1:
+            raise RowError("row 4: it is bad beside others")
+        return [Deferred(self._finished, row) if row["id"] % 2 else self.pair(row) for row in rows]
+
+    def __call__(self, rows, policy, round=0):
+        return finish_pairs(self.begin(rows, policy, round), policy)
+
+    def _finished(self, rows, policy):
+        self.finished.append([row["id"] for row in rows])
+        return [self.pair(row) for row in rows]
+
+    def pair(self, row):
+        if row["id"] % 5 == 1:
+            self.dropped["no idea"] += 1
+            return None
+        return {**row, "chosen": row["completion"], "rejected": row["completion"], "pair_source": "leaving"}
+
+
+def test_what_a_source_leaves_for_later_is_finished_over_batches_and_keeps_its_place(world, policy):
+    source = Leaving()
+    report = make(world, policy, source=source, batch_size=3, block_rows=20, skip_bad=True)
+    assert source.finished == [[1, 3, 5], [7, 9, 11], [13, 15, 17], [19], [21]]  # and at the end of each block
+    assert [row["id"] for row in rows_of(world / "out")] == [number for number in range(ROWS) if number % 5 != 1]
+    assert report.dropped == {"no idea": sum(number % 5 == 1 for number in range(ROWS))}
 
 
 def test_json_lines_hold_paths(world, policy):

@@ -50,6 +50,8 @@ def add(command: CommandParser) -> None:
 
 def add_method(name: str, parser: CommandParser) -> None:
     """Adds the options of one method: those of every method, and the fields of its source."""
+    from trl_vlm.pairs.source import PAIR_BATCH_SIZE
+
     source = source_class(name)
     parser.set_defaults(method=name)
     add_input(parser, f"rows: {ROWS}")
@@ -66,7 +68,7 @@ def add_method(name: str, parser: CommandParser) -> None:
     parser.add_argument(
         "--batch-size",
         type=positive,
-        default=8,
+        default=PAIR_BATCH_SIZE,
         help="rows at once on each process; for an endpoint, twice --concurrency (default: %(default)s)",
     )
     parser.add_argument("--block-rows", type=positive, default=256, help="rows between saves (default: %(default)s)")

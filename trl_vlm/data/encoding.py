@@ -122,6 +122,24 @@ def prompt_batches(
         )
 
 
+def prompt_ids(
+    processor: ProcessorMixin, conversation: Conversation, images: Sequence[object], name: str
+) -> list[int]:
+    """The token ids of one prompt, image tokens included, ending with the opening of the assistant's turn.
+
+    Args:
+        processor: The model's processor.
+        conversation: The prompt.
+        images: Its images, loaded.
+        name: What errors call the row.
+
+    Raises:
+        RowError: Images and placeholders do not match.
+    """
+    batch = encode(processor, [conversation], [images], add_generation_prompt=True, names=[name], max_pixels=None)
+    return batch["input_ids"][0].tolist()
+
+
 @dataclass
 class RewardCollator:
     """Turns P preference rows into the 2P sequences that a reward model scores: chosen rows, then rejected rows.

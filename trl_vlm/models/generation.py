@@ -11,7 +11,7 @@ Judges, evaluation, pair sources, the degeneration check of the DPO trainer and 
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,40 @@ class Reply(NamedTuple):
     tokens: list[int]
     text: str
     is_finished: bool
+
+
+class ReplyEngine(Protocol):
+    """What samples replies of a policy in the place of its `generate`: vLLM."""
+
+    def replies(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        names: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        temperature: float,
+        max_new_tokens: int,
+    ) -> list[Reply]:
+        """A plain sample for each row (a row may come several times), each with a seed of its own."""
+        ...
+
+
+class SampledElsewhere(Policy):
+    """A policy whose plain samples come from an engine that holds the same weights.
+
+    Args:
+        model: As in `Policy`, for everything else.
+        processor: As in `Policy`.
+        engine: Draws the samples.
+    """
+
+    engine: ReplyEngine
+
+    def __new__(cls, model: PreTrainedModel, processor: ProcessorMixin, engine: ReplyEngine) -> "SampledElsewhere":
+        """A policy of two fields, as others are."""
+        policy = super().__new__(cls, model, processor)
+        policy.engine = engine
+        return policy
 
 
 class Sampler(Protocol):
@@ -134,7 +168,7 @@ def generated_batches(
                 **({} if sampler is None else {"logits_processor": _chosen_by(sampler, sequences)}),
             )
             new = output[:, batch["input_ids"].size(1) :].tolist()  # (B, tokens)
-            yield [_reply(tokens, config, policy.processor) for tokens in new]
+            yield [reply_of(tokens, config.eos_token_id or [], policy.processor) for tokens in new]
 
 
 def ends_of_reply(
@@ -147,6 +181,14 @@ def ends_of_reply(
     if ends is None:
         return []
     return cast(list[int], list(ends) if isinstance(ends, list | tuple) else [ends])
+
+
+def reply_of(tokens: Sequence[int], ends: Sequence[int], processor: ProcessorMixin | PreTrainedTokenizerBase) -> Reply:
+    """The reply that new tokens are, up to the first of the tokens that end one."""
+    length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    kept = list(tokens[:length])
+    text = cast(str, processor.decode(kept, skip_special_tokens=True))
+    return Reply(kept, text, is_finished=length < len(tokens))
 
 
 @contextmanager
@@ -245,10 +287,3 @@ def _chosen_by(sampler: Sampler, sequences: Sequence[int]) -> LogitsProcessorLis
         return sampler(None, scores, sequences)
 
     return LogitsProcessorList([chosen])
-
-
-def _reply(tokens: list[int], config: GenerationConfig, processor: ProcessorMixin) -> Reply:
-    ends = config.eos_token_id or []
-    length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-    text = processor.decode(tokens[:length], skip_special_tokens=True)
-    return Reply(tokens[:length], text, is_finished=length < len(tokens))

@@ -10,7 +10,14 @@ from trl_vlm.data.rows import Row
 from trl_vlm.judges.judge import Comparison, Judge, Verdict
 from trl_vlm.judges.options import JudgeOptions
 from trl_vlm.models.generation import Reply
-from trl_vlm.pairs.samples import check_sampling, preference_row, sampled_replies
+from trl_vlm.pairs.samples import (
+    CACHE_HELP,
+    MAX_CACHE_GIB,
+    check_cache,
+    check_sampling,
+    preference_row,
+    sampled_replies,
+)
 from trl_vlm.pairs.source import Policy
 
 
@@ -35,6 +42,7 @@ class Judged:
         replies: Replies per row, 2 or more; replies * (replies - 1) / 2 comparisons.
         temperature: Of the samples.
         max_new_tokens: Longest reply.
+        max_cache_gib: Most keys and values at once, in GiB.
         seed: Of the samples.
 
     Attributes:
@@ -46,12 +54,15 @@ class Judged:
 
     name: ClassVar[str] = "judged"
     needs_policy: ClassVar[bool] = True
+    samples_elsewhere: ClassVar[bool] = True
+    not_about_answers: ClassVar[frozenset[str]] = frozenset({"max_cache_gib"})
 
     judge: Judge = field(metadata={"help": "What compares the replies.", "options": JudgeOptions})
     _: KW_ONLY
     replies: int = field(default=2, metadata={"help": "Replies per row, 2 or more."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples, above 0."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest reply, in tokens."})
+    max_cache_gib: float = field(default=MAX_CACHE_GIB, metadata={"help": CACHE_HELP})
     seed: int = field(default=0, metadata={"help": "Seed of the samples."})
     dropped: Counter[str] = field(default_factory=Counter, init=False, repr=False)
 
@@ -64,6 +75,7 @@ class Judged:
                 f"`temperature` is {self.temperature}: every reply would be the same. Use a value above 0."
             )
         check_sampling(self.temperature, self.max_new_tokens)
+        check_cache(self.max_cache_gib)
 
     def __call__(self, rows: Sequence[Row], policy: Policy, round: int = 0) -> list[Row | None]:
         """A preference row per row, or None where the judge did not decide."""
@@ -75,6 +87,7 @@ class Judged:
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
             round=round,
+            max_cache_gib=self.max_cache_gib,
         )
         indices = list(combinations(range(self.replies), 2))
         comparisons = [

@@ -3,11 +3,19 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from trl_vlm.data.errors import RowError
 from trl_vlm.data.rows import ROW_NAME, Row, check_columns, name_of
-from trl_vlm.pairs.source import PairSource, Policy, reference_reply, row_draws
+from trl_vlm.pairs.source import (
+    Deferred,
+    PairSource,
+    Policy,
+    begin_pairs,
+    finish_pairs,
+    reference_reply,
+    row_draws,
+)
 
 
 @dataclass(eq=False)
@@ -67,15 +75,24 @@ class MixedPairs:
         """Why rows gave no pair, as far as the two sources count it."""
         return _dropped(self.first, self.second)
 
+    @property
+    def samples_elsewhere(self) -> bool:
+        """Whether one of the sources can take its samples from an engine."""
+        return _samples_elsewhere(self.first, self.second)
+
     def __call__(self, rows: Sequence[Row], policy: Policy, round: int = 0) -> list[Row | None]:
         """The result for each row, from the source that was drawn for it."""
+        return finish_pairs(self.begin(rows, policy, round), policy)
+
+    def begin(self, rows: Sequence[Row], policy: Policy, round: int = 0) -> list[Row | Deferred | None]:
+        """As a call, with what the sources leave for later."""
         draws = [row_draws(row, index, self.seed, round).random("mixed").random() for index, row in enumerate(rows)]
         rows = _named(rows)
-        pairs: list[Row | None] = [None] * len(rows)
+        pairs: list[Row | Deferred | None] = [None] * len(rows)
         for source, is_first in ((self.first, True), (self.second, False)):
             indices = [index for index, draw in enumerate(draws) if (draw < self.probability) == is_first]
             if indices:
-                pairs_of_source = source([rows[index] for index in indices], policy, round)
+                pairs_of_source = begin_pairs(source, [rows[index] for index in indices], policy, round)
                 for index, pair in zip(indices, pairs_of_source, strict=True):
                     pairs[index] = pair
         return pairs
@@ -106,17 +123,37 @@ class CombinedRejected:
         """Why rows gave no pair, as far as the two sources count it."""
         return _dropped(self.first, self.second)
 
+    @property
+    def samples_elsewhere(self) -> bool:
+        """Whether one of the sources can take its samples from an engine."""
+        return _samples_elsewhere(self.first, self.second)
+
     def __call__(self, rows: Sequence[Row], policy: Policy, round: int = 0) -> list[Row | None]:
         """A preference row per row.
 
         Raises:
             ValueError: The sources chose different replies; the error names the row.
         """
+        return finish_pairs(self.begin(rows, policy, round), policy)
+
+    def begin(self, rows: Sequence[Row], policy: Policy, round: int = 0) -> list[Row | Deferred | None]:
+        """As a call, with rows for later that one of the sources leaves for later."""
         rows = _named(rows)
-        both = zip(self.first(rows, policy, round), self.second(rows, policy, round), strict=True)
+        firsts, seconds = (begin_pairs(source, rows, policy, round) for source in (self.first, self.second))
+        both = [_Both(row[ROW_NAME], *entries) for row, *entries in zip(rows, firsts, seconds, strict=True)]
         return [
-            None if first is None or second is None else self._pair(first, second, row[ROW_NAME])
-            for row, (first, second) in zip(rows, both, strict=True)
+            Deferred(self._finished, each)
+            if isinstance(each.first, Deferred) or isinstance(each.second, Deferred)
+            else self._finished([each], policy)[0]
+            for each in both
+        ]
+
+    def _finished(self, both: Sequence["_Both"], policy: Policy) -> list[Row | None]:
+        firsts = finish_pairs([each.first for each in both], policy)
+        seconds = finish_pairs([each.second for each in both], policy)
+        return [
+            None if first is None or second is None else self._pair(first, second, each.name)
+            for each, first, second in zip(both, firsts, seconds, strict=True)
         ]
 
     def _pair(self, first: Row, second: Row, name: str) -> Row:
@@ -133,6 +170,19 @@ class CombinedRejected:
             if column.startswith("pair_")
         }
         return {**first, **metadata, "rejected_extra": [*(first.get("rejected_extra") or ()), second["rejected"]]}
+
+
+class _Both(NamedTuple):
+    """What two sources gave for the row called `name`."""
+
+    name: str
+    first: Row | Deferred | None
+    second: Row | Deferred | None
+
+
+def _samples_elsewhere(*sources: PairSource) -> bool:
+    """Whether a source can take its samples from an engine; only those that can say so."""
+    return any(getattr(source, "samples_elsewhere", False) for source in sources)
 
 
 def _dropped(*sources: PairSource) -> Counter[str]:

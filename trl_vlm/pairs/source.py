@@ -1,7 +1,7 @@
 """The interface of pair sources: they get rows, and a model that is ready to generate."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from PIL.Image import Image
 
@@ -11,6 +11,9 @@ from trl_vlm.data.messages import message_text
 from trl_vlm.data.rows import IMAGE_COLUMNS, Row, check_columns, check_row, name_of, row_images
 from trl_vlm.models.generation import Policy
 from trl_vlm.pairs.draws import Draws
+
+# Rows that a source gets at once. A decoding step of a 7B model takes a GPU as long for a hundred replies as for one.
+PAIR_BATCH_SIZE = 32
 
 
 class PairSource(Protocol):
@@ -35,6 +38,77 @@ class PairSource(Protocol):
             and columns `pair_*` with plain values that say what happened; `pair_source` is always there.
         """
         ...
+
+
+class Deferred(NamedTuple):
+    """A row whose pair is made later, together with rows of other batches.
+
+    finish: Makes the pairs of rows by their states; a method of the source.
+    state: What it needs to know of this row.
+    """
+
+    finish: Callable[[Sequence[Any], Policy], list[Row | None]]
+    state: Any
+
+
+@runtime_checkable
+class DeferringSource(Protocol):
+    """A pair source that leaves its last and slowest work for later, where rows of many batches do it together.
+
+    A row's pair is the same as from a call of the source.
+    """
+
+    def begin(self, rows: Sequence[Row], policy: Policy, round: int = 0) -> list[Row | Deferred | None]:
+        """As a call of the source, but a row may be `Deferred`."""
+        ...
+
+
+def begin_pairs(
+    source: PairSource, rows: Sequence[Row], policy: Policy, round: int = 0
+) -> list[Row | Deferred | None]:
+    """What a source makes of a batch, with what it leaves for later."""
+    if isinstance(source, DeferringSource):
+        return source.begin(rows, policy, round)
+    return cast(list[Row | Deferred | None], source(rows, policy, round))
+
+
+def finish_pairs(entries: Sequence[Row | Deferred | None], policy: Policy) -> list[Row | None]:
+    """The entries of any number of batches, with pairs in place of what was left for later."""
+    pairs = list(entries)
+    # By what finishes them: methods of one source are equal.
+    waiting: dict[Callable[[Sequence[Any], Policy], list[Row | None]], dict[int, Any]] = {}
+    for place, entry in enumerate(entries):
+        if isinstance(entry, Deferred):
+            waiting.setdefault(entry.finish, {})[place] = entry.state
+    for finish, states in waiting.items():
+        for place, pair in zip(states, finish(list(states.values()), policy), strict=True):
+            pairs[place] = pair
+    return cast(list[Row | None], pairs)
+
+
+def make_pairs(
+    source: PairSource, rows: Sequence[Row], policy: Policy, round: int = 0, *, batch_size: int
+) -> list[Row | None]:
+    """The pairs of any number of rows: a source gets `batch_size` at a time, and finishes what it left over together.
+
+    Raises:
+        ValueError: The source gave another number of entries than it got rows.
+    """
+    pairs: list[Row | None] = []
+    waiting: list[Row | Deferred | None] = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        entries = begin_pairs(source, batch, policy, round)
+        if len(entries) != len(batch):
+            raise ValueError(
+                f"The pair source {source!r} gave {len(entries)} entries for {len(batch)} rows. It must give one per "
+                "row: a preference row, or None where there is no decision."
+            )
+        waiting += entries
+        if sum(isinstance(entry, Deferred) for entry in waiting) >= batch_size:
+            pairs += finish_pairs(waiting, policy)
+            waiting = []
+    return pairs + finish_pairs(waiting, policy)
 
 
 def row_draws(row: Row, index: int, seed: int, round: int) -> Draws:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -24,7 +24,15 @@ from trl_vlm.data.io.source import Source
 from trl_vlm.data.messages import IMAGE_TOKENS
 from trl_vlm.data.rows import IMAGE_COLUMNS, ROW_NAME, Row, row_images
 from trl_vlm.models.image_tokens import image_tokens
-from trl_vlm.pairs.source import PairSource, Policy, check_source_row
+from trl_vlm.pairs.source import (
+    PAIR_BATCH_SIZE,
+    Deferred,
+    PairSource,
+    Policy,
+    begin_pairs,
+    check_source_row,
+    finish_pairs,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +63,9 @@ class PairReport:
 
 
 class Outcome(NamedTuple):
-    """The result for a row: its pair without images, or None and the reason."""
+    """The result for a row: its pair without images, or None and the reason; or that it is made later."""
 
-    pair: Row | None
+    pair: Row | Deferred | None
     reason: str = ""
 
 
@@ -96,7 +104,7 @@ class PairWriter:
     settings: Mapping[str, Any]
     images: str | Path | None = None
     embed_images: bool = False
-    batch_size: int = 8
+    batch_size: int = PAIR_BATCH_SIZE
     block_rows: int = 256
     skip_bad: bool = False
     overwrite: bool = False
@@ -167,7 +175,7 @@ class PairWriter:
         """Makes the pairs of some rows on all processes; the first one saves them."""
         start, state = time.monotonic(), PartialState()
         rows = [Named(f"row {place}", row) for place, row in enumerate(block, start=gap.start)]
-        outcomes = list(self._outcomes(rows[state.process_index :: state.num_processes], bar))
+        outcomes = self._outcomes(rows[state.process_index :: state.num_processes], bar)
         gathered = gather_object([outcomes])  # each process's share, in the order of processes
         if output is not None:
             ordered = [gathered[place % len(gathered)][place // len(gathered)] for place in range(len(rows))]
@@ -175,18 +183,22 @@ class PairWriter:
             rate = len(rows) / (time.monotonic() - start)
             logger.info("%d rows, %d pairs, %.2f rows/s", output.progress.records, output.progress.rows, rate)
 
-    def _outcomes(self, named: Sequence[Named], bar: tqdm) -> Iterator[Outcome]:
-        """What the source makes of this process's rows."""
+    def _outcomes(self, named: Sequence[Named], bar: tqdm) -> list[Outcome]:
+        """What the source makes of this process's rows; what it leaves for later is finished over several batches."""
+        outcomes: list[Outcome] = []
         for batch in blocks_of(named, self.batch_size):
-            yield from self._attempt(batch)
+            outcomes += self._attempt(batch)
             bar.update(len(batch))
+            if sum(isinstance(outcome.pair, Deferred) for outcome in outcomes) >= self.batch_size:
+                self._finish_deferred(outcomes)
+        self._finish_deferred(outcomes)
+        return outcomes
 
     def _attempt(self, named: Sequence[Named]) -> list[Outcome]:
-        # getattr: sources that never give None have no such counter.
-        before = Counter(getattr(self.source, "dropped", ()))
         try:
             rows = [self._loaded(name, row) for name, row in named]
-            made = self.source(rows, cast(Policy, self.policy))  # None for sources that ask no model
+            # None for sources that ask no model
+            return self._counted(lambda: begin_pairs(self.source, rows, cast(Policy, self.policy)))
         except RowError as error:
             if not self.skip_bad:
                 raise
@@ -194,10 +206,28 @@ class PairWriter:
                 logger.warning("Left out: %s", error)
                 return [Outcome(None, BAD_ROW)]
             return [outcome for each in named for outcome in self._attempt([each])]
+
+    def _finish_deferred(self, outcomes: list[Outcome]) -> None:
+        """Puts the outcomes of rows that waited into the list."""
+        waiting = {place: outcome.pair for place, outcome in enumerate(outcomes) if isinstance(outcome.pair, Deferred)}
+        made = self._counted(lambda: finish_pairs(list(waiting.values()), cast(Policy, self.policy)))
+        for place, outcome in zip(waiting, made, strict=True):
+            outcomes[place] = outcome
+
+    def _counted(self, make: Callable[[], Sequence[Row | Deferred | None]]) -> list[Outcome]:
+        """What the source makes, with its reasons for rows without a pair."""
+        # getattr: sources that never give None have no such counter.
+        before = Counter(getattr(self.source, "dropped", ()))
+        made = make()
         reasons = list((Counter(getattr(self.source, "dropped", ())) - before).elements())
-        reasons += [NO_PAIR] * (made.count(None) - len(reasons))
+        reasons += [NO_PAIR] * (sum(entry is None for entry in made) - len(reasons))
         left = iter(reasons)
-        return [Outcome(None, next(left)) if row is None else Outcome(_without_images(row)) for row in made]
+        return [
+            Outcome(None, next(left))
+            if entry is None
+            else Outcome(entry if isinstance(entry, Deferred) else _without_images(entry))
+            for entry in made
+        ]
 
     def _loaded(self, name: str, row: Row) -> dict[str, Any]:
         """The row as sources get it, once it is seen to be good: with its name, and its images where they are."""
@@ -216,6 +246,7 @@ class PairWriter:
         pairs: list[dict[str, Any]] = []
         dropped: Counter[str] = Counter()
         for (name, row), (pair, reason) in zip(rows, outcomes, strict=True):
+            assert not isinstance(pair, Deferred)  # all are finished
             if pair is None:
                 dropped[reason] += 1
             else:

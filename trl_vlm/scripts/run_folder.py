@@ -34,8 +34,9 @@ MACHINE = {"local_rank", "accelerator_config", "parallelism_config", "dataset_nu
 EVALUATION = {"per_device_eval_batch_size", "eval_dataset_name", "dataset_test_split", "prediction_loss_only"}
 OTHERS = {"do_train", "do_eval", "do_predict", "skip_memory_metrics", "batch_eval_metrics", "ignore_data_skip"}
 ENCODER = {"encoder_device", "encoder_batch_size"}
+PAIRS = {"pair_batch_size", "max_cache_gib"}
 # The settings hold the fields of a model's options directly.
-FREE = {"model_init_kwargs"} | PLACES | LAYOUT | MEMORY | MACHINE | EVALUATION | OTHERS | ENCODER
+FREE = {"model_init_kwargs"} | PLACES | LAYOUT | MEMORY | MACHINE | EVALUATION | OTHERS | ENCODER | PAIRS
 FREE |= ChatOptions.not_about_answers
 REPORTS = (
     "logging_",

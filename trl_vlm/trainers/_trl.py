@@ -99,6 +99,8 @@ for _method in ("_prepare_dataset", "_set_signature_columns_if_needed"):
 
 # vLLM gets the policy's weights through this method, which PPO wraps so that vLLM never sees the critic's.
 require("trl.generation.vllm_generation", "VLLMGeneration.sync_weights")
+# Says where the images of a prompt are, for requests to a vLLM server; pairs are sampled by requests of their own.
+require("trl.generation.vllm_generation", "VLLMGeneration._place_features")
 
 # What TRL's constructors leave on a trainer, and we read or set: no import can show that one is gone.
 ATTRIBUTES = {

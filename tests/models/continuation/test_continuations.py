@@ -249,6 +249,41 @@ def test_a_job_is_the_same_alone_and_among_others():
     assert together == continuations.run(hidden, JOBS, max_new_tokens=STEPS)
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "paligemma"])
+def test_a_limit_of_memory_splits_jobs_and_changes_no_token(family):
+    model, rows = setup(family)
+    hidden = hidden_of(model, rows, 0.5)
+    continuations = Continuations(model, rows, REPLIES)
+    options = {"max_new_tokens": STEPS, "stop": lambda job, tokens: len(tokens) == job + 2}
+    wanted = continuations.run(hidden, JOBS, sampler=GumbelSampler(range(5)), **options)
+    shapes = layer_inputs(model)
+    for most, at_once in ((1, 1), (None, 5)):
+        shapes.clear()
+        sampler = GumbelSampler(range(5))
+        assert continuations.run(hidden, JOBS, sampler=sampler, max_cache_bytes=most, **options) == wanted
+        assert max(count for count, length in shapes if length == 1) == at_once
+
+
+def test_a_limit_of_memory_holds_for_the_keys_and_values_of_rows_and_jobs_together():
+    model, rows = setup("llava")
+    hidden = hidden_of(model, rows, 0.5)
+    jobs = [Continuation(number % 2, 1 + number % 4) for number in range(12)]
+    continuations, text = Continuations(model, rows, REPLIES), model.config.text_config
+    token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
+    shapes = layer_inputs(model)
+    limits = [token * tokens for tokens in (100, 300, 600)]
+    at_once = []
+    for limit in limits:
+        shapes.clear()
+        continuations.run(hidden, jobs, max_new_tokens=STEPS, max_cache_bytes=limit)
+        prefills = [shape for shape in shapes if shape[1] > 1]
+        steps = [count for count, length in shapes if length == 1]
+        at_once.append(max(steps))
+        held = [count * (width + STEPS + 1) for count in steps for _, width in prefills[:1]]
+        assert max(held) * token <= limit or max(steps) == 1
+    assert at_once == sorted(at_once) and at_once[0] < at_once[-1] <= 12
+
+
 def test_sampled_jobs_are_those_of_generate_with_the_same_noise():
     model, rows = setup("llava", sharp=4)
     hidden = hidden_of(model, rows, 0.5)

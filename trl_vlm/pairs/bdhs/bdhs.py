@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from os import PathLike
 from typing import Any, ClassVar, NamedTuple, cast
@@ -18,14 +18,23 @@ from trl_vlm.data.rows import Row, name_of
 from trl_vlm.models.continuation.continuations import Continuation, Continuations
 from trl_vlm.models.image_tokens import image_token_mask
 from trl_vlm.models.masked_images import draw_hidden
+from trl_vlm.models.memory import GIB
 from trl_vlm.models.sampling import GumbelSampler
 from trl_vlm.pairs.bdhs.guided import cut_sentences, joined
 from trl_vlm.pairs.bdhs.similarity import DEFAULT_ENCODER, SentenceEncoder, Similarity
 from trl_vlm.pairs.draws import Draws
 from trl_vlm.pairs.noise import Overflow, check_noise, distorted_images
 from trl_vlm.pairs.reply_tokens import ReplyTokens, added_text
-from trl_vlm.pairs.samples import EMPTY_SAMPLE, SAME_AS_REFERENCE, check_sampling, preference_row
-from trl_vlm.pairs.source import Policy, images_of, reference_reply, row_draws
+from trl_vlm.pairs.samples import (
+    CACHE_HELP,
+    EMPTY_SAMPLE,
+    MAX_CACHE_GIB,
+    SAME_AS_REFERENCE,
+    check_cache,
+    check_sampling,
+    preference_row,
+)
+from trl_vlm.pairs.source import Deferred, Policy, images_of, reference_reply, row_draws
 
 
 @dataclass(eq=False)
@@ -59,6 +68,7 @@ class BDHS:
         max_new_tokens: Longest unguided reply, in tokens.
         max_sentence_tokens: Longest continuation of a sentence, in tokens.
         noise_overflow: How colors out of range are treated, "wrap" or "clip"; see `distorted`.
+        max_cache_gib: Most keys and values at once, in GiB; sentences that need more are completed in turns.
         max_image_pixels: Largest image, width times height.
         seed: Of all draws. The same seed gives the same pairs, whatever the batches and processes.
 
@@ -74,6 +84,7 @@ class BDHS:
 
     name: ClassVar[str] = "bdhs"
     needs_policy: ClassVar[bool] = True
+    not_about_answers: ClassVar[frozenset[str]] = frozenset({"max_cache_gib"})
 
     similarity: str | PathLike | Similarity = field(
         default=DEFAULT_ENCODER,
@@ -99,6 +110,7 @@ class BDHS:
     noise_overflow: Overflow = field(
         default="wrap", metadata={"help": "How colors that the noise takes out of range are treated."}
     )
+    max_cache_gib: float = field(default=MAX_CACHE_GIB, metadata={"help": CACHE_HELP})
     max_image_pixels: int | None = field(
         default=MAX_IMAGE_PIXELS, metadata={"help": "Largest image, width times height."}
     )
@@ -110,6 +122,7 @@ class BDHS:
         check_sampling(self.temperature, self.max_new_tokens)
         _check_ranges(self.threshold, self.mask_ratio, self.iterations, self.max_sentence_tokens)
         check_noise(self.noise_steps or 0, overflow=self.noise_overflow)
+        check_cache(self.max_cache_gib)
         if isinstance(self.similarity, str | PathLike):
             self.similarity = SentenceEncoder(self.similarity)
 
@@ -120,24 +133,62 @@ class BDHS:
         Raises:
             ValueError: A row has no image, no prompt or no reference reply; the error names it.
         """
+        references, scene, pairs = self._begun(rows, policy, round)
+        waiting = [index for index in range(len(rows)) if index not in pairs]
+        if waiting:
+            if scene is None or self.noise_steps:
+                scene = self._scene(references, policy, self.iterations)
+            pairs |= self._iteration(scene, waiting, self.iterations)
+        return [pairs[index] for index in range(len(rows))]
+
+    @torch.no_grad()
+    def begin(self, rows: Sequence[Row], policy: Policy, round: int = 0) -> list[Row | Deferred | None]:
+        """As a call, but rows that no guided iteration settled wait for those of other batches.
+
+        Their last iteration writes whole replies, in as many steps for few rows as for many.
+        """
+        references, _, pairs = self._begun(rows, policy, round)
+        return [
+            pairs[index] if index in pairs else Deferred(self._finished, reference)
+            for index, reference in enumerate(references)
+        ]
+
+    @torch.no_grad()
+    def _finished(self, references: Sequence["_Reference"], policy: Policy) -> list[Row | None]:
+        """The pairs of the last iteration, of rows of any batches."""
+        scene = self._scene(references, policy, self.iterations)
+        pairs = self._iteration(scene, list(range(len(references))), self.iterations)
+        return [pairs[index] for index in range(len(references))]
+
+    def _begun(
+        self, rows: Sequence[Row], policy: Policy, round: int
+    ) -> "tuple[list[_Reference], _Scene | None, dict[int, Row | None]]":
+        """All iterations but the last of several, which is unguided: the rows, their scene, and the pairs so far."""
         references = [self._reference(row, index, policy, round) for index, row in enumerate(rows)]
-        pairs: list[Row | None] = [None] * len(rows)
-        active = list(range(len(rows)))
+        pairs: dict[int, Row | None] = {}
         scene = None
-        iterations = self.iterations if self.guided else 1
-        for iteration in range(1, iterations + 1):
+        for iteration in range(1, max(2, self.iterations) if self.guided else 2):
+            active = [index for index in range(len(rows)) if index not in pairs]
             if not active:
                 break
             if scene is None or self.noise_steps:  # with noise, each iteration sees other images
-                images = [self._visible_images(reference, iteration) for reference in references]
-                scene = _Scene.of(policy, references, images)
-            is_last = iteration == iterations
-            attempts = self._attempts(scene, active, iteration, self.guided and (iterations == 1 or not is_last))
-            for index, attempt in attempts.items():
-                if is_last or (attempt.is_new and attempt.similarity < self.threshold):
-                    pairs[index] = self._pair(rows[index], references[index].tokens.text, attempt)
-                    active.remove(index)
-        return pairs
+                scene = self._scene(references, policy, iteration)
+            pairs |= self._iteration(scene, active, iteration)
+        return references, scene, pairs
+
+    def _iteration(self, scene: "_Scene", active: Sequence[int], iteration: int) -> "dict[int, Row | None]":
+        """The pairs of those active rows whose attempt is taken; the last iteration takes all."""
+        last = self.iterations if self.guided else 1
+        is_guided = self.guided and (last == 1 or iteration < last)
+        return {
+            index: self._pair(scene.references[index], attempt)
+            for index, attempt in self._attempts(scene, active, iteration, is_guided).items()
+            if iteration == last or (attempt.is_new and attempt.similarity < self.threshold)
+        }
+
+    def _scene(self, references: Sequence["_Reference"], policy: Policy, iteration: int) -> "_Scene":
+        images = [self._visible_images(reference, iteration) for reference in references]
+        return _Scene.of(policy, references, images)
 
     def _reference(self, row: Row, index: int, policy: Policy, round: int) -> "_Reference":
         name = name_of(row, index)
@@ -148,7 +199,7 @@ class BDHS:
                 "their pairs from another source."
             )
         tokens = ReplyTokens.of(policy.processor, reference_reply(row, name).strip())
-        return _Reference(name, row["prompt"], images, tokens, row_draws(row, index, self.seed, round))
+        return _Reference(row, name, images, tokens, row_draws(row, index, self.seed, round))
 
     def _visible_images(self, reference: "_Reference", iteration: int) -> list[Image]:
         """The images of a row in one iteration, with new noise if there is noise."""
@@ -210,6 +261,7 @@ class BDHS:
             max_new_tokens=self.max_sentence_tokens,
             stop=lambda number, new: sentences[number].is_over(tokenizer, new),
             sampler=GumbelSampler([sentence.seed for sentence in sentences], self.temperature),
+            max_cache_bytes=self.max_cache_gib * GIB,
         )
         replies = []
         for index in active:
@@ -230,6 +282,7 @@ class BDHS:
             sampler=GumbelSampler(
                 [reference.draws.seed_of("tokens", iteration) for reference in references], self.temperature
             ),
+            max_cache_bytes=self.max_cache_gib * GIB,
         )
         tokenizer = scene.policy.processor.tokenizer
         return [
@@ -254,18 +307,19 @@ class BDHS:
                 )
         return [float(value) for value in values]
 
-    def _pair(self, row: Row, reference: str, attempt: "_Attempt") -> Row | None:
+    def _pair(self, reference: "_Reference", attempt: "_Attempt") -> Row | None:
         if not attempt.is_new:
             self.dropped[SAME_AS_REFERENCE if attempt.text else EMPTY_SAMPLE] += 1
             return None
-        return preference_row(row, reference, attempt.text, source=self.name, **attempt.metadata)
+        text = reference.tokens.text
+        return preference_row(reference.row, text, attempt.text, source=self.name, **attempt.metadata)
 
 
 class _Reference(NamedTuple):
-    """A row: its name, prompt and images, the reply to be corrupted, its random draws."""
+    """A row: its name and images, the reply to be corrupted, its random draws."""
 
+    row: Row
     name: str
-    prompt: Sequence[Mapping[str, Any]]
     images: list[Image]
     tokens: ReplyTokens
     draws: Draws
@@ -275,15 +329,15 @@ class _Scene(NamedTuple):
     """All rows as a batch: `input_ids` (B, T), and what continues their replies."""
 
     policy: Policy
-    references: list[_Reference]
+    references: Sequence[_Reference]
     input_ids: Tensor
     continuations: Continuations
 
     @classmethod
-    def of(cls, policy: Policy, references: list[_Reference], images: Sequence[Sequence[Image]]) -> "_Scene":
+    def of(cls, policy: Policy, references: Sequence[_Reference], images: Sequence[Sequence[Image]]) -> "_Scene":
         batch = encode(
             policy.processor,
-            [reference.prompt for reference in references],
+            [reference.row["prompt"] for reference in references],
             images,
             add_generation_prompt=True,
             names=[reference.name for reference in references],

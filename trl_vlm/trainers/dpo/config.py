@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 import trl
 
 from trl_vlm.pairs.noise import Overflow, check_noise
+from trl_vlm.pairs.source import PAIR_BATCH_SIZE
 from trl_vlm.trainers.checks import refuse
+from trl_vlm.trainers.dpo.vllm import VLLMOptions
 from trl_vlm.trainers.options import PartOptions
 
 
@@ -30,7 +32,7 @@ LENGTH_NORMALIZED = {"ipo", "sigmoid_norm"}
 
 
 @dataclass
-class DPOConfig(PartOptions, trl.DPOConfig):
+class DPOConfig(PartOptions, VLLMOptions, trl.DPOConfig):
     """TRL's `DPOConfig`, and options for images, Dense DPO and several rejected replies.
 
     Dense DPO is on with `dense_preset`, or with `dense_gamma` and `dense_reduction`. Its reference is RLHF-V,
@@ -127,6 +129,15 @@ class DPOConfig(PartOptions, trl.DPOConfig):
         },
     )
 
+    # Pairs that the policy makes
+    pair_batch_size: int = field(
+        default=PAIR_BATCH_SIZE,
+        metadata={
+            "help": "Rows that `pair_source` gets at once, of the rows of an optimizer step on one process. Pairs do "
+            "not depend on it, but for rounding."
+        },
+    )
+
     # Data and degeneration
     bad_pairs: str = field(
         default="error",
@@ -201,6 +212,8 @@ class DPOConfig(PartOptions, trl.DPOConfig):
             raise ValueError(f"`rejected_weight` is {self.rejected_weight}; it must lie between 0 and 1.")
         if self.degeneration_steps is not None and self.degeneration_steps < 1:
             raise ValueError(f"`degeneration_steps` is {self.degeneration_steps}; set 1 or more, or leave it out.")
+        if self.pair_batch_size < 1:
+            raise ValueError(f"`pair_batch_size` is {self.pair_batch_size}; a source gets 1 row or more at once.")
         if self.bad_pairs not in ("error", "skip"):
             raise ValueError(f"`bad_pairs` is {self.bad_pairs!r}; it must be 'error' or 'skip'.")
 

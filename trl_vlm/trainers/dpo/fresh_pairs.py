@@ -1,10 +1,11 @@
-"""Fresh pairs for every batch: a source makes them with the current policy, and TRL's collator makes the batch."""
+"""Fresh pairs for every step: a source makes them with the current policy, and TRL's collator makes the batches."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Protocol, overload
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, overload
 
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
@@ -13,8 +14,8 @@ from transformers import DataCollator, ProcessorMixin, Trainer
 
 from trl_vlm.data.named_rows import has_images, undecoded
 from trl_vlm.data.rows import IMAGE_COLUMNS, PAIR_COLUMNS, ROW_NAME, Row
-from trl_vlm.models.generation import Policy, generating
-from trl_vlm.pairs.source import PairSource
+from trl_vlm.models.generation import Policy, SampledElsewhere, generating
+from trl_vlm.pairs.source import PairSource, make_pairs
 from trl_vlm.trainers import _trl
 from trl_vlm.trainers.checks import refuse
 from trl_vlm.trainers.dpo.collator import PreferenceBatch
@@ -24,6 +25,7 @@ from trl_vlm.trainers.types import EvaluationRows, Model, Processor, Rows, base_
 
 if TYPE_CHECKING:
     from trl_vlm.trainers.dpo.trainer import DPOTrainer
+    from trl_vlm.trainers.dpo.vllm import VLLMReplies
 
 # Set in a batch without pairs: its loss is multiplied by zero.
 WEIGHTLESS: Final = "weightless"
@@ -67,6 +69,15 @@ def current_policy(trainer: Trainer) -> Iterator[Policy]:
 
 
 @contextmanager
+def sampling_policy(trainer: Trainer, engine: "VLLMReplies | None" = None) -> Iterator[Policy]:
+    """As `current_policy`, with an engine for plain samples if there is one; it gets the weights first."""
+    if engine is not None:
+        engine.sync(trainer.state.global_step)
+    with current_policy(trainer) as policy:
+        yield policy if engine is None else SampledElsewhere(*policy, engine)
+
+
+@contextmanager
 def _unsynchronised(model: Any) -> Iterator[None]:
     """Lets `generate` run on one process alone: under ZeRO-3 and FSDP it would wait for the others to generate, too.
 
@@ -93,20 +104,24 @@ def without_replies(row: Row) -> dict[str, Any]:
     return kept | {"chosen": NO_REPLY, "rejected": NO_REPLY}
 
 
-def made_pairs(source: PairSource, rows: Sequence[Row], policy: Policy, round: int) -> list[Row | None]:
+def made_pairs(
+    source: PairSource, rows: Sequence[Row], policy: Policy, round: int, batch_size: int
+) -> list[Row | None]:
     """The pairs that a source makes of rows, with only the columns that are trained on or logged.
 
     Spans of changed characters are dropped with the replies that they describe.
 
+    Args:
+        source: Makes the pairs.
+        rows: Any number of rows.
+        policy: As for the source.
+        round: As for the source.
+        batch_size: Rows that the source gets at once.
+
     Raises:
         ValueError: An entry is missing, or is no pair.
     """
-    made = source(rows, policy, round)
-    if len(made) != len(rows):
-        raise ValueError(
-            f"The pair source {source!r} gave {len(made)} entries for {len(rows)} rows. It must give one per row: a "
-            "preference row, or None where there is no decision."
-        )
+    made = make_pairs(source, rows, policy, round, batch_size=batch_size)
     return [None if pair is None else _trimmed(pair, row, source) for pair, row in zip(made, rows, strict=True)]
 
 
@@ -210,12 +225,35 @@ def checked_rows(dataset: Any, name: str, processor: Processor) -> Any:
     return dataset.map(lambda _: {"images": []})
 
 
-class FreshPairs:
-    """Turns the rows of a micro-batch into a batch of pairs, which a source makes with the current policy.
+class MicroBatch(NamedTuple):
+    """The rows of a micro-batch.
 
-    Every process keeps the same number of pairs, the minimum over all processes, since each averages over its own:
-    otherwise pairs would weigh more on one process than on another. If one has none, all run a weightless batch, so
-    that gradients are exchanged as in any other step.
+    step: Those of all micro-batches of its optimizer step, on this process.
+    place: Which of them it is.
+    """
+
+    step: Sequence[Sequence[Row]]
+    place: int
+
+
+class _Made(NamedTuple):
+    """What became of a micro-batch: the pairs that it trains on, or one of its rows if there is none."""
+
+    pairs: Sequence[Row]
+    extra: int
+    row: Row
+
+
+class FreshPairs:
+    """Turns the rows of an optimizer step into batches of pairs, which a source makes with the current policy.
+
+    All pairs of a step are made before its first micro-batch: the policy does not change in between, and a GPU that
+    generates is as fast for many rows as for few. The round of the source is the number of the step, so that a row's
+    pair depends neither on the size of micro-batches nor on the number of processes.
+
+    Every process keeps the same number of pairs in a micro-batch, the minimum over all processes, since each averages
+    over its own: otherwise pairs would weigh more on one process than on another. If one has none, all run a
+    weightless batch, so that gradients are exchanged as in any other step.
 
     Logged: `pairs/undecided`, the share of rows for which the source had no decision; `pairs/left_out`, the share
     whose pair was left out because another process had fewer; `pairs/none`, the share of micro-batches without any
@@ -225,29 +263,36 @@ class FreshPairs:
         trainer: Of the policy.
         source: Makes the pairs.
         make_collator: Returns a collator for a given number of further rejected replies per row.
+        engine: Draws plain samples for the source; None: the policy does.
     """
 
-    def __init__(self, trainer: "DPOTrainer", source: PairSource, make_collator: Callable[[int], Collator]):
+    def __init__(
+        self,
+        trainer: "DPOTrainer",
+        source: PairSource,
+        make_collator: Callable[[int], Collator],
+        engine: "VLLMReplies | None" = None,
+    ):
         refuse_virtual_tokens(trainer.model)
-        self.trainer, self.source, self.make_collator = trainer, source, make_collator
+        self.trainer, self.source, self.make_collator, self.engine = trainer, source, make_collator, engine
         self.collators: dict[int, Collator] = {}
-        self._step, self._micro_batch = -1, 0
+        self._step: Sequence[Sequence[Row]] = ()
+        self._made: list[_Made] = []
 
     def batch(self, rows: Sequence[Row]) -> PreferenceBatch:
-        """The batch of pairs for `rows`."""
-        pairs = self._pairs(rows)
-        decided = [pair for pair in pairs if pair is not None]
-        extras = sorted({len(pair.get("rejected_extra") or ()) for pair in decided})
-        counts = {"pairs": len(decided), "rows": len(rows), "extras": extras, "statistics": pair_statistics(decided)}
-        everywhere = gather_object([counts])
-        kept = min(process["pairs"] for process in everywhere)
-        self._log(everywhere, kept)
-        extra = self._extra(everywhere)
-        if kept == 0:
-            batch = self.collated([without_replies(rows[0])])
+        """The batch of pairs for rows that are a step by themselves, or that are evaluated."""
+        return self.micro_batch(MicroBatch([rows], 0))
+
+    def micro_batch(self, micro_batch: MicroBatch) -> PreferenceBatch:
+        """The batch of pairs for the rows of a micro-batch."""
+        if micro_batch.step is not self._step:
+            self._made, self._step = self._of_step(micro_batch.step), micro_batch.step
+        pairs, extra, row = self._made[micro_batch.place]
+        if not pairs:
+            batch = self.collated([without_replies(row)])
             batch[WEIGHTLESS] = True
             return batch
-        return self.collated(decided[:kept], extra)
+        return self.collated(pairs, extra)
 
     def collated(self, pairs: Sequence[Row], extra: int = 0) -> PreferenceBatch:
         """The batch of these pairs, with `extra` further rejected replies each."""
@@ -257,20 +302,32 @@ class FreshPairs:
             [{name: pair[name] for name in COLLATED_COLUMNS if name in pair} for pair in pairs]
         )
 
+    def _of_step(self, step: Sequence[Sequence[Row]]) -> list[_Made]:
+        """The pairs of all micro-batches of a step; all processes make theirs together."""
+        made = self._pairs([row for rows in step for row in rows])
+        stops = list(accumulate(map(len, step)))
+        decided = [
+            [pair for pair in made[stop - len(rows) : stop] if pair is not None]
+            for rows, stop in zip(step, stops, strict=True)
+        ]
+        pairs = [pair for part in decided for pair in part]
+        extras = sorted({len(pair.get("rejected_extra") or ()) for pair in pairs})
+        counts = {"pairs": list(map(len, decided)), "rows": len(made), "extras": extras}
+        everywhere = gather_object([counts | {"statistics": pair_statistics(pairs)}])
+        kept = [min(counts) for counts in zip(*(process["pairs"] for process in everywhere), strict=True)]
+        self._log(everywhere, kept)
+        extra = self._extra(everywhere)
+        return [_Made(part[:count], extra, rows[0]) for part, count, rows in zip(decided, kept, step, strict=True)]
+
     def _pairs(self, rows: Sequence[Row]) -> list[Row | None]:
         """The source's pairs while training; while evaluating, the rows' own, where all processes' rows have them."""
         is_training = self.trainer.model.training
         if not is_training and all(gather_object([all(map(has_pair, rows))])):
             return list(rows)
-        with current_policy(self.trainer) as policy:
-            return made_pairs(self.source, rows, policy, self._round() if is_training else 0)
-
-    def _round(self) -> int:
-        """The number of the micro-batch since the beginning of training, unchanged by resuming."""
-        step = self.trainer.state.global_step
-        self._micro_batch = self._micro_batch + 1 if step == self._step else 0
-        self._step = step
-        return step * self.trainer.args.gradient_accumulation_steps + self._micro_batch
+        # The number of the step is that of a resumed run, too.
+        round = self.trainer.state.global_step if is_training else 0
+        with sampling_policy(self.trainer, self.engine) as policy:
+            return made_pairs(self.source, rows, policy, round, self.trainer.args.pair_batch_size)
 
     @staticmethod
     def _extra(everywhere: Sequence[dict[str, Any]]) -> int:
@@ -282,13 +339,13 @@ class FreshPairs:
             )
         return numbers[0] if numbers else 0
 
-    def _log(self, everywhere: Sequence[dict[str, Any]], kept: int) -> None:
+    def _log(self, everywhere: Sequence[dict[str, Any]], kept: Sequence[int]) -> None:
         rows = sum(process["rows"] for process in everywhere)
-        pairs = sum(process["pairs"] for process in everywhere)
+        pairs = sum(sum(process["pairs"]) for process in everywhere)
         measured = {
             "pairs/undecided": 1 - pairs / rows,
-            "pairs/left_out": (pairs - kept * len(everywhere)) / rows,
-            "pairs/none": float(kept == 0),
+            "pairs/left_out": (pairs - sum(kept) * len(everywhere)) / rows,
+            "pairs/none": kept.count(0) / len(kept),
             **total_statistics([process["statistics"] for process in everywhere]),
         }
         metrics = self.trainer._metrics["train" if self.trainer.model.training else "eval"]

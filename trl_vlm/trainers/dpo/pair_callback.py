@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trl_vlm.data.named_rows import NamedRows, check_rows, named_rows
 from trl_vlm.data.rows import PAIR_COLUMNS, Row
-from trl_vlm.pairs.source import PairSource
+from trl_vlm.pairs.source import PAIR_BATCH_SIZE, PairSource
 from trl_vlm.trainers.dpo.fresh_pairs import (
     COLLATED_COLUMNS,
     current_policy,
@@ -84,7 +84,7 @@ class PairSourceCallback(TrainerCallback):
         trainer: Whose training rows are refreshed; add the callback to it.
         every_steps: Refresh before the first step and after every `every_steps` steps; None: at the beginning of each
             epoch.
-        batch_size: Rows per call of the source; None: `per_device_train_batch_size`.
+        batch_size: Rows that the source gets at once.
 
     Raises:
         TypeError, ValueError: The trainer, its rows or its data loader cannot be refreshed.
@@ -100,8 +100,10 @@ class PairSourceCallback(TrainerCallback):
         trainer: trl.DPOTrainer,
         *,
         every_steps: int | None = None,
-        batch_size: int | None = None,
+        batch_size: int = PAIR_BATCH_SIZE,
     ):
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size}; a source gets 1 row or more at once.")
         if every_steps is not None and every_steps < 1:
             raise ValueError(f"`every_steps` is {every_steps}; use 1 or more, or None for each epoch.")
         dataset = _refreshable_rows(trainer, every_steps)
@@ -112,7 +114,7 @@ class PairSourceCallback(TrainerCallback):
         self.rows = rows
         check_rows(self.rows.selected(), "ppo", name="train")
         self.source, self.trainer, self.every_steps = source, trainer, every_steps
-        self.batch_size = batch_size or trainer.args.per_device_train_batch_size
+        self.batch_size = batch_size
         self.extra = extra_replies(self.rows.selected())
         self.has_own = {"chosen", "rejected"} <= set(dataset.column_names)
         self.refreshed = RefreshedRows(dataset)
@@ -144,12 +146,10 @@ class PairSourceCallback(TrainerCallback):
     def _refresh(self, round: int) -> None:
         start, accelerator = time.perf_counter(), self.trainer.accelerator
         own_numbers = range(accelerator.process_index, len(self.rows), accelerator.num_processes)
-        made: list[tuple[int, Row | None]] = []
+        own_rows = [self.rows[number] for number in own_numbers]
         with current_policy(self.trainer) as policy:
-            for first in range(0, len(own_numbers), self.batch_size):
-                numbers = own_numbers[first : first + self.batch_size]
-                pairs = made_pairs(self.source, [self.rows[number] for number in numbers], policy, round)
-                made += zip(numbers, map(self._trimmed, numbers, pairs), strict=True)
+            pairs = made_pairs(self.source, own_rows, policy, round, self.batch_size)
+        made = list(zip(own_numbers, map(self._trimmed, own_numbers, pairs), strict=True))
         decided = {number: pair for number, pair in gather_object(made) if pair is not None}
         statistics = total_statistics([pair_statistics(list(decided.values()))])
         pairs = {n: {name: pair[name] for name in PAIR_COLUMNS if name in pair} for n, pair in decided.items()}

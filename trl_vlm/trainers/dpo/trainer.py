@@ -36,10 +36,12 @@ from trl_vlm.trainers.dpo.collator import CHANGED, NUM_REPLIES, REFERENCE, Prefe
 from trl_vlm.trainers.dpo.config import DPOConfig
 from trl_vlm.trainers.dpo.degeneration import DegenerationWatch
 from trl_vlm.trainers.dpo.distortion import DISTORTED, DistortedReplies, DistortingCollator
-from trl_vlm.trainers.dpo.fresh_pairs import WEIGHTLESS, FreshPairs, has_pair, without_replies
+from trl_vlm.trainers.dpo.fresh_pairs import WEIGHTLESS, FreshPairs
 from trl_vlm.trainers.dpo.log_probs import attach, sequences
 from trl_vlm.trainers.dpo.pair_loss import NO_REFERENCE, PairLoss, check_pair_loss, mean_pair_loss
+from trl_vlm.trainers.dpo.paired import PairedTrainer
 from trl_vlm.trainers.dpo.reference_cache import filled_for
+from trl_vlm.trainers.dpo.vllm import VLLMReplies, check_vllm
 from trl_vlm.trainers.ppo.rollout_rows import rollout_rows
 from trl_vlm.trainers.preparation import PreparedTrainer, complete_arguments, complete_processor, prepare_model
 from trl_vlm.trainers.types import EvaluationRows, Model, Optimizers, Processor, Rows, base_model, gathered, unwrapped
@@ -50,7 +52,7 @@ logger = logging.getLogger(__name__)
 NOT_FOR_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 
-class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
+class DPOTrainer(PreparedTrainer, PairedTrainer, trl.DPOTrainer):
     """A drop-in for `trl.DPOTrainer`; `DPOConfig` lists what it adds.
 
     With none of our options set, it gives TRL's losses and metrics, in less time on a vision-language model, because
@@ -116,6 +118,7 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
         else:
             train_dataset, eval_dataset = fresh_pairs.checked_data(*datasets, args, processor, data_collator)
         check_pair_loss(pair_loss, args, ref_model)
+        check_vllm(args, pair_source)
         self._num_extra_rejected = pairs_data.extra_replies(train_dataset)
         self._pairs_without_change = 0
         self.pair_loss, self._is_reference_free = pair_loss, args.reference_free
@@ -149,9 +152,9 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
             prepare_model(self._base_model, args)
         self._shares = self._set_up_forwards()
         make_collator = functools.partial(self._preference_collator, self.data_collator)
-        self._pair_maker: FreshPairs | None = None
         if pair_source is not None:
-            self._pair_maker, self.data_collator = FreshPairs(self, pair_source, make_collator), list
+            engine = VLLMReplies(self) if args.use_vllm else None
+            self._pair_maker, self.data_collator = FreshPairs(self, pair_source, make_collator, engine), list
             self.train_dataset = rollout_rows(self.train_dataset, "train")
             self.eval_dataset = rollout_rows(self.eval_dataset, "eval")
         elif pairs is not None and self._is_vision_dataset:
@@ -241,17 +244,6 @@ class DPOTrainer(PreparedTrainer, trl.DPOTrainer):
         if self._is_vision_dataset and self._pair_maker is None:
             eval_dataset = pairs_data.for_evaluation(eval_dataset, self.processing_class, self._has_own_collator)
         return super().evaluate(eval_dataset, *args, **kwargs)
-
-    def prompt_batch(self, rows: list[dict[str, Any]]) -> PreferenceBatch:
-        """A batch that begins with the prompts of `rows`, followed by any replies."""
-        collate = self.data_collator if self._pair_maker is None else self._pair_maker.collated
-        has_replies = [not self._is_vision_dataset or has_pair(row) for row in rows]
-        return collate([row if has else without_replies(row) for row, has in zip(rows, has_replies, strict=True)])
-
-    def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
-        if self._pair_maker is not None and isinstance(inputs, list):
-            return super()._prepare_inputs({**self._pair_maker.batch(inputs)})
-        return super()._prepare_inputs(inputs)
 
     # Loss
 

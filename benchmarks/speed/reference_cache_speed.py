@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from datasets import Dataset, Features, List, Value, load_from_disk
+from datasets import Dataset, Features, List, Value, disable_progress_bars
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -58,7 +58,7 @@ def jpeg(size: tuple[int, int], number: int) -> bytes:
 
 
 def stored_rows(count: int, images: list[dict[str, Any]], folder: Path) -> Dataset:
-    """Preference rows on disk."""
+    """Preference rows on disk; paths stay paths, which `save_to_disk` would replace by the bytes."""
 
     def message(role: str, text: str) -> list[dict[str, str]]:
         return [{"role": role, "content": text}]
@@ -75,9 +75,9 @@ def stored_rows(count: int, images: list[dict[str, Any]], folder: Path) -> Datas
                 "rejected": message("assistant", f"w6 w7 w{number} " * 20),
             }
 
-    made = Dataset.from_generator(records, features=features, cache_dir=str(folder / "made"), keep_in_memory=False)
-    made.save_to_disk(folder / "rows")
-    return load_from_disk(folder / "rows")
+    made = Dataset.from_generator(records, features=features, cache_dir=str(folder / "made"))
+    assert isinstance(made, Dataset)
+    return made
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -203,6 +203,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()
     with tempfile.TemporaryDirectory() as model:
         save_model("llava", model)
         results = [measure(count, *case, options, model) for case in CASES for count in options.rows]

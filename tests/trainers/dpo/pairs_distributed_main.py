@@ -89,7 +89,7 @@ def main(
     if callback:
         recorded = SOURCES[source]()
         third = make(*setup, kind=(trl.DPOTrainer, trl.DPOConfig))
-        third.add_callback(PairSourceCallback(recorded, third))
+        third.add_callback(PairSourceCallback(recorded, third, batch_size=batch))
         third.train()
         report["callback's losses"] = logged(third, "loss")["loss"]
         replies = [row["rejected"][0]["content"] for row in third.train_dataset]

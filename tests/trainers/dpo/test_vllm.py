@@ -109,7 +109,8 @@ def test_samples_come_from_vllm_which_gets_the_weights_once_per_step(installed, 
 def test_a_request_has_the_prompts_tokens_its_images_and_a_seed_of_its_own(installed, mode, tmp_path):
     trainer = online(tmp_path, Judged(LONGER, max_new_tokens=4, temperature=0.7), vllm_mode=mode)
     engine, processor = trainer._pair_maker.engine, trainer.processing_class
-    data = [trainer.train_dataset[place] for place in (0, 0, 1, 2)]
+    first, *others = [trainer.train_dataset[place] for place in range(3)]
+    data = [first, first, *others]  # a row comes once for each of its replies
     seeds = [5, 6, 7, 8]
     replies = engine.replies(data, [row["row_name"] for row in data], seeds=seeds, temperature=0.7, max_new_tokens=4)
     assert [reply.tokens for reply in replies] == [said(seed, 0.7, 4) for seed in seeds]

@@ -9,7 +9,6 @@ from PIL import Image
 
 from tests.judges.helpers import Reply, endpoint, said
 from trl_vlm.judges import Answer, Comparison, EndpointChat, EndpointJudge, Request, SpendingCapReached, Verdict
-from trl_vlm.judges.endpoint import _retry_after_seconds
 from trl_vlm.judges.pairwise import NO_VERDICT
 
 KEY = "sk-test-0123456789-do-not-show"
@@ -231,15 +230,6 @@ def test_waits_double_and_the_endpoint_may_ask_for_longer_ones():
     ) as server:
         chat(server)(requests(1))
         assert server.times[1] - server.times[0] >= 0.4
-
-
-def test_retry_after_is_seconds_or_a_date():
-    assert _retry_after_seconds("2.5") == 2.5
-    assert _retry_after_seconds(None) is None
-    for value in ("soon", "nan", "inf", "-inf", "1e999", "Mon, 01 Jan 99999 00:00:00 GMT", ""):
-        assert _retry_after_seconds(value) is None
-    assert _retry_after_seconds("-1") == -1
-    assert _retry_after_seconds("Wed, 21 Oct 2015 07:28:00 GMT") < 0
 
 
 @pytest.mark.parametrize(

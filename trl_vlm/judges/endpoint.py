@@ -9,35 +9,37 @@ import logging
 import math
 import os
 import random
-import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from trl_vlm.data.images import load_image
+from trl_vlm.data.io.http import (
+    BodyTooLarge,
+    JSONServer,
+    Response,
+    check_server_address,
+    is_passing,
+    key_in,
+    retry_after_seconds,
+)
 from trl_vlm.data.messages import without_control_tokens
 from trl_vlm.judges.cache import AnswerCache
 from trl_vlm.judges.chat import CUT_OFF, Answer, Request, answer
-from trl_vlm.judges.http import BodyTooLarge, JSONServer, Response
 
 logger = logging.getLogger(__name__)
 
 LONGEST_WAIT_SECONDS = 60.0  # between two attempts, unless the endpoint names a longer time
 LONGEST_ASKED_WAIT_SECONDS = 600.0  # the longest wait that an endpoint may ask for; beyond it the request is abandoned
-PASSING = (408, 409, 425, 429)  # and all from 500 on: another attempt may succeed
 HOPELESS = (401, 402, 404)  # key, account, address or model: no request can succeed
 ENDED = (None, "", "stop", "eos", "eos_token", "stop_sequence", "end_turn")  # how servers mark a complete answer
 TOO_LONG = ("length", "max_tokens")
 NOT_JSON = "the answer was not JSON"
 OTHER_FORM = "the answer had another form"
 WITHHELD = "the answer was withheld or broken off"
-KEY = re.compile(r"[\x21-\x7e]+")  # what a header can hold
 
 
 class SpendingCapReached(RuntimeError):
@@ -109,7 +111,7 @@ class EndpointChat:
         image_side: int = 1536,
         whole_only: bool = True,
     ):
-        _check_address(base_url)
+        check_server_address(base_url)
         _check_numbers(
             concurrency=concurrency, timeout_seconds=timeout_seconds, image_side=image_side, max_requests=max_requests
         )
@@ -135,7 +137,7 @@ class EndpointChat:
         self.served: set[str] = set()  # what the endpoint calls the model that answers
         self._has_answered = False
         self._lock = threading.Lock()
-        key = None if key_variable is None else _key(key_variable)
+        key = None if key_variable is None else key_in(key_variable)
         self._client = JSONServer(f"{base_url.rstrip('/')}/chat/completions", key, timeout_seconds)
 
     def __repr__(self) -> str:
@@ -232,8 +234,8 @@ class EndpointChat:
         if 300 <= status < 400:
             target = self._harmless(headers.get("location", "?"))
             detail = f"it redirects to {target!r}, which is not followed: name the final address"
-        is_passing = status in PASSING or status >= 500
-        return _Failure(f"HTTP {status}", detail, is_passing, _retry_after_seconds(headers.get("retry-after")))
+        may_pass = is_passing(status)
+        return _Failure(f"HTTP {status}", detail, may_pass, retry_after_seconds(headers.get("retry-after")))
 
     def _count(self) -> None:
         with self._lock:
@@ -305,50 +307,7 @@ def _tokens(usage: object) -> Counter[str]:
     return Counter({name: count for name, count in found.items() if type(count) is int and count >= 0})
 
 
-def _key(variable: str) -> str:
-    """The key in an environment variable; no error shows it."""
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ValueError(
-            f"The environment variable {variable!r} is empty or not set. Put the endpoint's key into it, or "
-            "set `key_variable=None` for an endpoint without keys."
-        )
-    if not KEY.fullmatch(key):
-        raise ValueError(
-            f"The key in the environment variable {variable!r} holds a line break, a blank or a letter that no key "
-            "has. Was more than the key copied?"
-        )
-    return key
-
-
 def _check_numbers(**numbers: float | None) -> None:
     for name, value in numbers.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"`{name}` is {value}; it must be above 0.")
-
-
-def _check_address(base_url: str) -> None:
-    address = urlsplit(base_url)
-    if address.scheme not in ("http", "https") or not address.hostname:
-        raise ValueError(
-            f"`base_url` is {base_url.split('@')[-1]!r}. It must be an address such as 'http://localhost:8000/v1'."
-        )
-    if address.username is not None or address.password is not None or address.query:
-        raise ValueError(
-            f"`base_url` (at {address.hostname}) holds a user name, a password or a query, which logs would show. "
-            "Put the key into an environment variable and name that (`key_variable`)."
-        )
-
-
-def _retry_after_seconds(value: str | None) -> float | None:
-    """What a Retry-After header asks for: seconds, or a date; None if it is neither."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
-        except (ValueError, TypeError, OverflowError):  # no date; a date without its zone; the year 99999
-            return None
-    return seconds if math.isfinite(seconds) else None

@@ -1,7 +1,9 @@
-"""One POST of JSON with a deadline and a size limit, whatever the server does."""
+"""One request of JSON with a deadline and a size limit, whatever the server does; addresses, keys and waits."""
 
 import http.client
+import math
 import os
+import re
 import socket
 import ssl
 import threading
@@ -9,12 +11,16 @@ import urllib.request
 from base64 import b64encode
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 from urllib.parse import SplitResult, unquote, urlsplit
 
 LARGEST_BODY_BYTES = 8 << 20
 CHUNK_BYTES = 1 << 16
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+PASSING = (408, 409, 425, 429)  # and all from 500 on: another attempt may succeed
+KEY = re.compile(r"[\x21-\x7e]+")  # what a header can hold
 
 
 class BodyTooLarge(Exception):
@@ -153,3 +159,64 @@ def _certificates() -> ssl.SSLContext:
 
             context.load_verify_locations(certifi.where())
     return context
+
+
+def is_passing(status: int) -> bool:
+    """Whether another attempt may succeed after this status."""
+    return status in PASSING or status >= 500
+
+
+def key_in(variable: str) -> str:
+    """The key in an environment variable; no error shows it.
+
+    Raises:
+        ValueError: There is none, or it can stand in no header.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ValueError(
+            f"The environment variable {variable!r} is empty or not set. Put the endpoint's key into it, or "
+            "set `key_variable=None` for an endpoint without keys."
+        )
+    if not KEY.fullmatch(key):
+        raise ValueError(
+            f"The key in the environment variable {variable!r} holds a line break, a blank or a letter that no key "
+            "has. Was more than the key copied?"
+        )
+    return key
+
+
+def check_server_address(address: str, option: str = "base_url") -> None:
+    """Refuses what is no address of a server, or holds a secret.
+
+    Args:
+        address: The address.
+        option: What errors call it.
+
+    Raises:
+        ValueError: It cannot be used.
+    """
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(
+            f"`{option}` is {address.split('@')[-1]!r}. It must be an address such as 'http://localhost:8000/v1'."
+        )
+    if parts.username is not None or parts.password is not None or parts.query:
+        raise ValueError(
+            f"`{option}` (at {parts.hostname}) holds a user name, a password or a query, which logs would show. "
+            "Put the key into an environment variable and name that (`key_variable`)."
+        )
+
+
+def retry_after_seconds(value: str | None) -> float | None:
+    """What a Retry-After header asks for: seconds, or a date; None if it is neither."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError, OverflowError):  # no date; a date without its zone; the year 99999
+            return None
+    return seconds if math.isfinite(seconds) else None

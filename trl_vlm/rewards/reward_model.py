@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 
 from trl_vlm.data.encoding import encode
 from trl_vlm.data.facts import JUDGE_TEMPLATE_FILE, JudgeTemplate, judge_messages
-from trl_vlm.data.messages import Conversation, content_parts, message_text, reply_text, without_empty_keys
+from trl_vlm.data.messages import Conversation, reply_text
 from trl_vlm.models._transformers import adapter_state, hub_arguments
 from trl_vlm.models.generation import evaluating, forked_generators
 from trl_vlm.models.loading import base_of, moved
@@ -22,7 +22,7 @@ from trl_vlm.models.processors import control_tokens, load_processor
 from trl_vlm.models.reward_model import HEAD_KEY, RewardOutput, load_reward_model
 from trl_vlm.models.unsharded import is_sharded, unsharded_loading
 from trl_vlm.rewards.checks import finite_rewards
-from trl_vlm.rewards.replies import column_values, row_names
+from trl_vlm.rewards.rows import JudgedRow, judged_rows
 
 
 class Scorer(Protocol):
@@ -169,18 +169,13 @@ class RewardModelReward:
             ValueError: If a row's images do not match its placeholders, an image is broken, or a score is not finite.
             TypeError: If prompts, replies or facts have the wrong form.
         """
-        rows = len(completions)
-        names = row_names(row_name, rows)
-        places = [f"{name} of the rollout" for name in names] if row_name is None else names
-        row_images = _images_of_rows(images, image, rows)
-        row_facts = column_values("facts", facts, rows, default=())
-        inputs = [
-            self._input(*values) for values in zip(names, prompts, completions, row_images, row_facts, strict=True)
-        ]
+        rows = judged_rows(prompts, completions, images=images, image=image, facts=facts, row_name=row_name)
+        places = [f"{row.name} of the rollout" if row_name is None else row.name for row in rows]
+        inputs = [self._input(row) for row in rows]
         scores: list[float] = []
         model = self.model
         with self._ready():
-            for start in range(0, rows, self.batch_size):
+            for start in range(0, len(rows), self.batch_size):
                 batch = slice(start, start + self.batch_size)
                 scores += self._scores(model, inputs[batch], places[batch])
         if self.empty_reply_score is not None:
@@ -190,24 +185,12 @@ class RewardModelReward:
             ]
         return cast(list[float], finite_rewards(scores, self.__name__, completions, row_name))  # none is None
 
-    def _input(
-        self, row: str, prompt: Conversation, completion: Conversation, images: list[object], facts: Sequence[str]
-    ) -> tuple[Conversation, list[object]]:
+    def _input(self, row: JudgedRow) -> tuple[Conversation, list[object]]:
         """The judged conversation of one row, and its images in the order of their placeholders."""
-        for part, value in (("prompt", prompt), ("reply", completion)):
-            if isinstance(value, str):
-                raise TypeError(
-                    f"{row}: the {part} is a plain string. The reward model judges conversations: pass a list of "
-                    'messages, for example [{"role": "user", "content": "What is in the picture?"}].'
-                )
-        if isinstance(facts, str) or not all(isinstance(fact, str) for fact in facts):
-            raise TypeError(f"{row}: `facts` is {facts!r}. Pass a list of strings, one per fact, or None.")
-        prompt, found = _without_images(prompt)
-        # A completion without any turn is an empty reply: the judge turn must not follow the user's.
-        reply = [{"role": turn["role"], "content": message_text(turn)} for turn in completion]
-        reply = reply or [{"role": "assistant", "content": ""}]
-        messages = judge_messages(prompt, reply, facts, self.template, control_tokens=self._control_tokens)
-        return messages, found or images
+        messages = judge_messages(
+            row.prompt, row.completion, row.facts, self.template, control_tokens=self._control_tokens
+        )
+        return messages, row.images
 
     def _scores(
         self,
@@ -289,24 +272,3 @@ def _load_processor(source: str, hub: dict[str, Any]) -> ProcessorMixin:
     if not source:
         raise ValueError("the reward model was not loaded from a folder. Pass its `processor` too.")
     return load_processor(source, **hub)
-
-
-def _images_of_rows(images: Sequence | None, image: Sequence | None, rows: int) -> list[list[object]]:
-    if images is not None:
-        return [list(row) for row in column_values("images", images, rows, default=())]
-    return [[] if one is None else [one] for one in column_values("image", image, rows, default=None)]
-
-
-def _without_images(prompt: Conversation) -> tuple[Conversation, list[object]]:
-    """A prompt with its images replaced by placeholders, and the images."""
-    # Arrow gives every part the same keys, so a placeholder may hold `image: None`.
-    prompt = without_empty_keys(prompt)
-    found = [part["image"] for part in content_parts(prompt) if part["type"] == "image" and "image" in part]
-    return [_with_bare_places(message) for message in prompt], found
-
-
-def _with_bare_places(message: dict[str, Any]) -> dict[str, Any]:
-    content = message.get("content")
-    if isinstance(content, list):
-        content = [{"type": "image"} if part["type"] == "image" else part for part in content]
-    return {**message, "content": "" if content is None else content}

@@ -36,12 +36,12 @@ class Response(NamedTuple):
 
 
 class JSONServer:
-    """A server that is asked by POST, without following redirects, decompressing, or keeping connections.
+    """A server that is asked without following redirects, decompressing, or keeping connections.
 
     Proxies of the environment are used, except for this machine itself.
 
     Args:
-        address: Where to post.
+        address: What is asked for.
         key: Sent as a bearer token; None sends none. No `repr` shows it.
         timeout_seconds: From the beginning of an attempt to the last byte of its answer.
     """
@@ -64,6 +64,17 @@ class JSONServer:
             BodyTooLarge: It is larger than `LARGEST_BODY_BYTES`.
             OSError, http.client.HTTPException: No connection, or one that broke.
         """
+        return self._ask("POST", body)
+
+    def get(self) -> Response:
+        """Asks without a body.
+
+        Raises:
+            TimeoutError, BodyTooLarge, OSError, http.client.HTTPException: As in `post`.
+        """
+        return self._ask("GET", None)
+
+    def _ask(self, method: str, body: bytes | None) -> Response:
         connection, target, headers = self._connection()
         is_late, sockets = threading.Event(), []
 
@@ -81,7 +92,7 @@ class JSONServer:
         try:
             connection.connect()
             sockets.append(connection.sock)  # the connection forgets it once the headers are there
-            connection.request("POST", target, body, headers)
+            connection.request(method, target, body, headers)
             response = connection.getresponse()
             result = Response(response.status, dict(response.headers.items()), _limited(response))
         except (OSError, http.client.HTTPException, ValueError, AttributeError):

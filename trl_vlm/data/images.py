@@ -6,6 +6,8 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from os import PathLike
 from pathlib import Path
@@ -73,17 +75,36 @@ def load_image(
         RowError: The file is missing, empty, truncated, no image of a known format, or too large. A `ValueError`.
         RowTypeError: `value` is none of the above. A `TypeError` too.
     """
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns between its limit and twice that; the limit here is `max_pixels`.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = _opened(value, name)
-        _check_size(image, name, max_pixels)
+    with _naming(value, name):
+        image = _sized(value, name, max_pixels)
         if at_least is not None and image is not value:
             image.draft("RGB", (at_least, at_least))
         # Without the copies that Pillow makes of an image that is upright, or RGB, as it is.
         upright = ImageOps.exif_transpose(image, in_place=image is not value)
         return as_rgb(image if upright is None else upright, name)
+
+
+def image_pixels(value: object, *, name: str, max_pixels: int | None = MAX_IMAGE_PIXELS) -> int:
+    """The pixels of an image, width times height, by its header: nothing is decoded.
+
+    Args:
+        value: The image, as for `load_image`.
+        name: What the image is called in errors.
+        max_pixels: As for `load_image`.
+
+    Raises:
+        RowError: See `load_image`; damage behind the header is not seen.
+    """
+    with _naming(value, name):
+        image = _sized(value, name, max_pixels)
+        return image.width * image.height
+
+
+@contextmanager
+def _naming(value: object, name: str) -> Iterator[None]:
+    """A context in which whatever is wrong with an image becomes an error that names it."""
+    try:
+        yield
     except RowError:
         raise
     except Image.DecompressionBombError as error:
@@ -147,6 +168,16 @@ def as_rgb(image: Image.Image, name: str) -> Image.Image:
             UNKNOWN_RANGE,
         )
     return Image.fromarray((values + 0.5).astype(np.uint8)).convert("RGB")
+
+
+def _sized(value: object, name: str, max_pixels: int | None) -> Image.Image:
+    """The image with its header read, and not too large."""
+    with warnings.catch_warnings():
+        # Pillow warns between its limit and twice that; the limit here is `max_pixels`.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = _opened(value, name)
+    _check_size(image, name, max_pixels)
+    return image
 
 
 def _opened(value: object, name: str) -> Image.Image:

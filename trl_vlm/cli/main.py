@@ -20,6 +20,7 @@ COMMANDS = {
     "pairs": ("pairs", "make preference pairs with a model"),
     "evaluate": ("evaluate", "measure models on benchmarks"),
     "merge": ("merge", "merge an adapter into its base model"),
+    "serve-reward": ("serve_reward", "serve a reward model to trainings on other cards or machines"),
     "look": ("look", "write a page to look at pairs, runs and evaluated replies"),
 }
 # Name -> script, what it does.

@@ -84,8 +84,10 @@ def add_method(name: str, parser: CommandParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Makes the pairs and reports."""
     from accelerate import PartialState
+    from accelerate.utils import gather_object
 
     from trl_vlm.judges.endpoint import SpendingCapReached
+    from trl_vlm.judges.spending import Spending, spending_of
     from trl_vlm.models.generation import generating
     from trl_vlm.pairs.writer import PairWriter
 
@@ -110,8 +112,11 @@ def run(options: argparse.Namespace) -> int:
             report = writer.write(source_of(options, options.input), limit=options.limit)
     except SpendingCapReached as error:
         raise CommandFailed(str(error)) from error
+    spent = sum(gather_object([spending_of(source)]), Spending())
     if report is not None:
         write(asdict(report) if options.json else pairs_text(report))
+        if spent and not options.json:
+            write(f"endpoint: {spent}")
     PartialState().destroy_process_group()
     return 0
 

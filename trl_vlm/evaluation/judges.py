@@ -27,6 +27,7 @@ from trl_vlm.judges.chat import CUT_OFF, EMPTY
 from trl_vlm.judges.judge import Comparison, Judge, Verdict
 from trl_vlm.judges.pairwise import EQUAL, NEITHER, NO_VERDICT, ORDER
 from trl_vlm.judges.reward import EQUAL_REWARDS, NO_REWARD
+from trl_vlm.judges.spending import spending_of
 
 ASKED_AT_ONCE = 64  # comparisons between saves
 CHOSEN, REJECTED = "chosen", "rejected"
@@ -212,6 +213,8 @@ def _ask(judge: PairJudge, made: list[Judge], pairs: KnownPairs, settings: Judge
                 for number, (_, is_swapped), verdict in zip(block, comparisons, verdicts, strict=True)
             )
             check_served(served, folder)
+            if so_far := spending_of(chat):
+                bar.set_postfix_str(str(so_far))
             bar.update(len(block))
 
 

@@ -25,6 +25,7 @@ from trl_vlm.evaluation.statistics import differences, intervals
 from trl_vlm.evaluation.subjects import Subject, replies_of
 from trl_vlm.evaluation.tasks import Task, read_tasks
 from trl_vlm.judges.chat import Answer, Chat, Request
+from trl_vlm.judges.spending import spending_of
 from trl_vlm.models.generation import Policy
 
 logger = logging.getLogger(__name__)
@@ -235,6 +236,7 @@ def _ask_endpoint(
                 for question, reply in zip(block, replies, strict=True)
                 if reply.text is not None
             )
+            bar.set_postfix_str(str(served.spending))
             bar.update(len(block))
 
 
@@ -275,6 +277,8 @@ def _answer(
                 {"id": name, "answer": answer.text, "reason": answer.reason, "served": served}
                 for (name, _), answer in zip(block, answers, strict=True)
             )
+            if spent := spending_of(chat):
+                bar.set_postfix_str(str(spent))
             bar.update(len(block))
 
 

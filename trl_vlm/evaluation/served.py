@@ -8,6 +8,7 @@ from trl_vlm.evaluation.subjects import Subject
 from trl_vlm.evaluation.tasks import Task
 from trl_vlm.judges.chat import CUT_OFF, Request
 from trl_vlm.judges.endpoint import EndpointChat
+from trl_vlm.judges.spending import Spending
 
 PROBE = 'Write the word "ready" and nothing else.'
 
@@ -81,6 +82,11 @@ class ServedModel:
     def served(self) -> list[str]:
         """What the endpoint called the model that answered."""
         return sorted(self._chat.served)
+
+    @property
+    def spending(self) -> Spending:
+        """Requests and tokens so far."""
+        return self._chat.spending
 
     def probe(self) -> None:
         """Asks once.

@@ -6,6 +6,7 @@ from trl_vlm.judges.judge import Comparison, Judge, ScriptedJudge, Verdict
 from trl_vlm.judges.options import JUDGES, ChatOptions, JudgeOptions, judge_of
 from trl_vlm.judges.pairwise import EndpointJudge, LocalJudge, PairwiseJudge
 from trl_vlm.judges.reward import RewardJudge
+from trl_vlm.judges.spending import Spending, spending_of
 
 __all__ = [
     "JUDGES",
@@ -23,7 +24,9 @@ __all__ = [
     "Request",
     "RewardJudge",
     "ScriptedJudge",
+    "Spending",
     "SpendingCapReached",
     "Verdict",
     "judge_of",
+    "spending_of",
 ]

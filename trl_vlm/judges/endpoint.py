@@ -29,11 +29,13 @@ from trl_vlm.data.io.http import (
 from trl_vlm.data.messages import without_control_tokens
 from trl_vlm.judges.cache import AnswerCache
 from trl_vlm.judges.chat import CUT_OFF, Answer, Request, answer
+from trl_vlm.judges.spending import Spending
 
 logger = logging.getLogger(__name__)
 
 LONGEST_WAIT_SECONDS = 60.0  # between two attempts, unless the endpoint names a longer time
 LONGEST_ASKED_WAIT_SECONDS = 600.0  # the longest wait that an endpoint may ask for; beyond it the request is abandoned
+SHOWN_EVERY_SECONDS = 60.0  # what was spent
 HOPELESS = (401, 402, 404)  # key, account, address or model: no request can succeed
 ENDED = (None, "", "stop", "eos", "eos_token", "stop_sequence", "end_turn")  # how servers mark a complete answer
 TOO_LONG = ("length", "max_tokens")
@@ -83,6 +85,8 @@ class EndpointChat:
         retries: Attempts after the first.
         first_wait_seconds: Wait before the second attempt.
         max_requests: Requests that this object may send, repeated ones included; None sets no limit.
+        prompt_price: Price of a million tokens of requests, for the cost in `spending`.
+        completion_price: Price of a million tokens of answers.
         cache: Folder for answers. A request with the same model, text, images and settings is not sent again.
         image_side: Longer side of an image as it is sent, in pixels, at most; larger ones are scaled down. Images go
             as JPEG of quality 95.
@@ -107,6 +111,8 @@ class EndpointChat:
         retries: int = 6,
         first_wait_seconds: float = 1.0,
         max_requests: int | None = None,
+        prompt_price: float | None = None,
+        completion_price: float | None = None,
         cache: str | os.PathLike | None = None,
         image_side: int = 1536,
         whole_only: bool = True,
@@ -115,6 +121,9 @@ class EndpointChat:
         _check_numbers(
             concurrency=concurrency, timeout_seconds=timeout_seconds, image_side=image_side, max_requests=max_requests
         )
+        for name, price in (("prompt_price", prompt_price), ("completion_price", completion_price)):
+            if price is not None and not 0 <= price < math.inf:
+                raise ValueError(f"`{name}` is {price}; it must be 0 or more.")
         if retries < 0 or not 0 <= first_wait_seconds < math.inf:
             raise ValueError(f"`retries` is {retries}, `first_wait_seconds` {first_wait_seconds}; needed: 0 or more.")
         if taken := {"model", "messages", "stream"} & set(extra_body or ()):
@@ -134,6 +143,8 @@ class EndpointChat:
         self.requests_sent = 0
         self.answers_from_cache = 0
         self.tokens: Counter[str] = Counter()  # as the endpoint counts them: "prompt" and "completion"
+        self.prompt_price, self.completion_price = prompt_price, completion_price
+        self._shown_at = time.monotonic()
         self.served: set[str] = set()  # what the endpoint calls the model that answers
         self._has_answered = False
         self._lock = threading.Lock()
@@ -155,6 +166,7 @@ class EndpointChat:
             results = list(pool.map(self._answer, requests))
         finally:
             pool.shutdown(cancel_futures=True)  # after an error no further request is paid for
+            self._show_spending()
         failures = [result for result in results if isinstance(result, _Failure)]
         if results and len(failures) == len(results) and (failures[-1].passing or not self._has_answered):
             reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(f.reason for f in failures).items())
@@ -164,6 +176,21 @@ class EndpointChat:
                 f"{self.model!r} with images? Answers so far are kept if a `cache` is set."
             )
         return [Answer(None, result.reason) if isinstance(result, _Failure) else result for result in results]
+
+    @property
+    def spending(self) -> Spending:
+        """What this object has spent."""
+        prompt, completion = self.tokens["prompt"], self.tokens["completion"]
+        cost = None
+        if self.prompt_price is not None or self.completion_price is not None:
+            cost = (prompt * (self.prompt_price or 0.0) + completion * (self.completion_price or 0.0)) / 1e6
+        return Spending(self.requests_sent, self.answers_from_cache, prompt, completion, cost)
+
+    def _show_spending(self) -> None:
+        """Logs what was spent, from time to time."""
+        if self.requests_sent and time.monotonic() - self._shown_at >= SHOWN_EVERY_SECONDS:
+            self._shown_at = time.monotonic()
+            logger.info("%s at %s: %s.", self.model, self.base_url, self.spending)
 
     def _answer(self, request: Request) -> Answer | _Failure:
         """The answer to one request, from the cache or from the endpoint."""

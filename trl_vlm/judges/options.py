@@ -39,6 +39,10 @@ class ChatOptions:
             "place of `max_tokens`."
         },
     )
+    answer_temperature: float | None = field(
+        default=0.0,
+        metadata={"help": "Temperature of the endpoint's answers; none sends none, for models that refuse one."},
+    )
     extra_body: dict | str | None = field(
         default=None,
         metadata={"help": "Further settings of each request to the endpoint, as JSON: '{\"top_p\": 0.9}'."},
@@ -49,9 +53,19 @@ class ChatOptions:
     concurrency: int = field(default=8, metadata={"help": "Requests to the endpoint at once."})
     timeout_seconds: float = field(default=120.0, metadata={"help": "Time limit of one request."})
     retries: int = field(default=6, metadata={"help": "Attempts after the first, for failures that may pass."})
+    first_wait_seconds: float = field(
+        default=1.0, metadata={"help": "Wait before the second attempt; it doubles with each further one."}
+    )
     max_requests: int | None = field(
         default=10_000,
         metadata={"help": "Requests that a process may send to the endpoint, repeated ones included."},
+    )
+    prompt_price: float | None = field(
+        default=None,
+        metadata={"help": "Price of a million tokens of requests; with it the cost is shown as it runs."},
+    )
+    completion_price: float | None = field(
+        default=None, metadata={"help": "Price of a million tokens of answers, as `prompt_price`."}
     )
     cache: str | None = field(
         default=ANSWERS,
@@ -66,7 +80,10 @@ class ChatOptions:
             "concurrency",
             "timeout_seconds",
             "retries",
+            "first_wait_seconds",
             "max_requests",
+            "prompt_price",
+            "completion_price",
             "cache",
             "chat_batch_size",
         }
@@ -95,11 +112,15 @@ class ChatOptions:
             model,
             key_variable=self.key_variable,
             max_tokens=None if self.max_completion_tokens else self.max_answer_tokens,
+            temperature=self.answer_temperature,
             extra_body=self._body(),
             concurrency=self.concurrency,
             timeout_seconds=self.timeout_seconds,
             retries=self.retries,
+            first_wait_seconds=self.first_wait_seconds,
             max_requests=self.max_requests,
+            prompt_price=self.prompt_price,
+            completion_price=self.completion_price,
             cache=None if self.cache is None else Path(self.cache).expanduser(),
             image_side=self.image_side,
         )

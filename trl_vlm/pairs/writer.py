@@ -23,6 +23,7 @@ from trl_vlm.data.io.shards import give_one_schema
 from trl_vlm.data.io.source import Source
 from trl_vlm.data.messages import IMAGE_TOKENS
 from trl_vlm.data.rows import IMAGE_COLUMNS, ROW_NAME, Row, row_images
+from trl_vlm.judges.spending import spending_of
 from trl_vlm.models.image_tokens import image_tokens
 from trl_vlm.pairs.source import (
     PAIR_BATCH_SIZE,
@@ -188,6 +189,8 @@ class PairWriter:
         outcomes: list[Outcome] = []
         for batch in blocks_of(named, self.batch_size):
             outcomes += self._attempt(batch)
+            if spent := spending_of(self.source):
+                bar.set_postfix_str(str(spent))
             bar.update(len(batch))
             if sum(isinstance(outcome.pair, Deferred) for outcome in outcomes) >= self.batch_size:
                 self._finish_deferred(outcomes)

@@ -7,6 +7,7 @@ from trl_vlm.rewards.ends import MissingEOSPenalty, cut_after_first, has_end, qu
 from trl_vlm.rewards.fact_rlhf import FactRLHFReward
 from trl_vlm.rewards.length import LengthTerm
 from trl_vlm.rewards.normalize import RewardStatistics, normalised, normalized
+from trl_vlm.rewards.remote import RemoteReward
 from trl_vlm.rewards.replies import RewardFunction
 from trl_vlm.rewards.reward_model import RewardModelReward
 from trl_vlm.rewards.symbolic import SymbolicCorrectness
@@ -15,6 +16,7 @@ __all__ = [
     "FactRLHFReward",
     "LengthTerm",
     "MissingEOSPenalty",
+    "RemoteReward",
     "RewardFunction",
     "RewardModelReward",
     "RewardStatistics",

@@ -36,6 +36,10 @@ class ScriptArguments(trl.ScriptArguments):
     )
     dry_run: bool = field(default=False, metadata={"help": "Check everything, print the plan, and stop."})
 
+    def further_settings(self) -> dict[str, Any]:
+        """Settings that affect the result and are no option, by the name that they have in the output folder."""
+        return {}
+
 
 def hardware_defaults() -> dict[str, Any]:
     """Values for options that are not given: bfloat16 on CUDA, float32 on the CPU."""

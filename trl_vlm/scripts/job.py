@@ -170,7 +170,8 @@ def _checked(script: ScriptArguments, training: TrainingConfig, model: ModelConf
     data = identity(script.dataset_name, rows, **_choice(script), split=script.dataset_train_split)
     options = {"dataset_name", "dataset_config", "dataset_revision", "dataset_data_files", "dataset_train_split"}
     settings = shaping_settings(script, training, model)
-    settings = {name: value for name, value in settings.items() if name not in options} | {"dataset": data}
+    settings = {name: value for name, value in settings.items() if name not in options}
+    settings |= {"dataset": data, **script.further_settings()}
     assert training.output_dir is not None  # TRL's configurations have a default
     folder = RunFolder(training.output_dir, settings)
     folder.check()

@@ -1,4 +1,4 @@
-"""Rewards of the scripts that sample replies: a reward model's folder, functions by their name, or both."""
+"""Rewards of the scripts that sample replies: a reward model's folder or address, functions by their name."""
 
 import importlib
 import sys
@@ -10,7 +10,7 @@ from typing import Any
 from trl import TrlParser
 
 from trl_vlm import GRPOTrainer, RLOOTrainer
-from trl_vlm.rewards import RewardModelReward
+from trl_vlm.rewards import RemoteReward, RewardModelReward
 from trl_vlm.scripts.arguments import ScriptArguments, model_arguments, refusals
 from trl_vlm.scripts.inputs import check_model
 from trl_vlm.scripts.job import options_of, prepared
@@ -27,12 +27,26 @@ class RolloutArguments(ScriptArguments):
             "help": "Folder or hub id of a reward model that reads images and facts (`trl_vlm.scripts.reward`)."
         },
     )
+    reward_server: str | None = field(
+        default=None,
+        metadata={"help": "Address of a reward model that `trl-vlm serve-reward` serves, such as http://gpu-7:8100."},
+    )
+    reward_server_key_variable: str | None = field(
+        default=None,
+        metadata={"help": "Environment variable that holds the reward server's key. Without it no key is sent."},
+    )
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
             "help": "Further TRL reward functions, as `module.name`; modules in the working directory are found."
         },
     )
+    # What the server says that it serves, since that shapes the result and its address does not.
+    served: dict[str, Any] | None = field(default=None, init=False)
+
+    def further_settings(self) -> dict[str, Any]:
+        """As in `ScriptArguments`: the model that the reward server has."""
+        return {} if self.served is None else {"reward served": self.served}
 
 
 def train_with_rewards(
@@ -57,11 +71,19 @@ def train_with_rewards(
 def check_rewards(script: RolloutArguments) -> None:
     """Ends the program with a message if there is no reward, or it cannot be found."""
     with refusals():
-        if script.reward_model_name_or_path is None and not script.reward_funcs:
+        if script.reward_model_name_or_path is None and script.reward_server is None and not script.reward_funcs:
             raise ValueError(
-                "There is no reward: give `--reward_model_name_or_path` (a reward model's folder), `--reward_funcs` "
-                "(functions as module.name), or both."
+                "There is no reward: give `--reward_model_name_or_path` (a reward model's folder) or "
+                "`--reward_server` (its address), `--reward_funcs` (functions as module.name), or both."
             )
+        if script.reward_model_name_or_path is not None and script.reward_server is not None:
+            raise ValueError(
+                "`--reward_model_name_or_path` and `--reward_server` cannot be combined: each is the reward model. "
+                "Give one of them."
+            )
+        if script.reward_server is not None:
+            about = _server(script).health()
+            script.served = {name: about.get(name) for name in ("model", "revision", "template")}
         if script.reward_model_name_or_path is not None:
             check_model(script.reward_model_name_or_path, "reward_model_name_or_path")
         for name in script.reward_funcs or ():
@@ -78,7 +100,14 @@ def rewards_of(script: RolloutArguments, **options: Any) -> list[RewardFunction]
     rewards: list[RewardFunction] = []
     if script.reward_model_name_or_path is not None:
         rewards.append(RewardModelReward(script.reward_model_name_or_path, **options))
+    if script.reward_server is not None:
+        rewards.append(_server(script))
     return rewards + [function_named(name) for name in script.reward_funcs or ()]
+
+
+def _server(script: RolloutArguments) -> RemoteReward:
+    assert script.reward_server is not None
+    return RemoteReward(script.reward_server, key_variable=script.reward_server_key_variable)
 
 
 def function_named(name: str) -> RewardFunction:

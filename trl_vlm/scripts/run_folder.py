@@ -35,8 +35,9 @@ EVALUATION = {"per_device_eval_batch_size", "eval_dataset_name", "dataset_test_s
 OTHERS = {"do_train", "do_eval", "do_predict", "skip_memory_metrics", "batch_eval_metrics", "ignore_data_skip"}
 ENCODER = {"encoder_device", "encoder_batch_size"}
 PAIRS = {"pair_batch_size", "max_cache_gib"}
+SERVER = {"reward_server", "reward_server_key_variable"}  # which model it serves counts, and not where
 # The settings hold the fields of a model's options directly.
-FREE = {"model_init_kwargs"} | PLACES | LAYOUT | MEMORY | MACHINE | EVALUATION | OTHERS | ENCODER | PAIRS
+FREE = {"model_init_kwargs"} | PLACES | LAYOUT | MEMORY | MACHINE | EVALUATION | OTHERS | ENCODER | PAIRS | SERVER
 FREE |= ChatOptions.not_about_answers
 REPORTS = (
     "logging_",

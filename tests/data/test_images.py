@@ -11,7 +11,7 @@ from PIL import Image, PngImagePlugin
 
 from tests.families import image
 from trl_vlm.data.errors import RowError
-from trl_vlm.data.images import FORMATS, load_image
+from trl_vlm.data.images import FORMATS, image_pixels, load_image
 
 
 def encoded(picture=None, kind="PNG", **options):
@@ -288,3 +288,14 @@ def test_no_address_is_opened(address, monkeypatch):
 def test_names_that_are_no_file_are_errors_that_name_the_row(path):
     with pytest.raises(RowError, match="row 6: there is no image file"):
         load_image(path, name="row 6")
+
+
+def test_the_size_is_read_from_the_header_alone(tmp_path):
+    whole = encoded()
+    assert image_pixels(whole[:60], name="row 0") == 60 * 40
+    (tmp_path / "image.png").write_bytes(whole)
+    assert image_pixels(tmp_path / "image.png", name="row 0") == image_pixels(image(0), name="row 0") == 60 * 40
+    with pytest.raises(RowError, match="row 3: the image measures 60 x 40 = 2,400 pixels, more than the limit of 99"):
+        image_pixels(whole, name="row 3", max_pixels=99)
+    with pytest.raises(RowError, match="row 3: its bytes is not an image"):
+        image_pixels(b"not one", name="row 3")

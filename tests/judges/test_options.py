@@ -1,11 +1,24 @@
 import dataclasses
+import inspect
 
 import pytest
 from transformers import HfArgumentParser
 
 from tests.families import saved
-from trl_vlm.judges import JUDGES, ChatOptions, EndpointChat, JudgeOptions, LocalChat, RewardJudge, judge_of
+from trl_vlm.cli.main import parser
+from trl_vlm.judges import (
+    JUDGES,
+    ChatOptions,
+    EndpointChat,
+    JudgeOptions,
+    LocalChat,
+    PairwiseJudge,
+    RewardJudge,
+    judge_of,
+)
 from trl_vlm.judges import options as judge_options
+from trl_vlm.scripts import online_dpo
+from trl_vlm.scripts.job import options_of
 
 SERVER = "http://localhost:8000/v1"
 
@@ -78,3 +91,63 @@ def test_scripts_read_the_same_options():
         ["--endpoint", SERVER, "--judge_model", "m", "--max_requests", "7", "--extra_body", '{"top_p": 0.5}']
     )
     assert options == JudgeOptions(endpoint=SERVER, judge_model="m", max_requests=7, extra_body={"top_p": 0.5})
+
+
+# Arguments of a judge whose option has another name, or that are no option: what the judge is made of.
+NAMES = {
+    "base_url": "endpoint",
+    "model": "judge_model",
+    "max_tokens": "max_answer_tokens",
+    "max_new_tokens": "max_answer_tokens",
+    "temperature": "answer_temperature",
+    "batch_size": "chat_batch_size",
+}
+NO_OPTIONS = {"chat", "processor", "load_options", "whole_only", "reward_func"}
+
+
+@pytest.mark.parametrize("kind", [EndpointChat, LocalChat, PairwiseJudge, RewardJudge])
+def test_every_argument_of_a_judge_is_an_option(kind):
+    options = {field.name for field in dataclasses.fields(JudgeOptions)}
+    arguments = inspect.signature(kind).parameters.keys() - NO_OPTIONS
+    assert arguments
+    assert not [name for name in arguments if NAMES.get(name, name) not in options]
+
+
+def test_every_option_of_an_endpoint_reaches_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "a-key")
+    given = {
+        "key_variable": "JUDGE_KEY", "max_answer_tokens": 7, "answer_temperature": None, "extra_body": {"top_p": 0.5},
+        "image_side": 99, "concurrency": 3, "timeout_seconds": 4.0, "retries": 2, "first_wait_seconds": 0.5,
+        "max_requests": 11, "prompt_price": 1.5, "completion_price": 2.5, "cache": str(tmp_path),
+    }  # fmt: skip
+    made = ChatOptions(endpoint=SERVER, **given).chat("m")
+    by_hand = EndpointChat(
+        SERVER, "m", key_variable="JUDGE_KEY", max_tokens=7, temperature=None, extra_body={"top_p": 0.5},
+        image_side=99, concurrency=3, timeout_seconds=4.0, retries=2, first_wait_seconds=0.5, max_requests=11,
+        prompt_price=1.5, completion_price=2.5, cache=tmp_path,
+    )  # fmt: skip
+    apart = {"cache", "_lock", "_client", "_shown_at"}
+    assert {k: v for k, v in vars(made).items() if k not in apart} == {
+        k: v for k, v in vars(by_hand).items() if k not in apart
+    }
+    assert made.cache.folder == by_hand.cache.folder and vars(made._client) == vars(by_hand._client)
+    standard = ChatOptions(endpoint=SERVER, cache=None)
+    assert not [name for name, value in given.items() if name != "cache" and getattr(standard, name) == value]
+
+
+@pytest.mark.parametrize("words", [["pairs", "judged"], ["evaluate"], ["evaluate", "judges"], ["online-dpo"]])
+def test_every_option_is_a_flag_of_every_command_that_asks_a_judge(words, capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        parser().parse_args([*words, "--help"])
+    shown = capsys.readouterr().out.replace("-", "_")
+    owner = ChatOptions if words == ["evaluate"] else JudgeOptions  # benchmarks ask one question, with one reply
+    assert not [field.name for field in dataclasses.fields(owner) if f"__{field.name}" not in shown]
+
+
+def test_a_temperature_can_be_left_out_by_flag_and_by_file(tmp_path):
+    given = ["pairs", "judged", "--input", "x", "--output", "y", "--model", "m", "--answer-temperature", "none"]
+    assert parser().parse_args(given).answer_temperature is None
+    file = tmp_path / "judge.yaml"
+    file.write_text("answer_temperature: null\n")
+    script, *_ = options_of(online_dpo.make_parser(), ["--config", str(file), "--output_dir", str(tmp_path)])
+    assert script.answer_temperature is None

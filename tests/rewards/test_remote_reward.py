@@ -134,7 +134,10 @@ def test_the_single_image_column_and_an_empty_rollout_work(stand_in):
         ({"images": [families.image(0)], "prompt": assistant("I am.")}, "no user turn"),
         ({"facts": "a cat"}, "Pass a list of strings, one per fact"),
         ({"prompt": "What?"}, "the prompt is a plain string"),
-        ({"prompt": user([{"type": "video", "video": "v.mp4"}])}, r"prompt\.0\.content"),
+        (
+            {"prompt": user([{"type": "video", "video": "v.mp4"}])},
+            r"train row 42: prompt\.0\.content: Input tag \'video\'",
+        ),
         ({"prompt": user([{"type": "text", "text": b"What?"}])}, "holds something that cannot be sent"),
     ],
 )
@@ -169,13 +172,16 @@ GOOD = {"prompt": user("What?"), "completion": assistant("It.")}
         ({**GOOD, "images": ["http://127.0.0.1:9/x.png"]}, "image 0: it is no data URI"),
         ({**GOOD, "images": [DATA_URI + "!!!"]}, "its base64 cannot be decoded"),
         ({**GOOD, "images": [DATA_URI]}, "zero bytes"),
-        ({**GOOD, "images": 3}, "rows.1.images: Input should be a valid list"),
+        ({**GOOD, "images": 3}, "images: Input should be a valid list"),
         ({**GOOD, "prompt": user([{"type": "image", "image": "/etc/hostname"}])}, "Extra inputs are not permitted"),
         ({**GOOD, "prompt": user([{"type": "image", "path": "/etc/hostname"}])}, "Extra inputs are not permitted"),
-        ({**GOOD, "prompt": user([{"type": "image_url", "image_url": {"url": "x"}}])}, "Input should be 'text'"),
-        ({"prompt": user("What?")}, "rows.1.completion: Field required"),
-        ({**GOOD, "fact": ["a cat"]}, "rows.1.fact: Extra inputs are not permitted"),
-        ({**GOOD, "facts": "a cat"}, "rows.1.facts: Input should be a valid list"),
+        (
+            {**GOOD, "prompt": user([{"type": "image_url", "image_url": {"url": "x"}}])},
+            "'image_url' found using 'type' does not match",
+        ),
+        ({"prompt": user("What?")}, "completion: Field required"),
+        ({**GOOD, "fact": ["a cat"]}, "fact: Extra inputs are not permitted"),
+        ({**GOOD, "facts": "a cat"}, "facts: Input should be a valid list"),
     ],
 )
 def test_a_row_may_name_no_path_and_no_address_and_must_have_the_form(stand_in, row, reason):

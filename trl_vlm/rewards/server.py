@@ -12,14 +12,14 @@ import secrets
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trl_vlm.data.errors import RowError
 from trl_vlm.data.images import image_pixels
@@ -69,7 +69,7 @@ class _Place(_Strict):
 class _Message(BaseModel):
     model_config = ConfigDict(extra="allow")  # calls of tools
     role: str
-    content: str | list[_Text | _Place] | None = None
+    content: str | list[Annotated[_Text | _Place, Field(discriminator="type")]] | None = None
 
 
 class _Row(_Strict):
@@ -267,10 +267,11 @@ def _texts(message: _Message) -> list[_Text]:
 
 def _invalid(error: ValidationError) -> HTTPException:
     """What is wrong with the form of a request, and in which row."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = first["loc"]
-    where = ".".join(map(str, place)) or "the request"
-    message = f"{where}: {first['msg']}"
-    if len(place) > 1 and place[0] == "rows" and isinstance(place[1], int):
-        return _bad_row(place[1], f"row {place[1]}: {message}")
-    return HTTPException(400, message)
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    start = faults[0]["loc"][:2]
+    # Of a value that may have several forms there is a fault for each; the deepest one is that of the form it has.
+    fault = max((fault for fault in faults if fault["loc"][:2] == start), key=lambda fault: len(fault["loc"]))
+    if len(start) == 2 and isinstance(start[1], int):
+        where = ".".join(map(str, fault["loc"][2:5]))
+        return _bad_row(start[1], f"{where}: {fault['msg']}" if where else fault["msg"])
+    return HTTPException(400, f"{'.'.join(map(str, start)) or 'the request'}: {fault['msg']}")

@@ -97,7 +97,10 @@ def image_pixels(value: object, *, name: str, max_pixels: int | None = MAX_IMAGE
     """
     with _naming(value, name):
         image = _sized(value, name, max_pixels)
-        return image.width * image.height
+        pixels = image.width * image.height
+        if image is not value:
+            image.close()
+        return pixels
 
 
 @contextmanager

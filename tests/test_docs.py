@@ -36,6 +36,7 @@ HEADINGS = (
 METRIC_PAGES = {
     r"ppo/\w+": "ppo",
     r"(dense|drift|degeneration|pairs)/\w+": "dpo",
+    r"(image|anchor)/\w+": "image_preference",
 }
 
 

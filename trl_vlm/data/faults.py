@@ -1,7 +1,7 @@
 """What is wrong with one column of a row: messages, further replies, spans, facts, numbers."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -12,7 +12,8 @@ IMAGE_COLUMNS = ("images", "image")
 REPLY_COLUMNS = ("chosen", "rejected", "completion")  # one reply each
 MESSAGE_COLUMNS = ("prompt", *REPLY_COLUMNS)
 SPAN_COLUMNS = ("chosen_spans", "rejected_spans")
-NUMBER_COLUMNS = ("length_weight", "margin")
+SCORE_WEIGHT_COLUMNS = ("chosen_score_weight", "rejected_score_weight")
+NUMBER_COLUMNS = ("length_weight", "margin", *SCORE_WEIGHT_COLUMNS)
 COLUMNS = (*MESSAGE_COLUMNS, "rejected_extra", *SPAN_COLUMNS, "facts", *NUMBER_COLUMNS, "answer")
 
 # Kinds of faults, to count them by.
@@ -207,20 +208,40 @@ def _extra_faults(extra: object, reading: Reading) -> Iterator[Fault]:
 
 
 def span_faults(row: Mapping[str, Any], column: str) -> Iterator[Fault]:
-    """Faults of spans: pairs (start, end), end exclusive, of characters of the reply's text."""
+    """Faults of spans, see `span_fault`."""
     try:
         reply = row[column.removesuffix("_spans")]
         length = len(reply if isinstance(reply, str) else message_text(reply[-1]))
-        outside = [(start, end) for start, end in row[column] if not 0 <= start < end <= length]
+        reasons = [span_fault(span, length) for span in row[column]]
     except (TypeError, ValueError, KeyError, IndexError, AttributeError):
-        reason = "it is not a list of pairs (start, end) of characters beside a reply."
+        reason = "it is not a list of (start, end) or (start, end, weight), in characters, beside a reply."
         yield Fault(column, WRONG_TYPE, reason)
         return
-    for span in outside:
-        reason = (
-            f"the span {span} is not inside the reply of {length} characters. A span is (start, end), end exclusive."
+    for reason in reasons:
+        if reason is not None:
+            yield Fault(column, BAD_SPAN, reason)
+
+
+def span_fault(span: Sequence[float], length: int) -> str | None:
+    """What is wrong with a span of a reply of `length` characters: (start, end), end exclusive, perhaps a weight.
+
+    Raises:
+        TypeError: It is not two or three numbers.
+        ValueError: Likewise.
+    """
+    start, end, *rest = span
+    if len(rest) > 1 or not all(isinstance(value, Real) for value in span):
+        raise TypeError(f"{span} is not (start, end) or (start, end, weight).")
+    # Arrow keeps one type in a list: beside a weight, places come as floating-point numbers.
+    shown = tuple(int(value) if float(value).is_integer() else value for value in (start, end))
+    if not all(isinstance(value, int) for value in shown) or not 0 <= start < end <= length:
+        return (
+            f"the span {shown} is not inside the reply of {length} characters. A span is (start, end) or (start, end, "
+            "weight), in whole characters, end exclusive."
         )
-        yield Fault(column, BAD_SPAN, reason)
+    if rest and not 0 <= rest[0] < math.inf:
+        return f"the span {shown} has the weight {rest[0]}. It must be a number from 0 on; an unchanged token has 1."
+    return None
 
 
 def _fact_faults(facts: object, reading: Reading) -> Iterator[Fault]:
@@ -243,6 +264,9 @@ def _number_faults(value: object, column: str) -> Iterator[Fault]:
         yield Fault(column, WRONG_TYPE, f"{_shown(value)} is not a number. Use 0.0 for none.")
     elif not math.isfinite(value):
         yield Fault(column, NOT_A_NUMBER, f"{value} is not a finite number. Use 0.0 for none.")
+    elif column in SCORE_WEIGHT_COLUMNS and value < 0:
+        reason = f"{value} is negative, and would turn the preference around. Use 0 or more; 1 changes nothing."
+        yield Fault(column, NOT_A_NUMBER, reason)
 
 
 def _answer_faults(value: object) -> Iterator[Fault]:

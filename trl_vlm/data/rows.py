@@ -19,6 +19,7 @@ from trl_vlm.data.faults import (
     MISSING,
     REPLY_COLUMNS,
     SAME_REPLY,
+    SCORE_WEIGHT_COLUMNS,
     SPAN_COLUMNS,
     TWO_IMAGE_COLUMNS,
     WRONG_TYPE,
@@ -32,12 +33,13 @@ from trl_vlm.data.messages import IMAGE_TOKENS, Conversation, content_parts, is_
 
 Row: TypeAlias = Mapping[str, Any]
 
+REJECTED_IMAGES = "rejected_images"  # the images under which the chosen reply is to be less likely
 ROW_NAME = "row_name"  # the column that says what a row is called in errors
 ALL_REPLY_COLUMNS = (*REPLY_COLUMNS, "rejected_extra")
 # A pair, and what is said about it: a new pair brings its own.
-PAIR_COLUMNS = ("chosen", "rejected", "rejected_extra", *SPAN_COLUMNS)
+PAIR_COLUMNS = ("chosen", "rejected", "rejected_extra", *SPAN_COLUMNS, *SCORE_WEIGHT_COLUMNS)
 # What is said about a pair beside its two replies, and is stale once they are others.
-ABOUT_PAIR_COLUMNS = ("rejected_extra", *SPAN_COLUMNS, "margin")
+ABOUT_PAIR_COLUMNS = ("rejected_extra", *SPAN_COLUMNS, *SCORE_WEIGHT_COLUMNS, "margin")
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,9 @@ def _plain_text_faults(row: Row, purpose: str) -> Iterator[Fault]:
     for column in SPAN_COLUMNS:
         if purpose == "dpo" and row.get(column) is not None:
             yield from span_faults(row, column)
+    for column in SCORE_WEIGHT_COLUMNS:
+        if purpose == "dpo" and row.get(column) is not None:
+            yield from column_faults(row, column, Reading(False))
     yield from _same_reply_faults(row, PURPOSES[purpose].reads)
 
 
@@ -262,6 +267,19 @@ def _image_faults(row: Row, purpose: str, is_well_formed: bool) -> Iterator[Faul
         if reason is not None:
             yield Fault(column, IMAGE_PLACES, reason)
             return
+    if purpose == "dpo" and row.get(REJECTED_IMAGES) is not None:
+        yield from _rejected_image_faults(row[REJECTED_IMAGES], conversations if is_well_formed else ())
+
+
+def _rejected_image_faults(images: object, conversations: Iterable[Conversation]) -> Iterator[Fault]:
+    """Faults of `rejected_images`, which take the places of the row's own."""
+    if not isinstance(images, list | tuple) or not images:
+        reason = f"it is {'empty' if images == [] else f'a {type(images).__name__}'}. It must be a list of images."
+        yield Fault(REJECTED_IMAGES, WRONG_TYPE, reason)
+        return
+    reason = next(filter(None, (place_fault(conversation, len(images)) for conversation in conversations)), None)
+    if reason is not None:
+        yield Fault(REJECTED_IMAGES, IMAGE_PLACES, reason)
 
 
 def _implicit_prompts(row: Row, purpose: str) -> list[Conversation]:

@@ -65,6 +65,23 @@ def tokens_in_spans(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int
     return [any(first < start + end and start + begin < last for begin, end in spans) for first, last in places]
 
 
+def weights_in_spans(
+    places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int, float]], start: int = 0
+) -> list[float | None]:
+    """The weight of each token that touches a span, the largest of several; None for the other tokens.
+
+    Args:
+        places: As for `tokens_in_spans`.
+        spans: (start, end, weight).
+        start: As for `tokens_in_spans`.
+    """
+    weights = []
+    for first, last in places:
+        touched = [weight for begin, end, weight in spans if first < start + end and start + begin < last]
+        weights.append(max(touched, default=None))
+    return weights
+
+
 def _shared_blocks(rejected: Sequence[int], chosen: Sequence[int], min_match: int) -> list[Match]:
     """The matching blocks that count, with difflib's empty block at the end."""
     *blocks, end = matching_blocks(rejected, chosen)

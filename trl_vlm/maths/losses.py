@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 
 class ValueLoss(NamedTuple):
@@ -40,6 +41,22 @@ def mean_reward_penalty(chosen: Tensor, rejected: Tensor) -> Tensor:
     Differs from TRL's `center_rewards_coefficient`, which takes the mean of the square.
     """
     return (chosen + rejected).mean().abs()
+
+
+def anchor_loss(log_ratios: Tensor, *, beta: float, value: float) -> Tensor:
+    """-log sigmoid(beta * D - value): keeps a reply at least as likely as the reference finds it, plus `value`.
+
+    Args:
+        log_ratios: (P,), D = log pi(y) - log pi_ref(y) of the chosen replies.
+        beta: That of DPO.
+        value: Delta, in units of beta * D.
+
+    Returns:
+        (P,), not reduced.
+
+    Source: mDPO, arXiv:2406.11839, the anchored term.
+    """
+    return -logsigmoid(beta * log_ratios - value)
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, replies: int) -> float:

@@ -97,6 +97,14 @@ for _method in ("_compute_loss", "_prepare_dataset", "_set_signature_columns_if_
 for _method in ("_prepare_dataset", "_set_signature_columns_if_needed"):
     require("trl", f"RewardTrainer.{_method}")
 
+# With a loss over replies alone TRL's constructor takes its own version of the chat template, or fails where it has
+# none: then the template is marked before, and TRL's collator is told of it.
+get_training_chat_template = require("trl.chat_template_utils", "get_training_chat_template")
+if TYPE_CHECKING:
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling as DataCollatorForVisionLanguageModeling
+else:
+    DataCollatorForVisionLanguageModeling = require("trl.trainer.sft_trainer", "DataCollatorForVisionLanguageModeling")
+
 # vLLM gets the policy's weights through this method, which PPO wraps so that vLLM never sees the critic's.
 require("trl.generation.vllm_generation", "VLLMGeneration.sync_weights")
 # Says where the images of a prompt are, for requests to a vLLM server; pairs are sampled by requests of their own.

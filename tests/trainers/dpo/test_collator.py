@@ -9,7 +9,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVi
 
 from tests.families import FAMILIES, build, image
 from tests.preference_rows import preference_row
-from trl_vlm.trainers.dpo.collator import ImagesOnce, PreferenceCollator, SegmentOptions
+from trl_vlm.trainers.dpo.collator import ImagesOnce, PreferenceCollator
+from trl_vlm.trainers.dpo.segments import SegmentOptions
 
 
 def collator(processor, **options):

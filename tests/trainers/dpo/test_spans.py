@@ -9,7 +9,8 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from tests.families import load_processor
 from tests.preference_rows import preference_row
 from trl_vlm.maths.changed_tokens import tokens_in_spans
-from trl_vlm.trainers.dpo.collator import PreferenceCollator, SegmentOptions
+from trl_vlm.trainers.dpo.collator import PreferenceCollator
+from trl_vlm.trainers.dpo.segments import SegmentOptions
 from trl_vlm.trainers.dpo.spans import token_places
 
 TEXT = "Ein größerer Kater – 猫が窓辺で眠る, naïve café 🐈‍⬛ und ÄÖÜ, ещё одна кошка."

@@ -127,7 +127,7 @@ def _spans(row: Mapping[str, Any], column: str) -> list[tuple[int, int]] | None:
     if spans is None:
         return None
     start = 0 if isinstance(reply, str) else len(reply_text(reply)) - len(message_text(reply[-1]))
-    return [(start + first, start + last) for first, last in spans]
+    return [(start + int(first), start + int(last)) for first, last, *_ in spans]
 
 
 def _note(row: Mapping[str, Any], column: str, side: Side, unit: str) -> str:

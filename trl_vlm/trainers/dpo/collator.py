@@ -1,7 +1,6 @@
 """Batches of preference pairs: TRL's collator makes them, and ours adds further keys."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Required, TypedDict, cast
 
 import torch
@@ -11,17 +10,15 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from trl_vlm.data.errors import RowError, as_row_errors
 from trl_vlm.data.faults import EMPTY_REPLY
 from trl_vlm.data.images import load_image
-from trl_vlm.data.messages import message_text, without_empty_keys
+from trl_vlm.data.messages import without_empty_keys
 from trl_vlm.data.rows import ROW_NAME, check_row, name_of, row_images
-from trl_vlm.maths.changed_tokens import changed_tokens, tokens_in_spans
 from trl_vlm.models.image_tokens import check_image_tokens, image_tokens
 from trl_vlm.models.prefix_sharing.sharing import SHARED_PREFIX
-from trl_vlm.trainers.dpo.spans import token_places
+from trl_vlm.trainers.dpo.segments import SegmentOptions, segments_of
 
 Row = dict[str, Any]
 
 # Batch keys, see `PreferenceCollator`.
-CHANGED: Final = "changed_tokens"
 REFERENCE: Final = "reference_log_probs"
 NUM_REPLIES: Final = "num_replies"
 
@@ -34,10 +31,13 @@ class PreferenceBatch(TypedDict, total=False):
     completion_mask: Required[Tensor]
     shared_prefix: Tensor
     changed_tokens: Tensor
+    token_weights: Tensor
+    score_weights: Tensor
     reference_log_probs: Tensor
     num_replies: int
     distorted: dict[str, Any]  # see `DistortingCollator`
     weightless: bool  # see `FreshPairs`
+    image_pair: dict[str, Any]  # see `ImagePairCollator`
 
 
 class ImagesOnce:
@@ -76,14 +76,6 @@ class ImagesOnce:
         return batch
 
 
-@dataclass(frozen=True)
-class SegmentOptions:
-    """How changed tokens are found; see `trl_vlm.maths.changed_tokens.changed_tokens`."""
-
-    min_match: int = 3
-    two_sided: bool = False
-
-
 class PreferenceCollator:
     """Adds the keys that shared prefixes, Dense DPO and further rejected replies need to TRL's preference batch.
 
@@ -91,8 +83,7 @@ class PreferenceCollator:
 
     Keys that are added:
         shared_prefix: (K * P, 2), with `shares_prefix`; pixels then come once per row.
-        changed_tokens: (K - 1, 2 * P, T - 1), bool, with `segments`; one entry per pair of chosen and rejected,
-            aligned with the log-probabilities that TRL computes, so token t is at t - 1.
+        changed_tokens, token_weights, score_weights: With `segments`; see `segments.Segments`.
         reference_log_probs: (K * P, T - 1), with `reference`.
         num_replies: K, where it is not 2.
 
@@ -122,6 +113,7 @@ class PreferenceCollator:
         self.collate, self.vision, self.tokenizer = collate, vision, tokenizer
         self.extra, self.shares_prefix, self.segments, self.reference = extra, shares_prefix, segments, reference
         self.count_image_tokens = count_image_tokens
+        self.caches_image_pair = False  # `ImagePairCollator` sets it
         self.images_once: ImagesOnce | None = None
         self._image_tokens = image_tokens(collate.processor) if vision else ()
         if vision and (shares_prefix or extra):
@@ -141,7 +133,7 @@ class PreferenceCollator:
             prompts = batch["attention_mask"].sum(1) - batch["completion_mask"].sum(1)
             batch[SHARED_PREFIX] = torch.stack([torch.arange(len(prompts)) % len(rows), prompts], dim=1)
         if self.segments is not None:
-            batch[CHANGED] = self._changed(batch, rows, self.segments)
+            batch |= segments_of(batch, rows, self.segments, self.tokenizer)
         if self.reference is not None:
             batch[REFERENCE] = self._reference(batch, map(self.reference, given), rows)
         return cast(PreferenceBatch, batch)
@@ -209,56 +201,11 @@ class PreferenceCollator:
                     "replies), or raise `max_length`."
                 )
 
-    def _changed(self, batch: dict[str, Tensor], rows: list[Row], segments: SegmentOptions) -> Tensor:
-        """(K - 1, 2P, T - 1), bool."""
-        count, is_reply = len(rows), batch["completion_mask"].bool()
-        replies = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], is_reply, strict=True)]
-        is_changed = torch.zeros(self.extra + 1, 2 * count, is_reply.size(1), dtype=torch.bool)
-        for pair in range(self.extra + 1):
-            for row in range(count):
-                other = (pair + 1) * count + row
-                found = changed_tokens(
-                    replies[row],
-                    replies[other],
-                    min_match=segments.min_match,
-                    two_sided=segments.two_sided,
-                )
-                chosen, rejected = found
-                if pair == 0:
-                    chosen = self._in_spans(rows[row], "chosen", replies[row]) or chosen
-                    rejected = self._in_spans(rows[row], "rejected", replies[other]) or rejected
-                is_changed[pair, row, is_reply[row]] = torch.tensor(chosen)
-                is_changed[pair, count + row, is_reply[other]] = torch.tensor(rejected)
-        return is_changed[:, :, 1:]
-
-    def _in_spans(self, row: Row, column: str, ids: list[int]) -> list[bool] | None:
-        """The tokens in the character spans of a row's column, or None if it has none."""
-        spans = row.get(f"{column}_spans")
-        if spans is None:
-            return None
-        reply = row[column]
-        reply = reply if isinstance(reply, str) else message_text(reply[-1])
-        name = f"{row[ROW_NAME]}, column '{column}_spans'"
-        for first, last in spans:
-            if not 0 <= first < last <= len(reply):
-                raise ValueError(
-                    f"{name}: the span ({first}, {last}) is not inside the reply of {len(reply)} characters. Spans "
-                    "are (start, end) in characters of the reply's text, end exclusive."
-                )
-        text, places = token_places(self.tokenizer, ids)
-        # A chat template may strip the white space around a reply.
-        start = text.find(reply.strip())
-        if start < 0:
-            raise ValueError(
-                f"{name}: the reply's tokens do not decode to its text, so characters cannot be assigned to them. Was "
-                "it cut by `max_length`, or changed by the chat template? Without spans they are found by comparison."
-            )
-        start -= len(reply) - len(reply.lstrip())
-        return tokens_in_spans(places, [tuple(span) for span in spans], start)
-
     def _reference(self, batch: dict[str, Tensor], of_rows: Iterable[Sequence[Tensor]], rows: list[Row]) -> Tensor:
-        """(K * P, T - 1), float32, 0 outside the replies."""
+        """(K * P, T - 1), float32, 0 outside the replies; P more with the chosen ones under corrupted images."""
         is_reply = batch["completion_mask"][:, 1:].bool()
+        if self.caches_image_pair:
+            is_reply = torch.cat([is_reply, is_reply[: len(rows)]])
         result = torch.zeros(is_reply.shape)
         for row, values in enumerate(of_rows):
             for reply, log_probs in enumerate(values):

@@ -8,6 +8,7 @@ import trl
 from trl_vlm.pairs.noise import Overflow, check_noise
 from trl_vlm.pairs.source import PAIR_BATCH_SIZE
 from trl_vlm.trainers.checks import refuse
+from trl_vlm.trainers.dpo.image_options import ImageOptions
 from trl_vlm.trainers.dpo.vllm import VLLMOptions
 from trl_vlm.trainers.options import PartOptions
 
@@ -32,8 +33,8 @@ LENGTH_NORMALIZED = {"ipo", "sigmoid_norm"}
 
 
 @dataclass
-class DPOConfig(PartOptions, VLLMOptions, trl.DPOConfig):
-    """TRL's `DPOConfig`, and options for images, Dense DPO and several rejected replies.
+class DPOConfig(ImageOptions, PartOptions, VLLMOptions, trl.DPOConfig):
+    """TRL's `DPOConfig`, and options for images, Dense DPO, several rejected replies and the image side of preference.
 
     Dense DPO is on with `dense_preset`, or with `dense_gamma` and `dense_reduction`. Its reference is RLHF-V,
     arXiv:2312.00849; docs/methods/dpo.md says what each option does and where it differs from the paper.
@@ -42,7 +43,7 @@ class DPOConfig(PartOptions, VLLMOptions, trl.DPOConfig):
     # Unset, it is the preset's, or TRL's default: so a preset can see that it is overridden.
     beta: float | None = field(
         default=None,
-        metadata={"help": f"As in TRL. Unset, it is {TRL_BETA}, or the value of `dense_preset`."},
+        metadata={"help": f"As in TRL. Unset, it is {TRL_BETA}, or the value of a preset."},
     )
 
     # Dense DPO
@@ -89,11 +90,14 @@ class DPOConfig(PartOptions, VLLMOptions, trl.DPOConfig):
             "choices": ["published", "shared"],
         },
     )
-    noise_steps: int = field(default=500, metadata={"help": "`povid_loss`: how many steps of noise, from 0 to 999."})
+    noise_steps: int = field(
+        default=500,
+        metadata={"help": "`povid_loss`, `image_corruption='noise'`: how many steps of noise, from 0 to 999."},
+    )
     noise_overflow: Overflow = field(
         default="wrap",
         metadata={
-            "help": "`povid_loss`: colors that leave their range 'wrap' around, as in the published code, or 'clip'.",
+            "help": "The same: colors that leave their range 'wrap' around, as in the published code, or 'clip'.",
             "choices": ["wrap", "clip"],
         },
     )
@@ -169,9 +173,12 @@ class DPOConfig(PartOptions, VLLMOptions, trl.DPOConfig):
     )
 
     def __post_init__(self):
+        self.fill_in_image_preset()
         self._fill_in_preset()
         super().__post_init__()
+        self.complete_image_options()
         self._check_ranges()
+        self.check_image_options()
         if self.dense_gamma is not None:
             self._check_dense(self.dense_gamma)
         if self.reference_cache is not None:

@@ -12,8 +12,9 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import DataCollator, ProcessorMixin, Trainer
 
+from trl_vlm.data.faults import SCORE_WEIGHT_COLUMNS, SPAN_COLUMNS
 from trl_vlm.data.named_rows import has_images, undecoded
-from trl_vlm.data.rows import IMAGE_COLUMNS, PAIR_COLUMNS, ROW_NAME, Row
+from trl_vlm.data.rows import IMAGE_COLUMNS, PAIR_COLUMNS, REJECTED_IMAGES, ROW_NAME, Row
 from trl_vlm.models.generation import Policy, SampledElsewhere, generating
 from trl_vlm.pairs.source import PairSource, make_pairs
 from trl_vlm.trainers import _trl
@@ -34,7 +35,14 @@ NO_REPLY = [{"role": "assistant", "content": "-"}]
 
 # The columns of a pair that a collator reads. TRL would take rows with other reply columns (`completion`) for another
 # kind of data.
-COLLATED_COLUMNS = ("prompt", *PAIR_COLUMNS, "tools", "chat_template_kwargs", ROW_NAME, *IMAGE_COLUMNS)
+COLLATED_COLUMNS = (
+    *("prompt", *PAIR_COLUMNS, "tools", "chat_template_kwargs", ROW_NAME),
+    *(*IMAGE_COLUMNS, REJECTED_IMAGES),
+)
+
+
+# What a row says about its own two replies.
+OF_REPLIES = (*SPAN_COLUMNS, *SCORE_WEIGHT_COLUMNS)
 
 
 class Collator(Protocol):
@@ -109,7 +117,7 @@ def made_pairs(
 ) -> list[Row | None]:
     """The pairs that a source makes of rows, with only the columns that are trained on or logged.
 
-    Spans of changed characters are dropped with the replies that they describe.
+    Spans of changed characters, and weights of scores, are dropped with the replies that they describe.
 
     Args:
         source: Makes the pairs.
@@ -134,7 +142,7 @@ def _trimmed(pair: Row, row: Row, source: PairSource) -> dict[str, Any]:
             )
     columns = [name for name in pair if name in COLLATED_COLUMNS or name.startswith("pair_")]
     is_new = any(pair[column] != row.get(column) for column in ("chosen", "rejected"))
-    return {name: pair[name] for name in columns if not (is_new and name.endswith("_spans"))}
+    return {name: pair[name] for name in columns if not (is_new and name in OF_REPLIES)}
 
 
 def pair_statistics(pairs: Sequence[Row]) -> dict[str, tuple[float, int]]:

@@ -7,8 +7,8 @@ here, and TRL's losses and metrics are unchanged.
 import functools
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from trl_vlm.maths.segments import dense_score
 from trl_vlm.models.prefix_sharing.sharing import FIRST_COLUMN, SHARED_PREFIX
 from trl_vlm.trainers._trl import FusedCausalLMOutput
 from trl_vlm.trainers.dpo.distortion import DISTORTED, DistortedReplies
+from trl_vlm.trainers.dpo.segments import Segments
 
 # The outputs of TRL's fused head per token.
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
@@ -35,7 +36,19 @@ class DenseScore:
     reduction: str
     per_token: bool = False
 
-    def apply(self, log_probs: Tensor, is_changed: Tensor, is_reply: Tensor) -> Tensor:
+    @property
+    def per_reply(self) -> "DenseScore":
+        """The score that no loss divides."""
+        return replace(self, per_token=False)
+
+    def apply(
+        self,
+        log_probs: Tensor,
+        is_changed: Tensor,
+        is_reply: Tensor,
+        token_weights: Tensor | None = None,
+        score_weights: Tensor | None = None,
+    ) -> Tensor:
         """Adds `score - sum` to column 0 (a prompt position), so that each row sums to its score.
 
         TRL sums a row for its preference losses, but reads single reply tokens for `sft` and for the weights of WPO,
@@ -45,6 +58,8 @@ class DenseScore:
             log_probs: (N, T), 0 outside the reply.
             is_changed: (N, T), bool.
             is_reply: (N, T), bool.
+            token_weights: (N, T), see `dense_score`.
+            score_weights: (N,), likewise.
 
         Returns:
             (N, T).
@@ -55,11 +70,35 @@ class DenseScore:
                 f"Sequence {row} of the batch has a prompt of one token; Dense DPO needs at least two. Add a system "
                 "prompt or a question."
             )
-        score = dense_score(log_probs, is_changed, is_reply, gamma=self.gamma, reduction=self.reduction)
+        weights = {"token_weights": token_weights, "score_weights": score_weights}
+        score = dense_score(log_probs, is_changed, is_reply, gamma=self.gamma, reduction=self.reduction, **weights)
         if self.per_token:
             score = score * is_reply.sum(1)
         first = log_probs[:, :1] + (score - log_probs.sum(1))[:, None]
         return torch.cat([first, log_probs[:, 1:]], dim=1)
+
+
+class Scored(NamedTuple):
+    """A batch of K replies to each of P rows after the forwards of policy and reference.
+
+    Args:
+        inputs: The batch.
+        policy: Output of a fused forward, (K * P, T - 1) per token.
+        reference: Log-probabilities, likewise; None where there is no reference, or TRL stores it.
+        segments: What Dense DPO reads; None without.
+        num_replies: K.
+    """
+
+    inputs: dict[str, Any]
+    policy: Any
+    reference: Tensor | None
+    segments: Segments | None
+    num_replies: int
+
+    @property
+    def rows(self) -> int:
+        """P."""
+        return len(self.inputs["input_ids"]) // self.num_replies
 
 
 def sequences(

@@ -1,5 +1,6 @@
 """Metrics beyond TRL's: where the margin comes from, and how far the policy has drifted."""
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -59,6 +60,30 @@ def drift_metrics(ratios: Tensor, is_reply: Tensor, num_replies: int, gather: Ga
         total = gather(total[None]).sum(0)
         drift[f"drift/{name}"] = (total[0] / total[1].clamp(min=1)).item()
     return drift
+
+
+def image_metrics(
+    log_ratios: Tensor, log_probs: tuple[Tensor, Tensor], tokens: Tensor, beta: float
+) -> dict[str, Tensor]:
+    """How much likelier chosen replies are under their own images than under corrupted ones, (P,) each.
+
+    Args:
+        log_ratios: (2P,), log pi - log pi_ref of the chosen replies, under their own images first; without a
+            reference log pi.
+        log_probs: (P,) and (P,), log pi of the policy.
+        tokens: (P,), of the replies.
+        beta: That of the loss.
+
+    Returns:
+        The accuracy counts a tie as half: a policy that ignores the image is at chance.
+    """
+    margins = operator.sub(*log_ratios.chunk(2))
+    return {
+        "image/margin": beta * margins,
+        "image/accuracy": 0.5 * (1 + margins.sign()),
+        "image/gain": operator.sub(*log_probs) / tokens,
+        "image/logps_corrupted": log_probs[1],
+    }
 
 
 def token_metrics(

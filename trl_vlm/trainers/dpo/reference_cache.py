@@ -25,9 +25,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_vlm.data.io.atomic import remove_leftovers, whole, write_whole
-from trl_vlm.data.rows import ROW_NAME, row_images
+from trl_vlm.data.rows import REJECTED_IMAGES, ROW_NAME, row_images
 from trl_vlm.trainers import _trl
-from trl_vlm.trainers.dpo.collator import PreferenceBatch, PreferenceCollator, Row
+from trl_vlm.trainers.dpo.collator import PreferenceBatch, Row
+from trl_vlm.trainers.dpo.image_collator import ImagePairCollator
 from trl_vlm.trainers.types import unwrapped
 
 if TYPE_CHECKING:
@@ -46,13 +47,14 @@ class ReferenceCache:
     Args:
         folder: The folder; made if missing.
         identity: Everything that the numbers depend on, by name; all values must equal those of the folder.
+        corruption: With chosen replies under corrupted images as well, what these depend on beside the row.
 
     Raises:
         ValueError: The folder was made with something else; the message says what.
     """
 
-    def __init__(self, folder: str | Path, identity: dict[str, str]):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, identity: dict[str, str], corruption: str | None = None):
+        self.folder, self.corruption = Path(folder), corruption
         self.identity = {"format": FORMAT, **identity}
         self.log_probs: dict[str, Tensor] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +111,7 @@ class ReferenceCache:
 
     def of_row(self, row: Row) -> list[Tensor]:
         """The log-probabilities of each reply of a row, for the collator."""
-        keys = reply_keys(row)
+        keys = reply_keys(row, self.corruption)
         missing = [key for key in keys if key not in self.log_probs]
         if missing:
             raise ValueError(
@@ -129,8 +131,12 @@ class ReferenceCache:
             raise ValueError(f"{self.folder / MANIFEST} is damaged ({error}). Delete the folder.") from error
 
 
-def reply_keys(row: Row) -> list[str]:
-    """A key for each reply of a row of the dataset, images undecoded: the chosen one, the rejected, the extra ones."""
+def reply_keys(row: Row, corruption: str | None = None) -> list[str]:
+    """A key for each reply of a row of the dataset, images undecoded: the chosen one, the rejected, the extra ones.
+
+    With a `corruption` another one for the chosen reply under `rejected_images`, or else under what is drawn for the
+    row's name.
+    """
     if "prompt_ids" in row:
         prompt = row["prompt_ids"]
         replies = [row["chosen_ids"], row["rejected_ids"], *row.get("rejected_extra_ids", ())]
@@ -139,8 +145,16 @@ def reply_keys(row: Row) -> list[str]:
         images = [image_digest(image) for image in row_images(row, row.get(ROW_NAME) or "a row")]
         prompt = [images, row["prompt"], settings]
         replies = [row["chosen"], row["rejected"], *(row.get("rejected_extra") or ())]
-    start = hashlib.sha256(json.dumps(prompt, default=image_digest).encode())
-    keys = []
+    keys = _keys(prompt, replies)
+    if corruption is None:
+        return keys
+    given = row.get(REJECTED_IMAGES)
+    second = [corruption, row.get(ROW_NAME)] if given is None else [image_digest(image) for image in given]
+    return keys + _keys([*prompt, second], replies[:1])
+
+
+def _keys(prompt: list[Any], replies: list[Any]) -> list[str]:
+    start, keys = hashlib.sha256(json.dumps(prompt, default=image_digest).encode()), []
     for reply in replies:
         key = start.copy()
         key.update(json.dumps(reply).encode())
@@ -169,12 +183,15 @@ def image_digest(image: Any) -> str:
 def dataset_keys(cache: ReferenceCache, dataset: Any, name: str, accelerator: Accelerator) -> list[list[str]]:
     """`reply_keys` of every row, hashed once, a part on each process, and stored under the dataset's fingerprint."""
     identity = dataset_identity(dataset)
-    file = cache.folder / f"keys-{_digest([name, identity])[:32]}.json" if identity is not None else None
+    parts = [part for part in (name, identity, cache.corruption) if part is not None]
+    file = cache.folder / f"keys-{_digest(parts)[:32]}.json" if identity is not None else None
     kept = [_kept_keys(file, len(dataset)) if accelerator.is_main_process else None]
     if (keys := broadcast_object_list(kept)[0]) is not None:
         return keys
     processes = accelerator.num_processes
-    own = [reply_keys(dataset[row]) for row in range(accelerator.process_index, len(dataset), processes)]
+    own = [
+        reply_keys(dataset[row], cache.corruption) for row in range(accelerator.process_index, len(dataset), processes)
+    ]
     shares = gather_object([own])
     keys = [shares[row % processes][row // processes] for row in range(len(dataset))]
     if file is not None and accelerator.is_main_process:
@@ -226,7 +243,7 @@ def fill(
     dataset: Any,
     name: str,
     *,
-    collator: PreferenceCollator,
+    collator: Callable[[list[Row]], PreferenceBatch],
     score: Callable[[PreferenceBatch], Tensor],
     batch_size: int,
     accelerator: Accelerator,
@@ -234,7 +251,8 @@ def fill(
     """Computes the missing entries of a dataset, each process a part.
 
     Args:
-        score: A batch -> (K * P, T - 1), reference log-probabilities, 0 outside the replies.
+        score: A batch -> (K * P, T - 1), reference log-probabilities, 0 outside the replies; P more rows at the end
+            for the chosen ones under corrupted images.
     """
     cache.read()
     keys = dataset_keys(cache, dataset, name, accelerator)
@@ -248,7 +266,9 @@ def fill(
         batch = collator([dataset[row] for row in rows])
         log_probs = score(batch).float().cpu()
         if is_own:
-            done |= _by_key(log_probs, batch["completion_mask"][:, 1:].bool(), [keys[row] for row in rows])
+            is_reply = batch["completion_mask"][:, 1:].bool()
+            is_reply = torch.cat([is_reply, is_reply[: len(log_probs) - len(is_reply)]])  # under corrupted images
+            done |= _by_key(log_probs, is_reply, [keys[row] for row in rows])
         if len(done) >= ROWS_PER_SHARD:
             cache.write(done)
             done = {}
@@ -272,8 +292,10 @@ def filled_for(trainer: "DPOTrainer", score: Callable[[nn.Module, PreferenceBatc
     reference = trainer.ref_model if trainer.ref_model is not None else trainer.model
     identity = model_identity(unwrapped(trainer.accelerator, reference))
     identity |= {"processor": processor_identity(trainer.processing_class), "settings": settings}
-    assert args.reference_cache is not None and isinstance(trainer.data_collator, PreferenceCollator)
-    cache = ReferenceCache(args.reference_cache, identity)
+    assert args.reference_cache is not None
+    collator = trainer.data_collator
+    corruption = collator.corruption.description if isinstance(collator, ImagePairCollator) else None
+    cache = ReferenceCache(args.reference_cache, identity, corruption)
     check_shared(cache.folder, trainer.accelerator)
     datasets = {"train": trainer.train_dataset}
     if trainer.eval_dataset is not None:
@@ -286,7 +308,7 @@ def filled_for(trainer: "DPOTrainer", score: Callable[[nn.Module, PreferenceBatc
             cache,
             dataset,
             name,
-            collator=trainer.data_collator,
+            collator=collator,
             score=lambda batch: score(reference, batch),
             batch_size=args.precompute_ref_batch_size or args.per_device_train_batch_size,
             accelerator=trainer.accelerator,

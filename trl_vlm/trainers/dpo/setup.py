@@ -4,16 +4,24 @@ from collections.abc import Callable
 from typing import Protocol
 
 from datasets import IterableDataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
+from trl_vlm.data.faults import SCORE_WEIGHT_COLUMNS
+from trl_vlm.data.named_rows import has_images
+from trl_vlm.data.rows import REJECTED_IMAGES
 from trl_vlm.models.prefix_sharing.sharing import why_not_shareable
 from trl_vlm.trainers import preparation
 from trl_vlm.trainers.checks import refuse, refuse_pathless_reference
-from trl_vlm.trainers.dpo.collator import SegmentOptions
+from trl_vlm.trainers.dpo.collator import PreferenceCollator
 from trl_vlm.trainers.dpo.config import LENGTH_NORMALIZED, DPOConfig
+from trl_vlm.trainers.dpo.distortion import DistortingCollator
+from trl_vlm.trainers.dpo.image_collator import Corruption, ImagePairCollator
 from trl_vlm.trainers.dpo.log_probs import DenseScore
-from trl_vlm.trainers.types import Model, NumberedRows, Rows
+from trl_vlm.trainers.dpo.segments import SegmentOptions
+from trl_vlm.trainers.types import Model, NumberedRows, Rows, base_model
+
+PairsCollator = PreferenceCollator | DistortingCollator | ImagePairCollator
 
 
 class DPOSetup(Protocol):
@@ -66,6 +74,7 @@ def refuse_what_does_not_combine(
         "`rejected_extra`": num_extra_rejected > 0,
         "`reference_cache`": args.reference_cache is not None,
         "`povid_loss`": args.povid_loss is not None,
+        "`image_weight` (and `image_metrics`)": args.has_image_pair,
     }
     for name, is_needed in needs_collator.items():
         if is_needed and has_own_collator:
@@ -83,8 +92,24 @@ def refuse_what_does_not_combine(
     if has_pair_loss:
         reason = "TRL adds it to its own losses (see `router_aux_loss_coef`)"
         refuse("`pair_loss`", {"The auxiliary loss of mixtures of experts": (trainer.aux_loss_enabled, reason)})
+    _refuse_for_image_pair(trainer, has_pair_loss)
     if args.reference_cache is not None and isinstance(trainer.train_dataset, IterableDataset):
         raise ValueError("`reference_cache` needs a dataset with rows by index, not a stream. Unset it.")
+
+
+def _refuse_for_image_pair(trainer: DPOSetup, has_pair_loss: bool) -> None:
+    """The part of `refuse_what_does_not_combine` for the image side of preference."""
+    args, model = trainer.args, trainer.model
+    if args.has_image_pair or args.anchor_weight:
+        mixture = (trainer.aux_loss_enabled, "it is made for one pair per row")
+        names = "`image_weight`, `image_metrics` and `anchor_weight`"
+        refuse(names, {"The auxiliary loss of mixtures of experts": mixture})
+    if args.image_inside:
+        refuse("`image_inside`", {"`pair_loss`": (has_pair_loss, "the function can add the terms itself")})
+    if args.has_image_pair and args.image_corruption == "mask":
+        virtual = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+        reason = "it numbers the tokens behind them itself"
+        refuse("`image_corruption='mask'`", {"An adapter with virtual tokens": (virtual, reason)})
 
 
 def dense_score(args: DPOConfig, has_pair_loss: bool) -> DenseScore | None:
@@ -99,3 +124,54 @@ def dense_score(args: DPOConfig, has_pair_loss: bool) -> DenseScore | None:
 def segment_options(args: DPOConfig) -> SegmentOptions | None:
     """How Dense DPO finds changed tokens; None without it."""
     return None if args.dense_gamma is None else SegmentOptions(args.dense_min_match, args.dense_two_sided)
+
+
+def refuse_unread_columns(dataset: Rows | None, args: DPOConfig) -> None:
+    """Refuses columns of weights that nothing would read, and an image pair without images.
+
+    Raises:
+        ValueError: The message says which, and what to do.
+    """
+    columns = getattr(dataset, "column_names", None)  # a stream may not know them
+    if columns is None:
+        return
+    weights = sorted(set(SCORE_WEIGHT_COLUMNS) & set(columns))
+    if weights and args.dense_gamma is None:
+        raise ValueError(
+            f"The dataset has the column {', '.join(weights)}, which only Dense DPO reads. Set `dense_gamma=1.0` and "
+            "`dense_reduction='sum'` to weight DPO's own scores, or drop the column."
+        )
+    if args.has_image_pair and not has_images(dataset):
+        raise ValueError("`image_weight` compares two images, and the rows have no column `images`. Unset it.")
+    if args.has_image_pair and args.image_corruption is None and REJECTED_IMAGES not in columns:
+        raise ValueError(
+            "`image_weight` (or `image_metrics`) needs a second image for each row: set `image_corruption`, or give "
+            f"the dataset a column `{REJECTED_IMAGES}`."
+        )
+
+
+def with_image_pair(
+    trainer: DPOSetup, collate: PreferenceCollator | DistortingCollator, pairs: PreferenceCollator
+) -> ImagePairCollator:
+    """The collator, with the chosen replies under corrupted images.
+
+    Raises:
+        ValueError: The images of other rows are asked for, and the rows are a stream.
+    """
+    args, others = trainer.args, trainer.train_dataset
+    if args.image_corruption == "other" and (others is None or isinstance(others, IterableDataset)):
+        raise ValueError(
+            "`image_corruption='other'` takes images of other training rows by their index, which a stream (or no "
+            "training data) does not have. Take another corruption, or a column `rejected_images`."
+        )
+    assert not isinstance(others, IterableDataset)
+    corruption = Corruption(
+        args.image_corruption,
+        mask_ratio=1.0 if args.image_mask_ratio is None else args.image_mask_ratio,
+        noise_steps=args.noise_steps,
+        noise_overflow=args.noise_overflow,
+        crop_areas=(args.image_crop_min_area, args.image_crop_max_area),
+        seed=args.image_seed,
+    )
+    others = others if args.image_corruption == "other" else None
+    return ImagePairCollator(collate, pairs, corruption, base_model(trainer.model).config, others)

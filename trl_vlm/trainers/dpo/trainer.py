@@ -5,7 +5,7 @@ import copy
 import functools
 import logging
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,25 +22,29 @@ from transformers import (
     TrainerCallback,
 )
 
-from trl_vlm.data.rows import PAIR_COLUMNS, ROW_NAME
+from trl_vlm.data.rows import PAIR_COLUMNS, REJECTED_IMAGES, ROW_NAME
 from trl_vlm.models.prefix_sharing.sharing import share_prefix
 from trl_vlm.pairs.source import PairSource
 from trl_vlm.trainers import _trl
 from trl_vlm.trainers.adapters import complete_peft_config
+from trl_vlm.trainers.attributes import with_attributes
 from trl_vlm.trainers.card import CardFacts
 from trl_vlm.trainers.checks import check_log_probs
 from trl_vlm.trainers.dpo import fresh_pairs, pairs_data, setup
 from trl_vlm.trainers.dpo import metrics as dpo_metrics
 from trl_vlm.trainers.dpo.card import card_facts
-from trl_vlm.trainers.dpo.collator import CHANGED, NUM_REPLIES, REFERENCE, PreferenceBatch, PreferenceCollator
+from trl_vlm.trainers.dpo.collator import NUM_REPLIES, REFERENCE, PreferenceBatch, PreferenceCollator
 from trl_vlm.trainers.dpo.config import DPOConfig
 from trl_vlm.trainers.dpo.degeneration import DegenerationWatch
 from trl_vlm.trainers.dpo.distortion import DISTORTED, DistortedReplies, DistortingCollator
 from trl_vlm.trainers.dpo.fresh_pairs import WEIGHTLESS, FreshPairs
-from trl_vlm.trainers.dpo.log_probs import attach, sequences
+from trl_vlm.trainers.dpo.image_collator import IMAGE_PAIR, ImagePairCollator
+from trl_vlm.trainers.dpo.image_preference import NOTHING_INSIDE, ImagePreference, InsideScores, with_scores
+from trl_vlm.trainers.dpo.log_probs import Scored, attach, sequences
 from trl_vlm.trainers.dpo.pair_loss import NO_REFERENCE, PairLoss, check_pair_loss, mean_pair_loss
 from trl_vlm.trainers.dpo.paired import PairedTrainer
 from trl_vlm.trainers.dpo.reference_cache import filled_for
+from trl_vlm.trainers.dpo.segments import Segments
 from trl_vlm.trainers.dpo.vllm import VLLMReplies, check_vllm
 from trl_vlm.trainers.ppo.rollout_rows import rollout_rows
 from trl_vlm.trainers.preparation import PreparedTrainer, complete_arguments, complete_processor, prepare_model
@@ -119,6 +123,7 @@ class DPOTrainer(PreparedTrainer, PairedTrainer, trl.DPOTrainer):
             train_dataset, eval_dataset = fresh_pairs.checked_data(*datasets, args, processor, data_collator)
         check_pair_loss(pair_loss, args, ref_model)
         check_vllm(args, pair_source)
+        setup.refuse_unread_columns(train_dataset, args)
         self._num_extra_rejected = pairs_data.extra_replies(train_dataset)
         self._pairs_without_change = 0
         self.pair_loss, self._is_reference_free = pair_loss, args.reference_free
@@ -151,6 +156,7 @@ class DPOTrainer(PreparedTrainer, PairedTrainer, trl.DPOTrainer):
         if self._is_vlm or args.freeze_vision_tower:
             prepare_model(self._base_model, args)
         self._shares = self._set_up_forwards()
+        self._image_preference = ImagePreference(self)
         make_collator = functools.partial(self._preference_collator, self.data_collator)
         if pair_source is not None:
             engine = VLLMReplies(self) if args.use_vllm else None
@@ -184,7 +190,7 @@ class DPOTrainer(PreparedTrainer, PairedTrainer, trl.DPOTrainer):
     def ref_model(self, model: nn.Module | None) -> None:
         self._ref_model = None if model is NO_REFERENCE else model
 
-    def _preference_collator(self, collate: Any, extra: int) -> PreferenceCollator | DistortingCollator:
+    def _preference_collator(self, collate: Any, extra: int) -> setup.PairsCollator:
         """TRL's collator with our additions, for rows with `extra` further rejected replies."""
         args, with_noise = self.args, self.args.povid_loss is not None
         made = PreferenceCollator(
@@ -196,10 +202,11 @@ class DPOTrainer(PreparedTrainer, PairedTrainer, trl.DPOTrainer):
             segments=setup.segment_options(args),
             count_image_tokens=args.check_image_tokens,
         )
-        if not with_noise:
-            return made
-        assert isinstance(self.processing_class, ProcessorMixin)  # rows without images are refused
-        return DistortingCollator(made, self.processing_class, args.noise_steps, args.noise_overflow)
+        collator: PreferenceCollator | DistortingCollator = made
+        if with_noise:
+            assert isinstance(self.processing_class, ProcessorMixin)  # rows without images are refused
+            collator = DistortingCollator(made, self.processing_class, args.noise_steps, args.noise_overflow)
+        return setup.with_image_pair(self, collator, made) if args.has_image_pair else collator
 
     # Forwards
 
@@ -224,7 +231,8 @@ class DPOTrainer(PreparedTrainer, PairedTrainer, trl.DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        ours = [] if self._has_own_collator else ["prompt", *PAIR_COLUMNS, "rejected_extra_ids", ROW_NAME]
+        ours = ["prompt", *PAIR_COLUMNS, REJECTED_IMAGES, "rejected_extra_ids", ROW_NAME]
+        ours = [] if self._has_own_collator else ours
         self._signature_columns += [column for column in ours if column not in self._signature_columns]
 
     def _prepare_dataset(self, dataset: Rows, processing_class: Processor, args: DPOConfig, dataset_name: str) -> Rows:
@@ -251,7 +259,8 @@ class DPOTrainer(PreparedTrainer, PairedTrainer, trl.DPOTrainer):
         """The mean of the losses of all pairs, from one forward of the policy and one of the reference."""
         inputs = dict(inputs)
         is_weightless, num_replies = inputs.pop(WEIGHTLESS, False), inputs.pop(NUM_REPLIES, 2)
-        reference, is_changed = inputs.pop(REFERENCE, None), inputs.pop(CHANGED, None)
+        reference, segments = inputs.pop(REFERENCE, None), Segments.taken_from(inputs)
+        corrupted = inputs.pop(IMAGE_PAIR, None)
         arguments = self._model_arguments(inputs)
         policy = model(**arguments)
         if is_weightless:
@@ -259,8 +268,10 @@ class DPOTrainer(PreparedTrainer, PairedTrainer, trl.DPOTrainer):
         else:
             if reference is None and not (self._is_reference_free or self.precompute_ref_logps):
                 reference = self._reference_log_probs(self.ref_model or self.model, arguments)
-            loss = self._mean_over_pairs(policy, reference, inputs, is_changed, num_replies)
-            self._log_tokens(policy.log_probs.detach(), reference, inputs["completion_mask"], is_changed, num_replies)
+            batch = Scored(inputs, policy, reference, segments, num_replies)
+            image = None if corrupted is None else self._image_preference.pair(model, corrupted, batch)
+            loss = self._image_preference.total(functools.partial(self._mean_over_pairs, batch), batch, image)
+            self._log_tokens(batch)
         if not return_outputs:
             return loss
         with torch.no_grad():
@@ -274,46 +285,45 @@ class DPOTrainer(PreparedTrainer, PairedTrainer, trl.DPOTrainer):
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         return arguments | {"labels": labels, "use_cache": False, "fused_lm_head": True}
 
-    def _mean_over_pairs(
-        self,
-        policy: Any,
-        reference: Tensor | None,
-        inputs: dict[str, Any],
-        is_changed: Tensor | None,
-        num_replies: int,
-    ) -> Tensor:
+    def _mean_over_pairs(self, batch: Scored, inside: InsideScores = NOTHING_INSIDE) -> Tensor:
         """Mean of the losses over the pairs (chosen, each rejected reply) of a row; one pair weighs 1.
 
             w L(chosen, rejected) + (1 - w) / n * (sum over n extras of L(chosen, extra))
 
         Source: arXiv:2407.02477, equation 5, for n = 1.
         """
-        rows, extra, first = len(inputs["input_ids"]) // num_replies, num_replies - 2, self.args.rejected_weight
+        rows, inputs, extra, first = batch.rows, batch.inputs, batch.num_replies - 2, self.args.rejected_weight
         weights = [first, *[(1 - first) / extra] * extra] if extra else [1.0]
         losses = []
-        with self._reference_in_batch():
+        with with_attributes(self, precompute_ref_logps=True):  # TRL reads the reference from the batch
             for number, weight in enumerate(weights):
                 place = torch.cat([torch.arange(rows), torch.arange(rows) + (number + 1) * rows])
                 pair = inputs | {key: inputs[key][place] for key in ("input_ids", "completion_mask")}
                 # TRL uses it only to count tokens: those of the whole batch, once.
                 pair["attention_mask"] = inputs["attention_mask"] * (number == 0)
-                changed = None if is_changed is None else is_changed[number]
-                losses.append(weight * self._loss_of(pair, policy, reference, place, changed))
+                own = None if batch.segments is None else batch.segments.of_pair(number)
+                losses.append(weight * self._loss_of(pair, batch.policy, batch.reference, place, own, inside))
         return functools.reduce(operator.add, losses)
 
     def _loss_of(
-        self, pair: dict[str, Any], policy: Any, reference: Tensor | None, place: Tensor, is_changed: Tensor | None
+        self,
+        pair: dict[str, Any],
+        policy: Any,
+        reference: Tensor | None,
+        place: Tensor,
+        segments: dict[str, Tensor | None] | None,
+        inside: InsideScores = NOTHING_INSIDE,
     ) -> Tensor:
         """The loss of TRL, or of `pair_loss`, for the sequences `place` of a batch; TRL logs its metrics of both."""
         is_reply = pair["completion_mask"][:, 1:].bool()
         dense = None
-        if is_changed is not None:
+        if segments is not None:
             assert self._dense is not None  # only then the collator finds changes
-            dense = functools.partial(self._dense.apply, is_changed=is_changed)
-        output = sequences(policy, place, is_reply, dense)
+            dense = functools.partial(self._dense.apply, **segments)
+        output = with_scores(sequences(policy, place, is_reply, dense), inside.policy)
         if reference is not None:
             log_probs = _trl.FusedCausalLMOutput(log_probs=reference.to(policy.log_probs.device))
-            scored = sequences(log_probs, place, is_reply, dense)
+            scored = with_scores(sequences(log_probs, place, is_reply, dense), inside.reference)
             ref_chosen, ref_rejected = self.compute_ref_log_probs(lambda **_: scored, pair)
             pair |= {"ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
         if self.pair_loss is None:
@@ -340,32 +350,17 @@ class DPOTrainer(PreparedTrainer, PairedTrainer, trl.DPOTrainer):
         with torch.no_grad(), _trl.disable_gradient_checkpointing(self.model, kwargs), adapter:
             return reference(**arguments).log_probs
 
-    @contextlib.contextmanager
-    def _reference_in_batch(self) -> Iterator[None]:
-        """Lets TRL read the reference from the batch."""
-        before, self.precompute_ref_logps = self.precompute_ref_logps, True
-        try:
-            yield
-        finally:
-            self.precompute_ref_logps = before
-
-    def _log_tokens(
-        self,
-        policy: Tensor,
-        reference: Tensor | None,
-        completion_mask: Tensor,
-        is_changed: Tensor | None,
-        num_replies: int,
-    ) -> None:
+    def _log_tokens(self, batch: Scored) -> None:
         """Logs metrics per token, beyond TRL's of whole replies."""
-        if reference is None:
+        if batch.reference is None:
             return
+        is_changed = None if batch.segments is None else batch.segments.is_changed
         measured = dpo_metrics.token_metrics(
-            policy,
-            reference,
-            completion_mask[:, 1:].bool(),
+            batch.policy.log_probs.detach(),
+            batch.reference[: len(batch.inputs["input_ids"])],
+            batch.inputs["completion_mask"][:, 1:].bool(),
             is_changed,
-            num_replies if self.args.degeneration_steps is not None else None,
+            batch.num_replies if self.args.degeneration_steps is not None else None,
             functools.partial(gathered, self.accelerator),
         )
         metrics = self._metrics["train" if self.model.training else "eval"]
@@ -378,14 +373,18 @@ class DPOTrainer(PreparedTrainer, PairedTrainer, trl.DPOTrainer):
     # Reference on disk
 
     def _fill_reference_cache(self) -> None:
-        assert isinstance(self.data_collator, PreferenceCollator)  # another one is refused
+        assert isinstance(self.data_collator, PreferenceCollator | ImagePairCollator)  # another one is refused
         self.data_collator.reference = filled_for(self, self._score_reference).of_row
         self.ref_model, self.precompute_ref_logps = None, True
 
     def _score_reference(self, reference: nn.Module, batch: PreferenceBatch) -> Tensor:
         inputs = self._prepare_inputs({**batch})
-        ours = (CHANGED, NUM_REPLIES)  # the cache holds unweighted log-probabilities
-        arguments = self._model_arguments({key: value for key, value in inputs.items() if key not in ours})
+        Segments.taken_from(inputs)  # the cache holds unweighted log-probabilities
+        corrupted = inputs.pop(IMAGE_PAIR, None)
+        arguments = self._model_arguments({key: value for key, value in inputs.items() if key != NUM_REPLIES})
         with self.accelerator.autocast():
-            log_probs = self._reference_log_probs(reference, arguments)
-        return log_probs[:, -(inputs["input_ids"].size(1) - 1) :]
+            log_probs = self._reference_log_probs(reference, arguments)[:, -(inputs["input_ids"].size(1) - 1) :]
+            if corrupted is None:
+                return log_probs
+            further = self._image_preference.reference_under_corrupted(reference, corrupted, inputs)
+        return torch.cat([log_probs, further])

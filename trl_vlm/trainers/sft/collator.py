@@ -23,6 +23,9 @@ class SupervisedCollator:
         collate: TRL's collator, which makes `labels`.
         max_length: Length to which rows are cut; None cuts none.
         image_tokens: What stands for an image in a text, and must not be spelled out.
+        first_reply_ends_prefix: From the first trained token on, a conversation is read causally: where a family reads
+            a prompt in both directions (PaliGemma), a conversation encoded as a whole would be all prompt, and each
+            token of a reply would see the ones that follow it.
     """
 
     def __init__(
@@ -30,8 +33,10 @@ class SupervisedCollator:
         collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
         max_length: int | None,
         image_tokens: Sequence[str] = (),
+        first_reply_ends_prefix: bool = False,
     ):
         self.collate, self.max_length, self.image_tokens = collate, max_length, tuple(image_tokens)
+        self.first_reply_ends_prefix = first_reply_ends_prefix
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """The batch of `rows`, which are not modified.
@@ -43,7 +48,10 @@ class SupervisedCollator:
         for row, name in zip(rows, names, strict=True):
             check_supervised_row(row, name, self.image_tokens)
         batch = self.collate([_with_images(row, name) for row, name in zip(rows, names, strict=True)])
-        is_trained = (batch["labels"] != IGNORED_LABEL).any(-1).tolist()
+        is_label = batch["labels"] != IGNORED_LABEL
+        if self.first_reply_ends_prefix and "token_type_ids" in batch:
+            batch["token_type_ids"] = batch["token_type_ids"].masked_fill(is_label.cumsum(-1) > 0, 1)
+        is_trained = is_label.any(-1).tolist()
         for name, has_labels in zip(names, is_trained, strict=True):
             if not has_labels:
                 raise RowError(f"{name}: {self._reason()}", "nothing to train on")

@@ -16,8 +16,11 @@ from transformers import BitsAndBytesConfig, DataCollator, EvalPrediction, Train
 
 from trl_vlm.data.named_rows import undecoded
 from trl_vlm.data.rows import ROW_NAME
+from trl_vlm.models.families import family_of
 from trl_vlm.models.image_tokens import image_tokens
 from trl_vlm.models.reply_ends import with_reply_ends
+from trl_vlm.models.reply_marks import marks_replies, with_reply_marks
+from trl_vlm.trainers import _trl
 from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.card import CardFacts
 from trl_vlm.trainers.ppo.rollout_rows import rollout_rows
@@ -42,8 +45,9 @@ class SFTTrainer(PreparedTrainer, trl.SFTTrainer):
 
     The arguments are those of `trl.SFTTrainer`; `peft_config.target_modules` may be "language-model" or
     "language-model-and-projector". A reply that the chat template leaves open gets its end (`append_eos`), and a row
-    whose whole reply `max_length` cuts off is an error (with images) or left out with a warning (without). Otherwise,
-    with none of our options set, the losses are TRL's.
+    whose whole reply `max_length` cuts off is an error (with images) or left out with a warning (without).
+    `assistant_only_loss` works with every chat template. Otherwise, with none of our options set, the losses are
+    TRL's.
     """
 
     args: SFTConfig
@@ -75,6 +79,7 @@ class SFTTrainer(PreparedTrainer, trl.SFTTrainer):
             train_dataset, eval_dataset = _undecoded(train_dataset), _undecoded(eval_dataset)
         processing_class = _with_template(complete_processor(processing_class, model, args), args)
         template_path, args.chat_template_path = args.chat_template_path, _left_to_trl(args)
+        marked = _with_reply_marks(processing_class, args)
         check_supervised_rows(train_dataset, "train", processing_class)
         check_supervised_rows(eval_dataset, "eval", processing_class)
         super().__init__(
@@ -83,7 +88,7 @@ class SFTTrainer(PreparedTrainer, trl.SFTTrainer):
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
+            processing_class=marked,
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -96,14 +101,30 @@ class SFTTrainer(PreparedTrainer, trl.SFTTrainer):
             **kwargs,
         )
         args.chat_template_path = template_path
+        if marked is not processing_class:
+            self._keep_template(processing_class)
         prepare_model(self.model, args)
         self._names_rows = self._is_vision_dataset and not has_own_collator
         if self._names_rows:
             self.data_collator = SupervisedCollator(
-                self.data_collator, args.max_length, image_tokens(processing_class)
+                self.data_collator,
+                args.max_length,
+                image_tokens(processing_class),
+                first_reply_ends_prefix=args.assistant_only_loss
+                and family_of(self.model.config).prefix_is_bidirectional,
             )
             self.train_dataset = rollout_rows(self.train_dataset, "train")
             self.eval_dataset = rollout_rows(self.eval_dataset, "eval")
+
+    def _keep_template(self, processor: Processor) -> None:
+        """Lets the processor that is saved have its own template; batches are made with the marked one.
+
+        TRL reads such a template, for rows and collator, from `chat_template`, where it puts its own ones.
+        """
+        self.chat_template = self.processing_class.chat_template
+        self.processing_class.chat_template = processor.chat_template
+        if isinstance(self.data_collator, _trl.DataCollatorForVisionLanguageModeling):
+            self.data_collator.chat_template = self.chat_template
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """TRL's evaluation; rows with images that are passed here are named as well."""
@@ -162,6 +183,17 @@ def _undecoded(dataset: Any) -> Any:
     if isinstance(dataset, dict):
         return {name: _undecoded(rows) for name, rows in dataset.items()}
     return undecoded(dataset) if isinstance(dataset, Dataset | IterableDataset) else dataset
+
+
+def _with_reply_marks(processor: Processor, args: SFTConfig) -> Processor:
+    """The processor, or for a loss over replies a copy that marks them where neither it nor TRL does."""
+    if not args.assistant_only_loss or marks_replies(processor):
+        return processor
+    try:
+        _trl.get_training_chat_template(processor)
+    except ValueError:  # a template that TRL does not know
+        return with_reply_marks(processor)
+    return processor
 
 
 def _left_to_trl(args: SFTConfig) -> str | None:

@@ -7,7 +7,7 @@ LOWEST_BIN := $(CURDIR)/$(LOWEST)/bin
 TORCHVISION := $(CURDIR)/.torchvision
 QUICK := pytest -n 2 --dist loadfile --families quick
 
-.PHONY: install demo test nightly quick test-lowest test-torchvision check format docs
+.PHONY: install demo test nightly quick test-lowest test-torchvision check format docs release-check upstream
 
 install: $(VENV)/.installed
 
@@ -61,6 +61,14 @@ check: install
 # The site of docs/, below site/. NO_MKDOCS_2_WARNING: an advertisement for another program.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# What a release must pass, from `python -m build` to `trl-vlm demo` in a clean environment: `make release-check PYTHON=python3.13`.
+release-check:
+	.ci/release-check $(PYTHON)
+
+# The contracts with the newest TRL, transformers and PEFT: which one broke? A scheduled job runs it.
+upstream:
+	$(PYTHON) .ci/upstream.py
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -22,11 +22,13 @@ is done is not run again, and none goes on with other settings. Options may stan
 import logging
 import math
 import sys
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
@@ -40,12 +42,15 @@ from trl_vlm.evaluation.summary import Evaluation
 from trl_vlm.models import load_processor
 from trl_vlm.rewards import FactRLHFReward, RewardModelReward
 from trl_vlm.scripts.arguments import accumulation, model_arguments, parsed, refusals, script_parser
-from trl_vlm.scripts.comparison import compare
+from trl_vlm.scripts.comparison import compare, reply
+from trl_vlm.scripts.console import ReadableProgress, heading
 from trl_vlm.scripts.inputs import bytes_to_write, check_folder, check_model
 from trl_vlm.scripts.plan import plan_of
 from trl_vlm.scripts.run_folder import RunFolder
+from trl_vlm.scripts.side_by_side import side_by_side
 from trl_vlm.scripts.stage_rows import FileRows
 from trl_vlm.testbed.stages import WorldRows
+from trl_vlm.testbed.stream import cores
 
 logger = logging.getLogger("fact_rlhf")
 
@@ -53,6 +58,7 @@ STAGES = ("sft", "reward", "ppo", "evaluate")
 MINI_BATCHES, PPO_EPOCHS = 2, 2  # two passes over two mini-batches, as published
 UPDATES_PER_ROLLOUT = MINI_BATCHES * PPO_EPOCHS
 READS_FACTS = {"facts": True, "no_facts": False}
+SUPERVISED = "supervised model"
 
 
 def option(text: str, default: Any = None) -> Any:
@@ -75,6 +81,7 @@ class Options:
     gradient_checkpointing: bool | None = option("Save memory; on with a model.")
     save_steps: int = option("Steps between checkpoints; of PPO, rounded up to whole rollouts.", 24)
 
+    side_by_side: bool | None = option("Testbed: one process for each arm. By default, on a CPU with a core for each.")
     world_seed: int = option("Testbed: which world.", 0)
     vision_noise: float = option("Testbed: extra pixel noise (sd) for the reward model: nearly blind.", 1.5)
 
@@ -155,6 +162,7 @@ DATA = {"sft": "sft_dataset", "reward": "dataset_name", "ppo": "prompt_dataset",
 class Rows(Protocol):
     """What the stages need to know of their data: `FileRows`, or the testbed's `WorldRows`."""
 
+    about: Mapping[str, str]  # what each stage does, for a person
     judge_template: JudgeTemplate | None
     arguments: dict[str, dict[str, Any]]  # of the trainer's configuration, by stage
     notes: list[str]
@@ -177,8 +185,41 @@ class FactRLHF:
         self.trains_supervised = isinstance(rows, WorldRows) or options.sft_dataset is not None
 
     def run(self) -> None:
-        for stage in self.stages:
-            getattr(self, stage)()
+        arms = self.arms_apart()
+        if not arms:
+            for stage in self.stages:
+                self.begin(stage)
+                getattr(self, stage)()
+            return
+        own = [stage for stage in self.stages if stage != "sft"]
+        alone = [replace(self.options, arms=[arm], stages=own, side_by_side=False) for arm in arms]
+        parts = {arm: partial(train_arm, options, self.model) for arm, options in zip(arms, alone, strict=True)}
+        with side_by_side(parts) as begin_arms:
+            if "sft" in self.stages:
+                self.begin("sft")
+                self.sft()
+            for stage in own[:-1] if "evaluate" in own else own:
+                self.begin(stage)
+            logger.info("\n%s at the same time, each on a core of its own:", " and ".join(arms))
+            _ = self.evaluation  # written once, for all
+            begin_arms()
+            if "evaluate" in own:
+                self.reply([SUPERVISED])  # while they train
+        if "evaluate" in own:
+            self.begin("evaluate")
+            self.evaluate()
+
+    def begin(self, stage: str) -> None:
+        heading(self.stages.index(stage) + 1, len(self.stages), stage, self.rows.about[stage])
+
+    def arms_apart(self) -> list[str]:
+        """The arms that train at the same time, each in a process of its own; [] where they train in turn."""
+        stages = [stage for stage in ("reward", "ppo") if stage in self.stages]
+        left = [arm for arm in self.options.arms if not all(self.folder(stage, arm).is_done for stage in stages)]
+        is_possible = isinstance(self.rows, WorldRows) and PartialState().num_processes == 1 and len(left) > 1
+        pays = cores() > 1 and not torch.cuda.is_available()
+        wanted = pays if self.options.side_by_side is None else self.options.side_by_side
+        return left if is_possible and wanted else []
 
     @property
     def stages(self) -> list[str]:
@@ -221,7 +262,7 @@ class FactRLHF:
             return
         folder.claim()
         if isinstance(self.rows, WorldRows):
-            self.rows.train_supervised(folder.path)
+            self.rows.train_supervised(folder.path, [ReadableProgress()])
             folder.finish()
             return
         trained = RunFolder(self.root / "sft_adapter", folder.settings) if self.model.use_peft else folder
@@ -295,16 +336,23 @@ class FactRLHF:
 
     def evaluate(self) -> None:
         """Compare the policies with the model that they started from, and say what changed."""
-        models = {"supervised model": self.supervised_model}
-        models |= {
-            f"PPO, {'with' if READS_FACTS[arm] else 'without'} facts": self.needed(f"ppo_{arm}")
-            for arm in sorted(self.options.arms)  # the one with facts first
-        }
+        models = self.models([SUPERVISED, *sorted(self.options.arms)])  # the arm with facts first
         notes, batch_size = [f"seed {self.options.seed}", *self.rows.notes], self.options.batch_size
         with refusals():  # replies of a model that has changed since
             text = compare(models, self.evaluation, self.root, title="Fact-RLHF", notes=notes, batch_size=batch_size)
         if PartialState().is_main_process:
             sys.stdout.write(f"\n{text}")
+
+    def models(self, arms: Sequence[str]) -> dict[str, str]:
+        """What a report calls the policies of the arms, or the model that they start from, to their folders."""
+        named = {SUPERVISED: SUPERVISED, "facts": "PPO, with facts", "no_facts": "PPO, without facts"}
+        folders = (self.supervised_model if arm == SUPERVISED else self.needed(f"ppo_{arm}") for arm in arms)
+        return {named[arm]: folder for arm, folder in zip(arms, folders, strict=True)}
+
+    def reply(self, arms: Sequence[str]) -> None:
+        """Makes the replies of some of the models that `evaluate` compares."""
+        with refusals():
+            reply(self.models(arms), self.evaluation, self.root, batch_size=self.options.batch_size)
 
     @cached_property
     def evaluation(self) -> Evaluation:
@@ -402,30 +450,47 @@ def make_parser(prog: str | None = None) -> TrlParser:
     return script_parser(Options, ModelConfig, prog=prog)
 
 
+def train_arm(options: Options, model: ModelConfig) -> None:
+    """One reward model, its policy, and the policy's replies: what a process does that trains one arm."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(max(1, torch.get_num_threads() // len(READS_FACTS)))
+    pipeline = pipeline_of(options, model)
+    for stage in ("reward", "ppo"):
+        if stage in options.stages:
+            logger.info(stage)
+            getattr(pipeline, stage)()
+    if "evaluate" in options.stages:
+        logger.info("replies")
+        pipeline.reply(options.arms)
+
+
+def pipeline_of(options: Options, model: ModelConfig) -> FactRLHF:
+    set_seed(options.seed)
+    if model.model_name_or_path is None:
+        model.dtype = "float32"
+        return FactRLHF(
+            options, model, WorldRows(options.world_seed, options.seed, options.vision_noise, options.quick)
+        )
+    check_model(model.model_name_or_path)
+    rows = FileRows(
+        {stage: (name, getattr(options, name)) for stage, name in DATA.items()},
+        model.model_name_or_path,
+        facts="facts" in options.arms,
+        seed=options.seed,
+        max_new_tokens=options.max_completion_length,
+    )
+    return FactRLHF(options, model, rows)
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options, model = parsed(make_parser())
-    on_testbed = model.model_name_or_path is None
-    defaults = TESTBED if on_testbed else PAPER if model.use_peft else PAPER | ALL_WEIGHTS
+    defaults = TESTBED if model.model_name_or_path is None else PAPER if model.use_peft else PAPER | ALL_WEIGHTS
     if options.quick:
         defaults = defaults | QUICK
     options = Options(**{k: defaults.get(k) if v is None else v for k, v in asdict(options).items()})
-    set_seed(options.seed)
     with refusals():
-        if on_testbed:
-            model.dtype = "float32"
-            rows = WorldRows(options.world_seed, options.seed, options.vision_noise, options.quick)
-        else:
-            check_model(model.model_name_or_path)
-            places = {stage: (name, getattr(options, name)) for stage, name in DATA.items()}
-            rows = FileRows(
-                places,
-                model.model_name_or_path,
-                facts="facts" in options.arms,
-                seed=options.seed,
-                max_new_tokens=options.max_completion_length,
-            )
-        pipeline = FactRLHF(options, model, rows)
+        pipeline = pipeline_of(options, model)
         pipeline.check()
     if not options.dry_run:
         pipeline.run()

@@ -165,8 +165,8 @@ def test_the_options_of_a_documented_script_are_its_own(command, monkeypatch):
 
 
 def test_every_make_target_that_is_named_exists():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     files = [*PAGES, ROOT / "tests" / "README.md", ROOT / ".ci" / "run"]
-    named = {name for path in files for name in re.findall(r"(?:^|`)make (\w+)", path.read_text(), re.MULTILINE)}
+    named = {name for path in files for name in re.findall(r"(?:^|`)make ([\w-]+)", path.read_text(), re.MULTILINE)}
     assert named >= {"demo", "test", "quick", "check"}
     assert named <= targets

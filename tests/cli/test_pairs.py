@@ -61,7 +61,7 @@ def test_every_field_of_a_source_is_an_option_with_its_default_and_there_is_no_o
 
 
 COMMON = {"input", "output", "split", "config", "revision", "data_files", "images", "embed_images", "limit"}
-COMMON |= {"batch_size", "block_rows", "skip_bad", "overwrite", "json", "method", "run"}
+COMMON |= {"batch_size", "block_rows", "skip_bad", "overwrite", "json", "method", "run", "push_to_hub", "private"}
 
 
 @pytest.mark.parametrize("name", [*SOURCES, *COMPOSED_SOURCES])

@@ -123,7 +123,7 @@ def test_the_wheel_holds_the_configurations_and_the_demo(tmp_path):
     source = tmp_path / "source"
     for name in ("trl_vlm", "accelerate_configs", "examples"):
         shutil.copytree(ROOT / name, source / name, symlinks=True)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
     done = subprocess.run([*build, "-w", str(tmp_path), str(source)], capture_output=True, text=True)

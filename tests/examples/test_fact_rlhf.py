@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,7 +39,9 @@ def metrics(folder: Path) -> list[dict]:
 def finished(tmp_path_factory):
     """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("fact_rlhf")
-    (folder / "stdout.txt").write_text(run(folder).stdout)
+    done = run(folder, "--side_by_side", "True")
+    (folder / "stdout.txt").write_text(done.stdout)
+    (folder / "stderr.txt").write_text(done.stderr)
     return folder
 
 
@@ -108,6 +111,23 @@ def test_the_command_the_callback_and_the_example_report_the_same_numbers(finish
         if value is not None
     }
     assert logged == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_arms_run_side_by_side_with_the_result_of_one_after_the_other(finished, tmp_path):
+    in_turn = run(tmp_path, "--side_by_side", "False")
+    assert metrics(tmp_path) == metrics(finished)
+    assert "no_facts | " not in in_turn.stderr
+    apart = run(finished, "--stages", "sft").stderr  # nothing is left to do apart
+    assert "no_facts | " not in apart
+
+
+def test_the_console_says_what_each_stage_does_and_names_the_arm_of_a_line(finished):
+    shown = (finished / "stderr.txt").read_text()
+    for number, stage in enumerate(STAGES, 1):
+        assert f"[{number}/4] {stage}\n    " in shown
+    for arm in ("facts", "no_facts"):
+        assert re.search(rf"^{arm} \| +\d+/8  loss .* ppo/score", shown, flags=re.MULTILINE)
+    assert not re.search(r"\{'\w+': |it/s\]|Warning", shown)
 
 
 def test_a_finished_stage_is_not_run_again(finished):

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText
 
 from tests.families import batch, load_processor, saved
+from tests.hub import ScriptedHub
 from trl_vlm.cli.main import main
 from trl_vlm.data import JudgeTemplate
 from trl_vlm.models import load_reward_model
@@ -67,6 +69,18 @@ def test_the_command_merges_in_bfloat16_and_refuses_what_it_cannot_do(policy, tm
     assert main(["merge", str(saved("llava")), "--output", str(tmp_path / "other")]) == 1
     assert "there is nothing to merge" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_a_merged_model_is_uploaded_with_a_card_that_loads_it(policy, tmp_path, monkeypatch, capsys):
+    family, folder = policy
+    hub = ScriptedHub(tmp_path / "hub").install(monkeypatch)
+    words = ["merge", str(folder), "--output", str(tmp_path / "merged"), "--push-to-hub", "me/merged", "--private"]
+    assert main(words) == 0
+    assert hub.repositories["me/merged"] == {"repo_type": "model", "private": True, "exist_ok": True}
+    card = ModelCard.load(hub.folder("me/merged") / "README.md")
+    assert card.data.tags == ["trl-vlm"] and 'AutoModelForImageTextToText.from_pretrained("me/merged")' in card.text
+    assert str(tmp_path) not in card.text and "The adapter `adapter`, merged into" in card.text
+    assert "https://hub.test/me/merged" in capsys.readouterr().err
 
 
 def test_a_merge_that_fails_leaves_nothing_behind(policy, tmp_path, monkeypatch):

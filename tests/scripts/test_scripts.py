@@ -7,9 +7,11 @@ from dataclasses import fields
 
 import pytest
 from datasets import load_dataset
+from huggingface_hub import ModelCard
 from transformers import AutoModelForImageTextToText
 
 from tests import families
+from tests.hub import ScriptedHub
 from tests.scripts.helpers import losses, options, write
 from trl_vlm import DPOConfig, DPOTrainer
 from trl_vlm.data.model_check import ModelCheck
@@ -222,3 +224,21 @@ def test_a_source_gets_the_values_of_its_options():
     assert script.mask_ratio == 0.99 and script.pair_noise_steps == 300 and training.noise_steps == 500
     made = source_from(BDHS, script, DPOConfig, seed=3)
     assert (made.noise_steps, made.seed, repr(made.similarity)) == (300, 3, repr(SentenceEncoder()))
+
+
+def test_a_pushed_model_has_a_card_that_names_no_folder(tmp_path, model, monkeypatch):
+    """Method, papers, columns, how to load, the tag; TRL would write the path of local rows as a hub dataset."""
+    hub = ScriptedHub(tmp_path / "hub").install(monkeypatch)
+    data = write(tmp_path, "parquet", PAIRS)
+    out = tmp_path / "out"
+    dpo.main(options(model, data, out, "--max_length", "None", "--push_to_hub", "--hub_strategy", "end", *LORA))
+    card = ModelCard.load(hub.folder("me/out") / "README.md")
+    assert {"trl", "trl-vlm", "dpo"} <= set(card.data.tags) and card.data.datasets is None
+    for words in (
+        "Direct preference optimization",
+        "2305.18290",
+        "`chosen`",
+        'PeftModel.from_pretrained(base, "me/out")',
+    ):
+        assert words in card.text, words
+    assert str(tmp_path) not in card.content

@@ -1,12 +1,14 @@
 import dataclasses
 import json
+import pickle
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import TrainingArguments as Arguments
 
 from trl_vlm.models import last_complete_checkpoint
-from trl_vlm.testbed import supervised
+from trl_vlm.testbed import stream, supervised
 from trl_vlm.testbed.datasets import SupervisedExample, supervised_example
 from trl_vlm.testbed.model import build_model
 from trl_vlm.testbed.supervised import (
@@ -105,11 +107,35 @@ def test_stopped_in_either_stage_it_resumes_to_the_same_weights(trained, world, 
     (tmp_path / "training" / "captions" / "checkpoint-3").mkdir()
     drawn = []
     monkeypatch.setattr(
-        supervised, "supervised_example", lambda *args, **kw: drawn.append(args[2]) or supervised_example(*args, **kw)
+        stream, "supervised_example", lambda *args, **kw: drawn.append(args[2]) or supervised_example(*args, **kw)
     )
+    monkeypatch.setattr(supervised, "cores", lambda: 1)  # or a worker would draw them
     train_supervised(world, tmp_path, model_seed=1, settings=SHORT, progress=False)
     assert min(drawn) == 2 * SHORT.batch  # it went on at the third step
     assert same(weights(tmp_path), weights(trained))
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_a_worker_on_a_second_core_draws_the_same_examples(cores, trained, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(supervised, "cores", lambda: cores)
+    workers = []
+    monkeypatch.setattr(
+        supervised, "TrainingArguments", lambda **kw: workers.append(kw["dataloader_num_workers"]) or Arguments(**kw)
+    )
+    train_supervised(world, tmp_path, model_seed=1, settings=SHORT, progress=False)
+    assert workers == [cores - 1] * 2
+    assert same(weights(tmp_path), weights(trained))
+
+
+def test_what_a_worker_draws_can_be_sent_to_a_process_of_any_kind(world, processor):
+    """Newer Pythons do not fork: examples and collators are pickled."""
+    for made, collate in (
+        (stream.TowerPictures(world, 0), stream.TowerCollator(processor, [*world.kinds, "nothing"])),
+        (stream.CaptionExamples(world, 0, 1, 0.25), SupervisedCollator(processor)),
+    ):
+        draw, put_together = pickle.loads(pickle.dumps((made, collate)))
+        here, there = collate([made(0), made(1)]), put_together([draw(0), draw(1)])
+        assert torch.equal(here["pixel_values"], there["pixel_values"])
 
 
 def test_a_checkpoint_without_a_whole_state_file_is_passed_over(tmp_path):
@@ -138,7 +164,8 @@ def test_the_first_part_of_the_stream_is_exact_and_the_rest_biased(world, model,
         drawn[index] = biased
         return supervised_example(world, seed, index, biased=biased, facts_share=facts_share)
 
-    monkeypatch.setattr(supervised, "supervised_example", spy)
+    monkeypatch.setattr(stream, "supervised_example", spy)
+    monkeypatch.setattr(supervised, "cores", lambda: 1)  # or a worker would draw them
     train_captions(model, processor, world, tmp_path, 0, SHORT, progress=False)
     assert drawn == {index: index >= 8 for index in range(16)}  # 60 % of four steps, rounded: two steps of four
 

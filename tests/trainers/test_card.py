@@ -6,8 +6,11 @@ import pytest
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 
+from tests.trainers.ppo.helpers import rows as prompt_rows
 from tests.trainers.test_options import make
 from trl_vlm.data.facts import JudgeTemplate
+from trl_vlm.judges.judge import ScriptedJudge
+from trl_vlm.pairs import BDHS, POVID, DatasetPairs, Judged, MixedPairs
 
 
 def card_of(method, folder, **more):
@@ -58,3 +61,20 @@ def test_the_card_of_a_reward_model_shows_the_words_of_its_judge_turn(tmp_path):
     template = JudgeTemplate(request="Judge it.{facts}", opening="It is")
     text = card_of("Reward", tmp_path, trainer={"judge_template": template}).text
     assert "Judge it.{facts}" in text and "It is" in text
+
+
+@pytest.mark.parametrize(
+    "source, said",
+    [
+        (BDHS(), ["`BDHS`", "2407.02477"]),
+        (Judged(ScriptedJudge(lambda comparison: 0)), ["`Judged`", "2407.02477", "A `ScriptedJudge` chose between replies."]),
+        (MixedPairs(DatasetPairs(), POVID()), ["`MixedPairs`, `DatasetPairs`, `POVID`", "2402.11411"]),
+    ],
+    ids=["bdhs", "judged", "mixed"],
+)
+def test_the_card_of_a_run_with_a_source_names_how_the_pairs_were_made_and_its_paper(source, said, tmp_path):
+    rows = prompt_rows([1, 1]).map(lambda row: {"completion": [{"role": "assistant", "content": "A cat."}]})
+    text = card_of("DPO", tmp_path, trainer={"pair_source": source, "train_dataset": rows}).text
+    for words in (*said, "2305.18290", "The pairs were made during training by"):
+        assert words in text, words
+    assert text.count("2305.18290") == 1

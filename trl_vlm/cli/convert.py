@@ -1,10 +1,13 @@
 """`trl-vlm convert`: public datasets as rows."""
 
 import argparse
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
-from trl_vlm.cli.options import add_output, add_source, positive, source_of, write
+from trl_vlm.cli.options import add_output, add_push, add_source, positive, source_of, write
 from trl_vlm.data.converters import CONVERTERS, Report, convert
+from trl_vlm.data.converters.splitting import held_out_path
 from trl_vlm.data.converters.vlfeedback import ASPECTS, PAIRS
 
 # Options of individual converters: name -> arguments of argparse.
@@ -47,12 +50,17 @@ def add(command: argparse.ArgumentParser) -> None:
         "--by", choices=["image"], default="image", help="what stands on one side alone (default: %(default)s)"
     )
     command.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_push(command)
     for name, settings in CONVERTER_OPTIONS.items():
         command.add_argument(f"--{name.replace('_', '-')}", **settings)
 
 
 def run(options: argparse.Namespace) -> int:
     """Converts and reports what was read, written and left out."""
+    if options.push_to_hub:
+        from trl_vlm.data.io.hub import create_repository
+
+        create_repository(options.push_to_hub, private=options.private)
     given = {name: getattr(options, name) for name in CONVERTER_OPTIONS if getattr(options, name) is not None}
     report = convert(
         options.name,
@@ -70,7 +78,23 @@ def run(options: argparse.Namespace) -> int:
         **given,
     )
     write(asdict(report) if options.json else conversion_text(report))
+    if options.push_to_hub:
+        push(options)
     return 0
+
+
+def push(options: argparse.Namespace) -> None:
+    """Uploads the rows, those held out as the split `test`, with a card, and prints where they are."""
+    from trl_vlm.data.io.card import conversion_card
+    from trl_vlm.data.io.hub import progress_of, push_dataset, without_folders
+
+    output = Path(options.output)
+    splits = {"train": output} | ({"test": held_out_path(output)} if options.split_off is not None else {})
+    progress = progress_of(output)
+    title = options.push_to_hub.rpartition("/")[2]
+    card = conversion_card(title, CONVERTERS[options.name].hub_id, progress)
+    address = push_dataset(options.push_to_hub, splits, without_folders(card, progress.identity))
+    sys.stderr.write(f"Uploaded to {address}\n")
 
 
 def conversion_text(report: Report) -> str:

@@ -41,6 +41,14 @@ def add_source(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data-files", help="which files of a hub dataset or folder to read")
 
 
+def add_push(command: argparse.ArgumentParser, kind: str = "dataset") -> None:
+    """Options that upload what was written; `kind` is that of the repository."""
+    command.add_argument(
+        "--push-to-hub", "--push_to_hub", metavar="OWNER/NAME", help=f"also upload it, with a card, to this {kind}"
+    )
+    command.add_argument("--private", action="store_true", help=f"make that {kind} private, if it is new")
+
+
 def source_of(options: argparse.Namespace, location: str) -> "Source":
     """The input that the options describe."""
     from trl_vlm.data.io.source import Source

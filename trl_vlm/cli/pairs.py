@@ -4,10 +4,12 @@ The methods are the sources of `trl_vlm.pairs.registry`, and their options the f
 """
 
 import argparse
+import sys
 from argparse import SUPPRESS
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl_vlm.cli.options import (
@@ -15,6 +17,7 @@ from trl_vlm.cli.options import (
     CommandFailed,
     add_input,
     add_output,
+    add_push,
     add_source,
     join_processes,
     positive,
@@ -75,6 +78,7 @@ def add_method(name: str, parser: CommandParser) -> None:
     parser.add_argument("--skip-bad", action="store_true", help="leave out bad rows, and count them")
     parser.add_argument("--overwrite", action="store_true", help="replace the output, or discard an unfinished one")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_push(parser)
     add_fields(parser, source, OLD_FLAGS)
     for name, flag in OLD_SWITCHES.items():
         if parser.get_default(name) is not None:
@@ -92,6 +96,10 @@ def run(options: argparse.Namespace) -> int:
     from trl_vlm.pairs.writer import PairWriter
 
     join_processes()
+    if options.push_to_hub and PartialState().is_main_process:
+        from trl_vlm.data.io.hub import create_repository
+
+        create_repository(options.push_to_hub, private=options.private)
     kind = source_class(options.method)
     source = made_of(kind, options)
     policy = load_policy(options.model, options.dtype) if kind.needs_policy else None
@@ -117,8 +125,25 @@ def run(options: argparse.Namespace) -> int:
         write(asdict(report) if options.json else pairs_text(report))
         if spent and not options.json:
             write(f"endpoint: {spent}")
+        if options.push_to_hub:
+            push(options)
     PartialState().destroy_process_group()
     return 0
+
+
+def push(options: argparse.Namespace) -> None:
+    """Uploads the pairs with their card, and prints where they are."""
+    from trl_vlm.data.io.hub import progress_of, push_dataset, without_folders
+
+    output = Path(options.output)
+    card = (output / "README.md" if output.is_dir() else output.with_suffix(".md")).read_text(encoding="utf-8")
+    entry = SOURCES[OLD_METHODS.get(options.method, options.method)]
+    paper = f" Paper: [{entry.paper}](https://huggingface.co/papers/{entry.paper})." if entry.paper else ""
+    card = (
+        f"{without_folders(card, progress_of(output).identity)}\n## Method\n\n`{entry.name}`: {entry.help}.{paper}\n"
+    )
+    address = push_dataset(options.push_to_hub, {"train": output}, card)
+    sys.stderr.write(f"Uploaded to {address}\n")
 
 
 def settings(options: argparse.Namespace) -> dict[str, object]:

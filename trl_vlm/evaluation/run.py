@@ -99,6 +99,30 @@ def run_benchmarks(
         ValueError: A file, image, reply or judge is missing; or the output holds results with other settings.
     """
     state = PartialState()
+    tasks = make_replies(subjects, benchmarks, settings)
+    if settings.judge is not None:
+        _ask_judge(subjects, tasks, settings.judge, settings)
+    state.wait_for_everyone()
+    results = _score(subjects, tasks, settings)
+    if state.is_main_process:
+        write_results(settings.output, results, benchmarks)
+    state.wait_for_everyone()
+    return results
+
+
+def make_replies(
+    subjects: Sequence[Subject], benchmarks: Sequence[Benchmark], settings: RunSettings
+) -> Sequence[Task]:
+    """The first part of `run_benchmarks`: everything is checked, and replies that are missing are generated.
+
+    Args:
+        subjects: The models.
+        benchmarks: What they are measured on.
+        settings: Where, and how.
+
+    Raises:
+        ConnectionError, ValueError: As in `run_benchmarks`.
+    """
     tasks = read_tasks(
         benchmarks,
         settings.data,
@@ -111,18 +135,11 @@ def run_benchmarks(
         if place:
             _free_memory()
         _make_replies(subject, tasks, settings)
-    state.wait_for_everyone()
+    PartialState().wait_for_everyone()
     for subject in subjects:
         if subject.is_endpoint:
             _check_replies(subject, tasks, settings)
-    if settings.judge is not None:
-        _ask_judge(subjects, tasks, settings.judge, settings)
-    state.wait_for_everyone()
-    results = _score(subjects, tasks, settings)
-    if state.is_main_process:
-        write_results(settings.output, results, benchmarks)
-    state.wait_for_everyone()
-    return results
+    return tasks
 
 
 def _check(subjects: Sequence[Subject], tasks: Sequence[Task], settings: RunSettings) -> None:

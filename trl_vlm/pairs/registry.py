@@ -14,17 +14,24 @@ class SourceEntry(NamedTuple):
         module: Below `trl_vlm.pairs`.
         name: Of the class, a dataclass.
         help: What it does, in one line.
+        paper: Its arXiv number, if it is from one.
     """
 
     module: str
     name: str
     help: str
+    paper: str = ""
 
 
+_ALIGNMENT = "2407.02477"
 SOURCES = {
-    "bdhs": SourceEntry("bdhs.bdhs", "BDHS", "complete each reference sentence with most image tokens masked"),
-    "povid": SourceEntry("povid", "POVID", "replace reference tokens by the model's greedy ones under a noised image"),
-    "judged": SourceEntry("judged", "Judged", "sample replies of the model and let a judge choose"),
+    "bdhs": SourceEntry(
+        "bdhs.bdhs", "BDHS", "complete each reference sentence with most image tokens masked", _ALIGNMENT
+    ),
+    "povid": SourceEntry(
+        "povid", "POVID", "replace reference tokens by the model's greedy ones under a noised image", "2402.11411"
+    ),
+    "judged": SourceEntry("judged", "Judged", "sample replies of the model and let a judge choose", _ALIGNMENT),
     "corrupted": SourceEntry("corruption", "Corrupted", "let a language model put hallucinations into the reference"),
     "self-samples": SourceEntry("samples", "SelfSamples", "take samples of the model as rejected replies: a control"),
 }

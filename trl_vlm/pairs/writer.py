@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import pyarrow
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from datasets import Features, Image, List
 from tqdm.auto import tqdm
 
 from trl_vlm.data.errors import BadRecord, RowError
@@ -19,7 +17,7 @@ from trl_vlm.data.io.card import write_card
 from trl_vlm.data.io.image_files import stored_image
 from trl_vlm.data.io.output import Output
 from trl_vlm.data.io.progress import Gap, blocks_of
-from trl_vlm.data.io.shards import give_one_schema
+from trl_vlm.data.io.shards import features_of, give_one_schema
 from trl_vlm.data.io.source import Source
 from trl_vlm.data.messages import IMAGE_TOKENS
 from trl_vlm.data.rows import IMAGE_COLUMNS, ROW_NAME, Row, row_images
@@ -39,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 NO_PAIR = "the source gave no pair"
 BAD_ROW = "bad row"
-IMAGES = List(Image())
 
 
 @dataclass(frozen=True)
@@ -271,26 +268,6 @@ class PairWriter:
     def _report(self, output: Output, rate: float) -> PairReport:
         done, place = output.progress, str(output.destination)
         return PairReport(place, done.records, done.rows, dict(done.dropped), rate, output.is_done)
-
-
-def features_of(rows: Sequence[Row]) -> Features:
-    """The features of rows, inferred from their values; a column without any value is null.
-
-    Raises:
-        ValueError: A column holds values of several kinds.
-    """
-    columns = dict.fromkeys(column for row in rows for column in row if column not in IMAGE_COLUMNS)
-    arrays = {}
-    for column in columns:
-        try:
-            arrays[column] = pyarrow.array([row.get(column) for row in rows])
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-            raise ValueError(
-                f"The column {column!r} holds values of several kinds ({error}). Give all rows the same: messages "
-                "whose content is a string, or messages whose content is a list of parts."
-            ) from error
-    found = Features.from_arrow_schema(pyarrow.table(arrays).schema)
-    return Features({"images": IMAGES, **found})
 
 
 def _same_on_all(value: list[Gap] | Exception | None) -> list[Gap] | None:

@@ -9,6 +9,7 @@ from trl_vlm.data.io.atomic import write_whole
 from trl_vlm.evaluation import Arm, RunSettings, Subject, write_report, write_results
 from trl_vlm.evaluation.objects.finder import ObjectFinder
 from trl_vlm.evaluation.results import Result
+from trl_vlm.evaluation.run import make_replies
 from trl_vlm.evaluation.summary import Comparison, Evaluation, compare_models, summary
 from trl_vlm.look.inputs import LookSettings, look
 from trl_vlm.scripts.run_folder import HISTORY, history
@@ -37,9 +38,8 @@ def compare(
     Returns:
         Three sentences, a table, and where the page is. `report/summary.txt` holds them, too.
     """
-    names = list(models)
+    names, settings = list(models), _settings(evaluation, folder, batch_size)
     subjects = [Subject(name, models[name]) for name in names]
-    settings = RunSettings(evaluation.data, folder / "evaluation", batch_size=batch_size)
     results = compare_models([*subjects[1:], subjects[0]], evaluation.benchmarks, settings)
     comparison = Comparison(results, names[0], names[1], names[2] if len(names) > 2 else "", evaluation.groups)
     text = summary(comparison, about=evaluation.about)
@@ -51,6 +51,23 @@ def compare(
         text += f"\nReplies before and after, side by side: {page}\n"
         write_whole(folder / "report" / "summary.txt", text)
     return text
+
+
+def reply(models: Mapping[str, str], evaluation: Evaluation, folder: Path, *, batch_size: int = 8) -> None:
+    """Makes replies that `compare` would make, perhaps while another process makes those of other models.
+
+    Args:
+        models: Name to folder or hub id, as in `compare`.
+        evaluation: What they are measured on.
+        folder: Gets `evaluation/`.
+        batch_size: Replies per call of `generate`.
+    """
+    subjects = [Subject(name, path) for name, path in models.items()]
+    make_replies(subjects, evaluation.benchmarks, _settings(evaluation, folder, batch_size))
+
+
+def _settings(evaluation: Evaluation, folder: Path, batch_size: int) -> RunSettings:
+    return RunSettings(evaluation.data, folder / "evaluation", batch_size=batch_size)
 
 
 def _by_group(results: list[Result], model: str, comparison: Comparison) -> dict[str, dict[str, float]]:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -72,7 +73,10 @@ class Job:
         self.folder.train(trainer)
         logger.info("Saved to %s", self.folder.path)
         if self.training.push_to_hub:
-            trainer.push_to_hub(dataset_name=self.script.dataset_name)
+            name = self.script.dataset_name
+            assert name is not None  # it was read
+            # The hub takes its own datasets alone for those of a model; a path is nobody else's business.
+            trainer.push_to_hub(dataset_name=None if Path(name).exists() else name)
 
 
 def options_of(parser: TrlParser, arguments: Sequence[str] | None = None) -> tuple[Any, Any, ModelConfig]:

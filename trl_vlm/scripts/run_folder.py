@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from trl_vlm.data.io.atomic import write_whole
 from trl_vlm.judges.options import ChatOptions
 from trl_vlm.models.checkpoints import last_complete_checkpoint
+from trl_vlm.scripts.console import make_readable
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ class RunFolder:
     def train(self, trainer: Trainer) -> None:
         """Trains from the last complete checkpoint, saves model and log, and marks the run as finished."""
         self.claim()
+        make_readable(trainer)
         trainer.train(resume_from_checkpoint=self.checkpoint(trainer.args))
         trainer.save_model(str(self.path))
         trainer.accelerator.wait_for_everyone()

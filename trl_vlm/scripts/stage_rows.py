@@ -27,12 +27,19 @@ class FileRows:
         max_new_tokens: Longest reply when models are compared.
 
     Attributes:
+        about: What each stage does.
         judge_template: How a reward model is asked; None is the package's own way.
         arguments: Of the trainer's configuration, by stage.
         notes: What a report says of the rows.
     """
 
     judge_template: JudgeTemplate | None = None
+    about: Mapping[str, str] = {
+        "sft": "The model learns from given replies.",
+        "reward": "A model learns which of two replies is better, with facts and without.",
+        "ppo": "The model replies, is scored by the reward model, and learns from the score.",
+        "evaluate": "The model before and after answers the same prompts.",
+    }
     purposes = {"sft": "sft", "reward": "reward", "ppo": "ppo", "evaluate": "ppo"}
 
     def __init__(

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, TrainerCallback
 
 from trl_vlm.evaluation.objects.finder import ObjectFinder
 from trl_vlm.evaluation.summary import CAPTION_KEYS, Evaluation, Group
@@ -29,6 +29,17 @@ GROUPS = (
     Group("iid, sampled", SAMPLED.name, "iid_", ()),
     Group("iid, questions", QUESTIONS.name, "iid_", POLLS[:1]),
 )
+# What a person is told of each stage.
+STAGES_ABOUT = {
+    "sft": "A small model learns to see, to answer questions, and to describe pictures. At the end it reads "
+    "descriptions that assume what is usually there, and learns to name things that are absent. The other stages are "
+    "to cure it of that.",
+    "reward": "A judge reads two descriptions of a picture that it hardly sees, and learns which one a person would "
+    "prefer. One judge also reads facts, a list of what is there; the other does not.",
+    "ppo": "The model describes new pictures, a judge scores what it says, and it learns from the score. It never "
+    "reads a fact.",
+    "evaluate": "The model before and after describes the same fresh pictures, and what it invents is counted.",
+}
 QUICK = SupervisedSettings(tower_steps=20, tower_batch=32, steps=20, batch=16)
 
 
@@ -63,11 +74,13 @@ class WorldRows:
         quick: A few rows and steps of everything.
 
     Attributes:
+        about: What each stage does, and why.
         arguments: Of the trainer's configuration, by stage.
         notes: Notes on the rows for a report.
     """
 
     judge_template = JUDGE_TEMPLATE
+    about = STAGES_ABOUT
 
     def __init__(self, world_seed: int = 0, seed: int = 0, vision_noise: float = 1.5, quick: bool = False):
         self.world, self.seed, self.vision_noise, self.quick = World(seed=world_seed), seed, vision_noise, quick
@@ -89,10 +102,11 @@ class WorldRows:
         """How many rows a stage trains on; None where the world trains by itself."""
         return {"reward": self.pair_count, "ppo": self.prompt_count}.get(stage)
 
-    def train_supervised(self, folder: Path) -> None:
-        """Trains the model that hallucinates."""
+    def train_supervised(self, folder: Path, callbacks: Sequence[TrainerCallback] = ()) -> None:
+        """Trains the model that hallucinates; `callbacks` take the place of progress bars."""
         settings = QUICK if self.quick else None
-        train_supervised(self.world, folder, model_seed=self.seed, data_seed=self.seed, settings=settings)
+        seeds = {"model_seed": self.seed, "data_seed": self.seed}
+        train_supervised(self.world, folder, **seeds, settings=settings, progress=not callbacks, callbacks=callbacks)
 
     def preferences(self, model: str) -> tuple[Dataset, Dataset]:
         """Pairs of the model's replies, to train and to evaluate on."""

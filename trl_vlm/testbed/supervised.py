@@ -3,26 +3,32 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer, TrainingArguments
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from trl_vlm.data.io.atomic import write_whole
 from trl_vlm.models._transformers import keep_parameter_names
 from trl_vlm.models.checkpoints import last_complete_checkpoint
-from trl_vlm.testbed.datasets import SupervisedExample, supervised_example
 from trl_vlm.testbed.model import build_model
-from trl_vlm.testbed.processor import IMAGE_TOKENS, NOTHING, build_processor, encode_texts
-from trl_vlm.testbed.world import Picture, World, generator
+from trl_vlm.testbed.processor import NOTHING, build_processor
+from trl_vlm.testbed.stream import CaptionExamples, Stream, SupervisedCollator, TowerCollator, TowerPictures, cores
+from trl_vlm.testbed.world import World
 
 SUMMARY = "supervised.json"
 
@@ -68,6 +74,7 @@ def train_supervised(
     data_seed: int = 0,
     settings: SupervisedSettings | None = None,
     progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
     """Trains the testbed's model from scratch and saves it with its processor as an ordinary Hugging Face folder.
 
@@ -81,6 +88,7 @@ def train_supervised(
         data_seed: Seed of pictures and texts.
         settings: Lengths and rates.
         progress: Whether to show progress bars.
+        callbacks: Of both stages' trainers; in place of the printed log where `progress` is off.
 
     Returns:
         `output_dir`.
@@ -101,8 +109,8 @@ def train_supervised(
 
     processor = build_processor()
     model = build_model(processor, model_seed)
-    tower = train_tower(model, processor, world, output_dir, data_seed, settings, progress)
-    captions = train_captions(model, processor, world, output_dir, data_seed, settings, progress)
+    tower = train_tower(model, processor, world, output_dir, data_seed, settings, progress, callbacks)
+    captions = train_captions(model, processor, world, output_dir, data_seed, settings, progress, callbacks)
     if PartialState().is_main_process:
         model.requires_grad_(True).save_pretrained(output_dir)
         processor.save_pretrained(output_dir)
@@ -122,6 +130,7 @@ def train_tower(
     data_seed: int,
     settings: SupervisedSettings,
     progress: bool,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
     """Stage 0, in place of CLIP's pre-training: image features become the embeddings of the words for the cells.
 
@@ -130,18 +139,6 @@ def train_tower(
     """
     names = [*world.kinds, NOTHING]
     module = TowerTrainee(model, processor.tokenizer.convert_tokens_to_ids(names))
-
-    def example(index: int) -> Picture:
-        return world.picture(generator(data_seed, index, "tower"), "balanced")
-
-    def collate(pictures: Sequence[Picture]) -> dict[str, Tensor]:
-        cells = torch.full((len(pictures), IMAGE_TOKENS), names.index(NOTHING))
-        for row, picture in enumerate(pictures):
-            for thing in picture.scene.objects:
-                cells[row, thing.cell] = names.index(thing.kind)
-        images = [picture.image for picture in pictures]
-        return {"cells": cells, **processor.image_processor(images, return_tensors="pt")}
-
     arguments = _arguments(
         output_dir / "training" / "tower",
         settings,
@@ -151,9 +148,9 @@ def train_tower(
         learning_rate=settings.tower_learning_rate,
         seed=data_seed,
     )
-    stream = Stream(example, settings.tower_steps * settings.tower_batch)
-    trainer = Trainer(module, arguments, train_dataset=stream, data_collator=collate)
-    return _train(trainer)
+    stream = Stream(TowerPictures(world, data_seed), settings.tower_steps * settings.tower_batch)
+    trainer = Trainer(module, arguments, train_dataset=stream, data_collator=TowerCollator(processor, names))
+    return _train(trainer, callbacks)
 
 
 def train_captions(
@@ -164,6 +161,7 @@ def train_captions(
     data_seed: int,
     settings: SupervisedSettings,
     progress: bool,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
     """Supervised fine-tuning on captions and questions, exact and then biased; the tower is frozen.
 
@@ -171,10 +169,6 @@ def train_captions(
         The trainer's log.
     """
     exact = round(settings.exact_share * settings.steps) * settings.batch
-
-    def example(index: int) -> SupervisedExample:
-        return supervised_example(world, data_seed, index, biased=index >= exact, facts_share=settings.facts_share)
-
     keep_parameter_names(model)
     model.requires_grad_(True)
     model.model.vision_tower.requires_grad_(False)
@@ -189,7 +183,8 @@ def train_captions(
         weight_decay=0.01,
         seed=data_seed,
     )
-    stream = Stream(example, settings.steps * settings.batch)
+    examples = CaptionExamples(world, data_seed, exact, settings.facts_share)
+    stream = Stream(examples, settings.steps * settings.batch)
     trainer = CaptionTrainer(
         model,
         arguments,
@@ -197,24 +192,7 @@ def train_captions(
         data_collator=SupervisedCollator(processor),
         end_of_reply_weight=settings.end_of_reply_weight,
     )
-    return _train(trainer)
-
-
-_Example = TypeVar("_Example")
-
-
-class Stream(Dataset[_Example]):
-    """A dataset of examples that are made on access; example `index` is always the same."""
-
-    def __init__(self, example: Callable[[int], _Example], length: int):
-        self.example = example
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> _Example:
-        return self.example(index)
+    return _train(trainer, callbacks)
 
 
 class TowerTrainee(nn.Module):
@@ -250,32 +228,6 @@ class TowerTrainee(nn.Module):
         logits = features @ self.embeddings.T * (8 / (self.embeddings.shape[1] * scale))  # (B, 9, words)
         distance = (features - self.embeddings[cells]).square().mean() / scale
         return {"loss": F.cross_entropy(logits.flatten(0, 1), cells.flatten()) + 0.3 * distance}
-
-
-class SupervisedCollator:
-    """Examples -> pixels and two padded batches, `captions` and `questions`, with labels on the replies alone.
-
-    Texts are padded on the right and carry no attention mask: no real token ever sees the padding after it.
-    """
-
-    def __init__(self, processor: LlavaProcessor):
-        self.processor = processor
-        self.replies = processor.tokenizer.convert_tokens_to_ids(["yes", "no", "<eos>"])
-
-    def __call__(self, examples: Sequence[SupervisedExample]) -> dict[str, Any]:
-        """B examples -> `pixel_values` (B, 3, 48, 48), `captions` and `questions`: `input_ids`, `labels` (B, T)."""
-        captions = [example.caption_conversation for example in examples]
-        ids, real = encode_texts(self.processor, captions)
-        _, prompt = encode_texts(self.processor, [conversation[:-1] for conversation in captions])
-        reply = real & (torch.arange(ids.shape[1]) >= prompt.sum(1, keepdim=True))
-        asked = encode_texts(self.processor, [example.question_conversation for example in examples]).input_ids
-        answers = torch.isin(asked, torch.tensor(self.replies))
-        images = [example.picture.image for example in examples]
-        return {
-            **self.processor.image_processor(images, return_tensors="pt"),
-            "captions": {"input_ids": ids, "labels": ids.masked_fill(~reply, -100)},
-            "questions": {"input_ids": asked, "labels": asked.masked_fill(~answers, -100)},
-        }
 
 
 class CaptionTrainer(Trainer):
@@ -344,11 +296,16 @@ def _arguments(
         report_to="none",
         disable_tqdm=not progress,
         use_cpu=not torch.cuda.is_available(),
+        dataloader_num_workers=int(cores() > processes),  # a core that nothing else uses draws the pictures
         **extra,
     )
 
 
-def _train(trainer: Trainer) -> list[dict[str, float]]:
+def _train(trainer: Trainer, callbacks: Sequence[TrainerCallback]) -> list[dict[str, float]]:
+    if callbacks:
+        trainer.remove_callback(PrinterCallback)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(str(trainer.args.output_dir)))
     return trainer.state.log_history
 

@@ -1,12 +1,14 @@
 """The model card: what was trained how, on rows with which columns, and how the result is loaded."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard
 from torch import nn
@@ -29,6 +31,8 @@ FACT_RLHF_PAPER = {
     "title": "Aligning Large Multimodal Models with Factually Augmented RLHF",
     "id": "2309.14525",
 }
+ALIGNMENT_PAPER = {"title": "Understanding Alignment in Multimodal LLMs: A Comprehensive Study", "id": "2407.02477"}
+NEEDS_PACKAGE = "transformers has no class for this head: the model needs trl_vlm to load."
 PACKAGES = ("trl-vlm", "trl", "transformers", "torch", "datasets", "peft")
 
 FULL = """\
@@ -94,10 +98,30 @@ def write_card(
     card.save(path)
 
 
+def merged_card(name: str, adapter: str, base: str, folder: Path) -> str:
+    """The card of an adapter that was merged into its base.
+
+    Args:
+        name: Of the merged model.
+        adapter: Folder or hub id of the adapter; of a folder its name alone is told.
+        base: Folder or hub id of its base.
+        folder: What was merged.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    is_reward = any("ForSequenceClassification" in kind for kind in config.get("architectures") or ())
+    front = {"library_name": "transformers", "tags": ["trl-vlm", *(["reward-model"] if is_reward else [])]}
+    front |= {"base_model": base} if base and not os.path.isdir(base) else {}
+    adapter, base = map(_public_name, (adapter, base))
+    parts = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {name}"]
+    parts += [f"The adapter `{adapter}`, merged into `{base}` by `trl-vlm merge` of trl_vlm {_version('trl-vlm')}."]
+    parts += ["## How to load", *([NEEDS_PACKAGE] if is_reward else [])]
+    return "\n\n".join([*parts, f"```python\n{(REWARD if is_reward else FULL).format(name=name)}\n```"]) + "\n"
+
+
 def _parts(facts: CardFacts, name: str, base: str, columns: Sequence[str], model: nn.Module, args: Any) -> list[str]:
     on_hub = bool(base) and not os.path.isdir(base)
     origin = f"[{base}](https://huggingface.co/{base})" if on_hub else "a local model"
-    base = base if on_hub else os.path.basename(os.path.normpath(base))  # the rest of the path is the author's own
+    base = base if on_hub else os.path.basename(os.path.normpath(base))
     text = [
         f"# {name}",
         f"A vision-language model trained from {origin} with trl_vlm, which extends "
@@ -115,6 +139,11 @@ def _parts(facts: CardFacts, name: str, base: str, columns: Sequence[str], model
     text += ["## Papers", *map(_paper, facts.papers)] if facts.papers else []
     versions = [f"- {package}: {_version(package)}" for package in PACKAGES]
     return [*text, "## Versions", "\n".join(versions)]
+
+
+def _public_name(place: str) -> str:
+    """A hub id, or of a folder its last part: the rest of the path is the author's own."""
+    return os.path.basename(os.path.normpath(place)) if os.path.isdir(place) else place
 
 
 def _generative(model: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Rows of rollouts: images stay stored until a batch is made, and errors name their row."""
+"""Rows of rollouts: images stay stored until a batch is made, errors name their row; replies go to TensorBoard."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 
 from trl_vlm.trainers.ppo.rollout_rows import prepared_rows, refuse_mixed_rows, rollout_rows
 from trl_vlm.trainers.preparation import PreparedTrainer
+from trl_vlm.trainers.tables import log_to_tensorboard, rollout_table
 from trl_vlm.trainers.types import EvaluationRows, Rows
 
 
@@ -38,3 +39,10 @@ class UndecodedRollouts(PreparedTrainer):
         refuse_mixed_rows(rows, self)
         trainer: Any = super()
         return trainer._generate_and_score_completions(rows)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in TRL, whose `log_completions` writes replies to W&B and Trackio; here to TensorBoard as well."""
+        super().log(logs, start_time)
+        trainer: Any = self
+        if trainer.log_completions and self.is_world_process_zero() and trainer._logs["prompt"]:
+            log_to_tensorboard(self, "completions", rollout_table(trainer._logs, self.state.global_step))

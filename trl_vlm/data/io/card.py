@@ -17,6 +17,7 @@ from trl_vlm.data.messages import message_text
 
 PREFIX = "pair_"
 REPLIES = ("chosen", "rejected")
+TAGS = ("trl", "trl-vlm", "preference")
 PACKAGES = ("torch", "transformers", "datasets")
 MOST_VALUES = 12  # a text column with more of them is not counted
 BINS = 10
@@ -35,19 +36,44 @@ def write_card(file: Path, title: str, shards: Path, progress: Progress, rows_pe
         progress: Counts of what was read, written and left out, and the settings.
         rows_per_second: Of the last run.
     """
-    lines = ["---", "tags:", "- preference", "- trl", "---", "", f"# {as_text(title)}", ""]
+    lines = ["---", "tags:", *(f"- {tag}" for tag in TAGS), "---", "", f"# {as_text(title)}", ""]
     lines += [f"{progress.rows} pairs of {progress.records} rows, made by `trl-vlm pairs`.", ""]
-    settings = json.dumps(progress.identity, indent=2, ensure_ascii=False)
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", settings)), default=0))
-    lines += ["## Settings", "", f"{fence}json", settings, fence, ""]
-    versions = {"trl-vlm": __version__, **{package: version(package) for package in PACKAGES}}
-    lines += [f"Versions: {', '.join(f'{package} {release}' for package, release in versions.items())}.", ""]
-    lines += ["## Rows", ""]
-    counts = {"pairs": progress.rows, **{f"no pair: {why}": n for why, n in sorted(progress.dropped.items())}}
-    lines += table(("rows", "count", "share"), [(k, n, f"{n / progress.records:.1%}") for k, n in counts.items()])
+    lines += [*_settings(progress), *_rows(progress, "pairs", "no pair")]
     lines += [f"The last run made {rows_per_second:.2f} rows per second.", ""]
     lines += statistics(read_columns(shards, REPLIES, PREFIX))
     write_whole(file, "\n".join(lines).rstrip() + "\n")
+
+
+def conversion_card(title: str, origin: str, progress: Progress) -> str:
+    """The card of a converted public dataset.
+
+    Args:
+        title: Name of the dataset.
+        origin: Hub id or name of what was converted.
+        progress: Counts of what was read, written and left out, and the settings.
+    """
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", origin) and not origin.endswith((".json", ".jsonl"))
+    linked = f"[{origin}](https://huggingface.co/datasets/{origin})" if is_id else f"`{origin}`"
+    lines = [f"# {as_text(title)}", "", f"{linked} in the columns of TRL, converted by `trl-vlm convert`. The license"]
+    lines[-1] += " and the terms are those of the original: read them there."
+    lines += ["", *_settings(progress), *_rows(progress, "rows", "left out")]
+    return "\n".join(lines)
+
+
+def _settings(progress: Progress) -> list[str]:
+    """What the dataset was made with."""
+    settings = json.dumps(progress.identity, indent=2, ensure_ascii=False)
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", settings)), default=0))
+    versions = {"trl-vlm": __version__, **{package: version(package) for package in PACKAGES}}
+    listed = ", ".join(f"{package} {release}" for package, release in versions.items())
+    return ["## Settings", "", f"{fence}json", settings, fence, "", f"Versions: {listed}.", ""]
+
+
+def _rows(progress: Progress, made: str, left_out: str) -> list[str]:
+    """How many rows there are, and why others are not."""
+    counts = {made: progress.rows, **{f"{left_out}: {why}": n for why, n in sorted(progress.dropped.items())}}
+    shares = [(name, count, f"{count / progress.records:.1%}") for name, count in counts.items()]
+    return ["## Rows", "", *table(("rows", "count", "share"), shares)]
 
 
 def statistics(rows: Iterable[Mapping[str, Any]]) -> list[str]:

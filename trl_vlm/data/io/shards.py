@@ -1,15 +1,18 @@
 """The shards of a dataset that is being written: one schema for all, and their columns one after another."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet as parquet
-from datasets import Features
+from datasets import Features, Image, List
 
+from trl_vlm.data.faults import IMAGE_COLUMNS
 from trl_vlm.data.io.atomic import whole
+
+IMAGES = List(Image())
 
 
 def write_parquet(table: pyarrow.Table, file: Path) -> None:
@@ -93,3 +96,23 @@ def read_columns(folder: Path, wanted: Sequence[str], prefix: str) -> Iterator[d
         elif shard.suffix == ".parquet":
             names = [name for name in parquet.read_schema(shard).names if is_wanted(name)]
             yield from parquet.read_table(shard, columns=names).to_pylist()
+
+
+def features_of(rows: Sequence[Mapping[str, Any]]) -> Features:
+    """The features of rows, inferred from their values; a column without any value is null.
+
+    Raises:
+        ValueError: A column holds values of several kinds.
+    """
+    columns = dict.fromkeys(column for row in rows for column in row if column not in IMAGE_COLUMNS)
+    arrays = {}
+    for column in columns:
+        try:
+            arrays[column] = pyarrow.array([row.get(column) for row in rows])
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+            raise ValueError(
+                f"The column {column!r} holds values of several kinds ({error}). Give all rows the same: messages "
+                "whose content is a string, or messages whose content is a list of parts."
+            ) from error
+    found = Features.from_arrow_schema(pyarrow.table(arrays).schema)
+    return Features({"images": IMAGES, **found})

@@ -1,9 +1,11 @@
 """The facts for the model card of `DPOTrainer`."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
+from trl_vlm.pairs.registry import COMPOSED_SOURCES, SOURCES
 from trl_vlm.pairs.source import PairSource
-from trl_vlm.trainers.card import DENSE_PAPER, DPO_PAPER, POVID_PAPER, CardFacts
+from trl_vlm.trainers.card import ALIGNMENT_PAPER, DENSE_PAPER, DPO_PAPER, POVID_PAPER, CardFacts
 from trl_vlm.trainers.dpo.config import DPOConfig
 
 
@@ -28,5 +30,31 @@ def card_facts(trainer: DPORun, pair_source: PairSource | None) -> CardFacts:
         method.append(f"A further rejected reply is read off noisy images (`{args.povid_loss}`).")
         papers.append(POVID_PAPER)
     if pair_source is not None:
-        method.append(f"The pairs were made during training by `{type(pair_source).__name__}`.")
-    return CardFacts(method, papers=papers)
+        method += _about(pair_source)
+        papers += _papers(pair_source)
+    return CardFacts(method, papers=[paper for place, paper in enumerate(papers) if paper not in papers[:place]])
+
+
+def _parts_of(source: PairSource) -> list[PairSource]:
+    """The source, and those that it is made of."""
+    names = {entry.name for entry in (*SOURCES.values(), *COMPOSED_SOURCES.values())}
+    inner = [value for value in getattr(source, "__dict__", {}).values() if type(value).__name__ in names]
+    return [source, *(part for one in inner for part in _parts_of(one))]
+
+
+def _about(source: PairSource) -> list[str]:
+    """How the pairs were made, and who judged them."""
+    parts = _parts_of(source)
+    text = [f"The pairs were made during training by {', '.join(f'`{type(part).__name__}`' for part in parts)}."]
+    for judge in (getattr(part, "judge", None) for part in parts):
+        if judge is not None:
+            name = getattr(getattr(judge, "chat", None), "model", None)  # of an endpoint; else the model itself
+            asked = f" (`{name}`)" if isinstance(name, str) else ""
+            text.append(f"A `{type(judge).__name__}`{asked} chose between replies.")
+    return text
+
+
+def _papers(source: PairSource) -> list[Mapping[str, str]]:
+    known = {paper["id"]: paper for paper in (ALIGNMENT_PAPER, POVID_PAPER)}
+    numbers = {entry.name: entry.paper for entry in SOURCES.values()}
+    return [known[number] for part in _parts_of(source) if (number := numbers.get(type(part).__name__, ""))]

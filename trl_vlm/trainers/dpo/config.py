@@ -171,6 +171,13 @@ class DPOConfig(ImageOptions, PartOptions, VLLMOptions, trl.DPOConfig):
     degeneration_max_new_tokens: int = field(
         default=128, metadata={"help": "Length limit of the replies of `degeneration_steps`."}
     )
+    log_pairs_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "With `pair_source`: every this many steps, write the pairs of the step with their images to the "
+            "trackers of `report_to` (W&B, Trackio, TensorBoard), and without to `pairs/` in the output folder."
+        },
+    )
 
     def __post_init__(self):
         self.fill_in_image_preset()
@@ -221,6 +228,8 @@ class DPOConfig(ImageOptions, PartOptions, VLLMOptions, trl.DPOConfig):
             raise ValueError(f"`degeneration_steps` is {self.degeneration_steps}; set 1 or more, or leave it out.")
         if self.pair_batch_size < 1:
             raise ValueError(f"`pair_batch_size` is {self.pair_batch_size}; a source gets 1 row or more at once.")
+        if self.log_pairs_steps is not None and self.log_pairs_steps < 1:
+            raise ValueError(f"`log_pairs_steps` is {self.log_pairs_steps}; set 1 or more, or leave it out.")
         if self.bad_pairs not in ("error", "skip"):
             raise ValueError(f"`bad_pairs` is {self.bad_pairs!r}; it must be 'error' or 'skip'.")
 

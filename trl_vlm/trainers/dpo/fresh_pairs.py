@@ -22,6 +22,7 @@ from trl_vlm.trainers.checks import refuse
 from trl_vlm.trainers.dpo.collator import PreferenceBatch
 from trl_vlm.trainers.dpo.config import DPOConfig
 from trl_vlm.trainers.ppo.rollout_rows import check_rollout_rows
+from trl_vlm.trainers.tables import PairTables
 from trl_vlm.trainers.types import EvaluationRows, Model, Processor, Rows, base_model
 
 if TYPE_CHECKING:
@@ -283,6 +284,10 @@ class FreshPairs:
     ):
         refuse_virtual_tokens(trainer.model)
         self.trainer, self.source, self.make_collator, self.engine = trainer, source, make_collator, engine
+        self.tables: PairTables | None = None
+        if trainer.args.log_pairs_steps is not None:
+            self.tables = PairTables(trainer, trainer.args.log_pairs_steps)
+            trainer.add_callback(self.tables)
         self.collators: dict[int, Collator] = {}
         self._step: Sequence[Sequence[Row]] = ()
         self._made: list[_Made] = []
@@ -296,6 +301,8 @@ class FreshPairs:
         if micro_batch.step is not self._step:
             self._made, self._step = self._of_step(micro_batch.step), micro_batch.step
         pairs, extra, row = self._made[micro_batch.place]
+        if self.tables is not None and self.trainer.model.training:
+            self.tables.add(pairs)
         if not pairs:
             batch = self.collated([without_replies(row)])
             batch[WEIGHTLESS] = True

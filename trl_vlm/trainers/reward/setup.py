@@ -20,7 +20,7 @@ from trl_vlm.models.loading import base_of
 from trl_vlm.models.prefix_sharing.sharing import share_pairs, why_pairs_not_shareable
 from trl_vlm.models.reward_model import load_reward_model
 from trl_vlm.trainers import preparation
-from trl_vlm.trainers.card import FACT_RLHF_PAPER, REWARD, CardFacts
+from trl_vlm.trainers.card import FACT_RLHF_PAPER, NEEDS_PACKAGE, REWARD, CardFacts
 from trl_vlm.trainers.preparation import config_of, loading_arguments, model_options, source_of
 from trl_vlm.trainers.reward.config import RewardConfig
 from trl_vlm.trainers.types import Model, Processor, Rows
@@ -198,7 +198,7 @@ def card_facts(args: RewardConfig, template: JudgeTemplate | None) -> CardFacts:
     return CardFacts(
         method,
         loading=REWARD,
-        needs_package="transformers has no class for this head: the model needs trl_vlm to load.",
+        needs_package=NEEDS_PACKAGE,
         papers=[FACT_RLHF_PAPER] if template.request else [],
         sections=sections,
     )

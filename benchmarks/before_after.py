@@ -23,7 +23,7 @@ from trl_vlm.testbed.oracle import find_objects
 BEFORE, AFTER = "supervised model", "PPO, with facts"
 TASK = "testbed-captions"
 TRUE, INVENTED, TEXT, MUTED = "#1a7f37", "#c0262d", "#1f2328", "#57606a"
-WIDTH, MARGIN, SIDE, LINE, TOP = 880, 24, 216, 27, 62
+WIDTH, MARGIN, SIDE, LINE, TOP = 660, 24, 192, 28, 64
 
 
 class Example(NamedTuple):
@@ -90,9 +90,9 @@ def words(reply: str, objects: list[str]) -> Iterator[str]:
 
 def column(left: int, title: str, reply: str, objects: list[str]) -> list[str]:
     """A heading and the sentences of a reply."""
-    found = [f'<text x="{left}" y="{MARGIN + 22}" fill="{MUTED}" font-size="16" font-weight="600">{title}</text>']
+    found = [f'<text x="{left}" y="{MARGIN + 22}" fill="{MUTED}" font-size="18" font-weight="600">{title}</text>']
     for number, line in enumerate(words(reply, objects)):
-        found.append(f'<text x="{left}" y="{TOP + 14 + LINE * number}" fill="{TEXT}" font-size="18">{line}</text>')
+        found.append(f'<text x="{left}" y="{TOP + 14 + LINE * number}" fill="{TEXT}" font-size="20">{line}</text>')
     return found
 
 
@@ -102,23 +102,26 @@ def picture(example: Example, invented: tuple[float, float]) -> str:
     # Large pixels instead of a blurred picture, whatever draws it.
     example.image.resize((SIDE, SIDE), Image.Resampling.NEAREST).save(buffer, format="PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
-    height = TOP + SIDE + 96
-    first, second = MARGIN + SIDE + 40, MARGIN + SIDE + 345
-    shown = f"It shows: {', '.join(example.objects)}."
-    average = (
-        f"Of 100 objects that it named on 300 such pictures, {invented[0]:.0f} were not there before, and "
-        f"{invented[1]:.1f} are not there after."
-    )
+    height = MARGIN + SIDE + 122
+    first, second = MARGIN + SIDE + 30, MARGIN + SIDE + 240
+    shown = f"The picture shows: {', '.join(example.objects)}."
+    average = [
+        "Of 100 objects that the model named on all such pictures,",
+        f"{invented[0]:.0f} were not there before Fact-RLHF, and {invented[1]:.1f} after.",
+    ]
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
         'font-family="system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif" role="img">',
         f"<title>Before: {escape(example.before)} After: {escape(example.after)} {escape(shown)}</title>",
         f'<rect x="1" y="1" width="{WIDTH - 2}" height="{height - 2}" rx="12" fill="#ffffff" stroke="#d0d7de"/>',
         f'<image x="{MARGIN}" y="{MARGIN}" width="{SIDE}" height="{SIDE}" href="data:image/png;base64,{data}"/>',
-        *column(first, "What the model said", example.before, example.objects),
-        *column(second, "What it says after Fact-RLHF", example.after, example.objects),
-        f'<text x="{MARGIN}" y="{MARGIN + SIDE + 30}" fill="{TEXT}" font-size="16">{escape(shown)}</text>',
-        f'<text x="{MARGIN}" y="{height - 28}" fill="{MUTED}" font-size="15">{escape(average)}</text>',
+        *column(first, "What it said", example.before, example.objects),
+        *column(second, "What it says now", example.after, example.objects),
+        f'<text x="{MARGIN}" y="{MARGIN + SIDE + 34}" fill="{TEXT}" font-size="18">{escape(shown)}</text>',
+        *(
+            f'<text x="{MARGIN}" y="{MARGIN + SIDE + 68 + 24 * number}" fill="{MUTED}" font-size="17">{line}</text>'
+            for number, line in enumerate(average)
+        ),
         "</svg>",
     ]
     return "\n".join(lines) + "\n"

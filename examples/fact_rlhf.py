@@ -19,6 +19,9 @@ every file is checked and the plan is printed. A stage that was interrupted goes
 is done is not run again, and none goes on with other settings. Options may stand in a YAML file: `--config run.yaml`.
 """
 
+import trl_vlm.scripts.quiet  # noqa: F401  first: libraries talk while they are imported
+
+# isort: split
 import logging
 import math
 import sys
@@ -29,6 +32,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import transformers
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
@@ -453,6 +457,8 @@ def make_parser(prog: str | None = None) -> TrlParser:
 def train_arm(options: Options, model: ModelConfig) -> None:
     """One reward model, its policy, and the policy's replies: what a process does that trains one arm."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("trl_vlm").setLevel(logging.WARNING)  # the plan has said what trains
+    logging.getLogger("trl_vlm.scripts").setLevel(logging.INFO)
     torch.set_num_threads(max(1, torch.get_num_threads() // len(READS_FACTS)))
     pipeline = pipeline_of(options, model)
     for stage in ("reward", "ppo"):
@@ -467,6 +473,7 @@ def train_arm(options: Options, model: ModelConfig) -> None:
 def pipeline_of(options: Options, model: ModelConfig) -> FactRLHF:
     set_seed(options.seed)
     if model.model_name_or_path is None:
+        transformers.utils.logging.disable_progress_bar()  # of loading and saving, which take no time here
         model.dtype = "float32"
         return FactRLHF(
             options, model, WorldRows(options.world_seed, options.seed, options.vision_noise, options.quick)

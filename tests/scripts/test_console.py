@@ -4,9 +4,9 @@ import logging
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments
 
-from trl_vlm.scripts.console import COLUMNS, heading, make_readable, readable
+from trl_vlm.scripts.console import COLUMNS, ReadableProgress, heading, make_readable, readable
 
 PPO_LOGS = {
     "loss": 0.01234,
@@ -42,6 +42,11 @@ def test_an_evaluation_shows_its_loss_and_not_its_timings():
     assert readable(logs, 5, 9) == "5/9  eval_loss 0.5  eval_accuracy 0.77"
 
 
+def test_the_numbers_of_a_benchmark_share_its_name():
+    logs = {"eval/testbed_captions_adv_chair_i": 0.5, "eval/testbed_captions_adv_recall": 0.25}
+    assert readable(logs, 24, 96) == "24/96  eval/testbed_captions_adv:  chair_i 0.5  recall 0.25"
+
+
 def test_the_end_of_a_training_says_how_long_it_took():
     assert readable({"train_runtime": 61.7, "train_loss": 0.3}, 96, 96) == "96/96  trained in 62 s"
 
@@ -58,6 +63,15 @@ def test_a_heading_says_which_stage_it_is_and_why(caplog):
     assert first == "[2/4] reward" and len(others) > 1
     assert all(line.startswith("    A judge") or line.startswith("    ") for line in others)
     assert max(map(len, others)) <= COLUMNS
+
+
+def test_of_steps_that_follow_fast_few_get_a_line_and_every_evaluation_does(caplog):
+    caplog.set_level(logging.INFO)
+    shown, state = ReadableProgress(seconds=60), TrainerState(max_steps=9, is_world_process_zero=True)
+    for step, logs in enumerate(({"eval/a_b": 0.2}, {"loss": 1.0}, {"loss": 0.5}, {"train_runtime": 3.0}), 1):
+        state.global_step = step
+        shown.on_log(None, state, None, logs)
+    assert caplog.messages == ["1/9  eval/a_b 0.2", "2/9  loss 1", "4/9  trained in 3 s"]
 
 
 def test_a_trainer_prints_lines_and_no_dictionaries(tmp_path, caplog, capsys):
@@ -79,7 +93,7 @@ def test_a_trainer_prints_lines_and_no_dictionaries(tmp_path, caplog, capsys):
             save_strategy="no",
         )
         trainer = Trainer(Model(2, 1), args, train_dataset=rows)
-        make_readable(trainer)
+        make_readable(trainer, seconds=0)
         kinds = {type(callback) for callback in trainer.callback_handler.callbacks}
         assert not kinds & {PrinterCallback, ProgressCallback}
         caplog.clear()

@@ -67,7 +67,10 @@ def test_the_card_of_a_reward_model_shows_the_words_of_its_judge_turn(tmp_path):
     "source, said",
     [
         (BDHS(), ["`BDHS`", "2407.02477"]),
-        (Judged(ScriptedJudge(lambda comparison: 0)), ["`Judged`", "2407.02477", "A `ScriptedJudge` chose between replies."]),
+        (
+            Judged(ScriptedJudge(lambda comparison: 0)),
+            ["`Judged`", "2407.02477", "A `ScriptedJudge` chose between replies."],
+        ),
         (MixedPairs(DatasetPairs(), POVID()), ["`MixedPairs`, `DatasetPairs`, `POVID`", "2402.11411"]),
     ],
     ids=["bdhs", "judged", "mixed"],

@@ -117,7 +117,7 @@ def test_a_wandb_that_was_not_started_is_left_alone(trackers, tmp_path):
 
 def test_an_interval_below_one_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`log_pairs_steps` is 0; set 1 or more"):
-        DPOConfig(str(tmp_path), log_pairs_steps=0)
+        DPOConfig(str(tmp_path), log_pairs_steps=0, use_cpu=True, bf16=False)
 
 
 @pytest.mark.parametrize("method", ROLLOUTS)

@@ -4,7 +4,8 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from os.path import commonprefix
 from textwrap import fill
 from typing import Any
 
@@ -63,8 +64,11 @@ def readable(logs: Mapping[str, Any], step: int, steps: int, seconds_left: float
     if "train_runtime" in logs:
         return f"{line}  trained in {_time(logs['train_runtime'])}"
     end = "" if seconds_left is None else f"  ({_time(seconds_left)} left)"
-    for name in _in_order(logs):
-        entry = f"  {name} {_number(logs[name])}"
+    names = _in_order(logs)
+    shared = _shared_start(names)
+    line += f"  {shared.rstrip('_')}:" if shared else ""
+    for name in names:
+        entry = f"  {name.removeprefix(shared)} {_number(logs[name])}"
         if len(line) + len(entry) + len(end) <= COLUMNS:
             line += entry
     return line + end
@@ -72,15 +76,21 @@ def readable(logs: Mapping[str, Any], step: int, steps: int, seconds_left: float
 
 def _in_order(logs: Mapping[str, Any]) -> list[str]:
     """The names of the numbers, those first that a person looks at first; an evaluation's own before its timings."""
-    numbers = [name for name, value in logs.items() if isinstance(value, int | float) and name not in LAST]
-    slow = ("_runtime", "_per_second")
-    measured = [name for name in numbers if not name.endswith(slow)]
+    numbers = [name for name, value in logs.items() if isinstance(value, int | float)]
+    timings = ("_runtime", "_per_second")
+    measured = [name for name in numbers if not name.endswith(timings) and name.removeprefix("eval_") not in LAST]
 
     def rank(name: str) -> int:
         plain = name.removeprefix("eval_")
         return FIRST.index(plain) if plain in FIRST else len(FIRST)
 
     return sorted(measured, key=rank)
+
+
+def _shared_start(names: Sequence[str]) -> str:
+    """What the numbers of one benchmark begin with, such as "eval/pope_"; "" for other logs."""
+    start = commonprefix(list(names)) if len(names) > 1 else ""
+    return start[: start.rfind("_") + 1] if start.startswith("eval/") else ""
 
 
 def _number(value: float) -> str:
@@ -94,10 +104,16 @@ def _time(seconds: float) -> str:
 
 
 class ReadableProgress(ProgressCallback):
-    """In place of the callbacks of transformers that print: a line for each logged step, and a bar on a terminal."""
+    """In place of the callbacks of transformers that print: a line for each logged step, and a bar on a terminal.
 
-    def __init__(self) -> None:
+    Args:
+        seconds: Least time between two lines: tiny models log faster than anyone reads. Evaluations and the end
+            always get theirs.
+    """
+
+    def __init__(self, seconds: float = 2.0) -> None:
         super().__init__()
+        self._seconds, self._last_line = seconds, -math.inf
         self._begin, self._first_step, self._has_bar = 0.0, 0, False
 
     def on_train_begin(
@@ -130,10 +146,13 @@ class ReadableProgress(ProgressCallback):
         """Writes the line."""
         if not state.is_world_process_zero or not logs:
             return
-        done = state.global_step - self._first_step
-        left = None
-        if done and self.training_bar is not None:
-            left = (time.perf_counter() - self._begin) / done * (state.max_steps - state.global_step)
+        now, is_plain = time.perf_counter(), not any(name.startswith(("eval", "train_")) for name in logs)
+        if is_plain:
+            if now - self._last_line < self._seconds:
+                return
+            self._last_line = now
+        done, to_do = state.global_step - self._first_step, state.max_steps - state.global_step
+        left = (now - self._begin) / done * to_do if done and to_do and self.training_bar is not None else None
         line = readable(logs, state.global_step, state.max_steps, left)
         if self._has_bar:
             tqdm.write(line, file=sys.stderr)
@@ -141,8 +160,13 @@ class ReadableProgress(ProgressCallback):
             logger.info(line)
 
 
-def make_readable(trainer: Trainer) -> None:
-    """Lets a trainer print readable lines instead of dictionaries."""
+def make_readable(trainer: Trainer, seconds: float = 2.0) -> None:
+    """Lets a trainer print readable lines instead of dictionaries.
+
+    Args:
+        trainer: Any trainer of transformers, TRL or ours.
+        seconds: Least time between two lines.
+    """
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
-    trainer.add_callback(ReadableProgress())
+    trainer.add_callback(ReadableProgress(seconds))

@@ -2,7 +2,6 @@
 
 import difflib
 import os
-import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from importlib import import_module
@@ -13,6 +12,8 @@ from typing import Any
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from trl import TrlParser
+
+from trl_vlm.scripts.quiet import silence
 
 CONFIG_OPTION = "--accelerate_config"
 
@@ -46,9 +47,7 @@ def read_options(parser: TrlParser, arguments: Sequence[str]) -> tuple[Any, ...]
 
     TRL's parser reads one file of `--config`; this reads any number, and a later one wins.
     """
-    # TRL's configurations still have the name that transformers has deprecated, so every one of them warns. Delete
-    # when TRL has `activation_checkpointing`.
-    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+    silence()  # whatever was done to the filters of warnings since
     rest, unknown = with_files(parser, arguments)
     *parts, from_file, others = parser.parse_args_and_config(
         rest, return_remaining_strings=True, separate_remaining_strings=True

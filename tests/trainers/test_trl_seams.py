@@ -92,7 +92,7 @@ def test_trls_loss_takes_advantages_per_token_and_normalises_by_the_tokens_of_th
 
 
 def test_trl_still_lets_paligemmas_replies_see_their_later_tokens(tmp_path):
-    """When this fails, `PPOTrainer._get_per_token_logps_and_entropies` can be deleted."""
+    """When this fails, what `family_inputs` says about token types can be deleted."""
     trainer = PPOTrainer(str(families.saved("paligemma", sharp=6.0)), count_letters, settings(tmp_path), rows([1, 1]))
     batch = rollout(trainer, [0, 1])
     assert not batch["token_type_ids"][:, -batch["completion_ids"].shape[1] :].any()

@@ -25,6 +25,12 @@ IMAGE_INPUTS = (
 # What it holds for every token.
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
+
+def is_image_input(name: str) -> bool:
+    """Whether an input of a model, of a family that no test knows too, belongs to images and not to tokens."""
+    return name in IMAGE_INPUTS or name.startswith(("pixel", "image"))
+
+
 # How many features an image has, so that its placeholders can be counted:
 #   "patches"   one for each patch, and perhaps a class token (LLaVA)
 #   "anyres"    LLaVA-NeXT's tiles, without padding, with ends of lines

@@ -97,6 +97,10 @@ class RoleModel(nn.Module):
         """The configuration of the base."""
         return self.base.policy.config
 
+    def get_base_model(self) -> PreTrainedModel:
+        """The base, under the name that PEFT gives it."""
+        return self.base.model
+
     @property
     def device(self) -> torch.device:
         """Where the head is, and so the base."""

@@ -5,10 +5,12 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import send_to_device
+from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import cached_file
 
@@ -16,8 +18,11 @@ from trl_vlm.data.encoding import encode
 from trl_vlm.data.facts import JUDGE_TEMPLATE_FILE, JudgeTemplate, judge_messages
 from trl_vlm.data.messages import Conversation, reply_text
 from trl_vlm.models._transformers import adapter_state, hub_arguments
+from trl_vlm.models.families import is_image_input
 from trl_vlm.models.generation import evaluating, forked_generators
 from trl_vlm.models.loading import base_of, moved
+from trl_vlm.models.prefix_sharing.groups import common_prefixes, share_rows
+from trl_vlm.models.prefix_sharing.sharing import PLAIN_IMAGES, awaits_trial, share_prefix, why_pairs_not_shareable
 from trl_vlm.models.processors import control_tokens, load_processor
 from trl_vlm.models.reward_model import HEAD_KEY, RewardOutput, load_reward_model
 from trl_vlm.models.unsharded import is_sharded, unsharded_loading
@@ -37,6 +42,28 @@ class Scorer(Protocol):
         ...
 
 
+class _Judged(NamedTuple):
+    """What the reward model reads of one row.
+
+    Attributes:
+        messages: Prompt, reply and judge turn.
+        images: In the order of their placeholders.
+        prompt: The messages before the reply.
+    """
+
+    messages: Conversation
+    images: list[object]
+    prompt: Conversation
+
+    def begins_like(self, other: "_Judged") -> bool:
+        """Whether prompt and images are the same."""
+        return (
+            self.prompt == other.prompt
+            and len(self.images) == len(other.images)
+            and all(_is_same_image(*images) for images in zip(self.images, other.images, strict=True))
+        )
+
+
 class RewardModelReward:
     """Scores replies with a reward model that sees the images and, in its judge turn, the facts.
 
@@ -46,7 +73,8 @@ class RewardModelReward:
     Each process holds the whole model, frozen, on its own device; under ZeRO-3 and FSDP too. Facts are shown in the
     order of the row, so scores are deterministic. Control tokens (image placeholders, ends of turns) are removed from
     the text of a reply, so that a reply can neither break the input nor end its turn and judge itself. An empty reply
-    is scored like any other, or gets `empty_reply_score`.
+    is scored like any other, or gets `empty_reply_score`. Replies to one prompt that follow each other, as they do in
+    rollouts with several replies per prompt, share one pass through it and its images.
 
     Args:
         model: Folder or hub id of a reward model (or of a PEFT adapter of one), as `RewardTrainer` saves it; or a
@@ -59,6 +87,8 @@ class RewardModelReward:
         max_length: A longer input, judge turn included, is an error that names the row; nothing is ever cut off.
         empty_reply_score: Score of a reply without a visible character; None lets the model score it.
         device: Where to score, if not on the device of this process.
+        share_prefix: Compute prompt and images once for replies that follow each other and have them in common, for
+            families for which that is tested to give the same scores.
         load_options: For a folder or hub id, as for `from_pretrained`: `dtype`, `quantization_config`, `revision`, ...
 
     Source: Fact-RLHF (arXiv:2309.14525).
@@ -80,6 +110,7 @@ class RewardModelReward:
         max_length: int | None = None,
         empty_reply_score: float | None = None,
         device: torch.device | str | None = None,
+        share_prefix: bool = True,
         **load_options: Any,
     ):
         if batch_size < 1:
@@ -93,6 +124,7 @@ class RewardModelReward:
         self.max_length = max_length
         self.empty_reply_score = empty_reply_score
         self.device = torch.device(device) if device is not None else None
+        self.share_prefix = share_prefix
         source = str(model if isinstance(model, str | PathLike) else model.name_or_path or "")
         hub = hub_arguments(load_options)
         self.template = template if template is not None else load_template(source, **hub)
@@ -185,31 +217,49 @@ class RewardModelReward:
             ]
         return cast(list[float], finite_rewards(scores, self.__name__, completions, row_name))  # none is None
 
-    def _input(self, row: JudgedRow) -> tuple[Conversation, list[object]]:
-        """The judged conversation of one row, and its images in the order of their placeholders."""
+    def _input(self, row: JudgedRow) -> _Judged:
+        """What the reward model reads of one row."""
         messages = judge_messages(
             row.prompt, row.completion, row.facts, self.template, control_tokens=self._control_tokens
         )
-        return messages, row.images
+        return _Judged(messages, row.images, row.prompt)
 
     def _scores(
         self,
         model: "PreTrainedModel | Scorer",
-        inputs: Sequence[tuple[Conversation, list[object]]],
+        inputs: Sequence[_Judged],
         names: Sequence[str],
     ) -> list[float]:
-        batch = encode(
+        batch: dict[str, Any] = self._encoded(inputs, names)
+        if self.share_prefix and _shares_prefix(model):
+            batch = self._with_prompts_once(batch, inputs, names)
+        device = next(iter(model.parameters())).device
+        logits = model(**send_to_device(batch, device)).logits  # (B, 1)
+        assert logits is not None  # a reward model always returns them
+        return logits[:, 0].float().tolist()
+
+    def _encoded(self, inputs: Sequence[_Judged], names: Sequence[str]) -> dict[str, torch.Tensor]:
+        return encode(
             self.processor,
-            [messages for messages, _ in inputs],
-            [images for _, images in inputs],
+            [row.messages for row in inputs],
+            [row.images for row in inputs],
             continue_final_message=bool(self.template.opening),
             max_length=self.max_length,
             names=names,
         )
-        device = next(iter(model.parameters())).device
-        logits = model(**{key: value.to(device) for key, value in batch.items()}).logits  # (B, 1)
-        assert logits is not None  # a reward model always returns them
-        return logits[:, 0].float().tolist()
+
+    def _with_prompts_once(
+        self, batch: dict[str, Any], inputs: Sequence[_Judged], names: Sequence[str]
+    ) -> dict[str, Any]:
+        """The encoded rows with the images of each prompt once."""
+        firsts = _first_that_begins_alike(inputs)
+        places = sorted(set(firsts))
+        if len(places) == len(firsts):
+            return batch
+        shared_prefix = common_prefixes(batch["input_ids"], batch["attention_mask"], firsts)
+        plain = {name: value for name, value in batch.items() if is_image_input(name)}
+        once = self._encoded([inputs[place] for place in places], [names[place] for place in places]) if plain else {}
+        return {**share_rows(batch, shared_prefix, once), PLAIN_IMAGES: plain}
 
     @contextmanager
     def _on_its_device(self) -> Iterator[None]:
@@ -233,6 +283,31 @@ def reward_models_in(reward_func: object) -> list[RewardModelReward]:
     # `checked` and `normalized` set `__wrapped__`, as functools does; `FactRLHFReward` holds a `reward_model`.
     inner = [vars(reward_func).get(name) for name in ("__wrapped__", "reward_model")]
     return [found for part in inner for found in reward_models_in(part)]
+
+
+def _first_that_begins_alike(inputs: Sequence[_Judged]) -> list[int]:
+    """For each row the place of the first one of the rows before it, without a gap, that begin like it; or its own."""
+    firsts: list[int] = []
+    for place, row in enumerate(inputs):
+        firsts.append(firsts[-1] if place and row.begins_like(inputs[place - 1]) else place)
+    return firsts
+
+
+def _is_same_image(one: object, other: object) -> bool:
+    """Whether two images are known to be the same: the same object, place or bytes, or the same picture."""
+    return one is other or (isinstance(one, str | PathLike | dict | Image.Image) and one == other)
+
+
+def _shares_prefix(model: "PreTrainedModel | Scorer") -> bool:
+    """Whether a reward model reads shared prefixes; if it can, it does from now on."""
+    # PEFT's wrapper and a role both have this method; their classes are not imported for models that lack adapters.
+    inside = getattr(model, "get_base_model", None)
+    base = model if inside is None else inside()
+    if not isinstance(base, PreTrainedModel) or why_pairs_not_shareable(base.config) is not None:
+        return False
+    share_prefix(base)
+    # All processes come to a trial together, and here each has the rows that it has.
+    return not awaits_trial(base) or PartialState().num_processes == 1
 
 
 def _brings_head(source: str, hub: dict[str, Any]) -> bool:

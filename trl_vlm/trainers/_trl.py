@@ -68,6 +68,15 @@ for _method in (
 ):
     require("trl", f"GRPOTrainer.{_method}")
 
+# The images of a rollout are taken apart and put together again as TRL does, and TRL's micro-batches get back the rows
+# that its shuffle has taken apart.
+split_pixel_values_by_grid = require("trl.trainer.utils", "split_pixel_values_by_grid")
+unsplit_pixel_values_by_grid = require("trl.trainer.utils", "unsplit_pixel_values_by_grid")
+split_tensor_dict = require("trl.trainer.utils", "split_tensor_dict")
+for _trainer in ("GRPOTrainer", "RLOOTrainer"):
+    for _method in ("_generate_and_score_completions", "_get_per_token_logps_and_entropies", "_prepare_inputs"):
+        require("trl", f"{_trainer}.{_method}")
+
 # The order of the rows: a resumed run draws it again from the start, so PPO makes a sampler whose order depends on
 # seed and epoch.
 if TYPE_CHECKING:
@@ -129,7 +138,9 @@ ATTRIBUTES = {
             "reward_func_names",
         ),
         *("reward_func_names", "reward_weights", "temperature", "use_vllm", "ref_model", "beta"),
+        *("num_generations", "_buffered_inputs"),
     ),
+    "RLOOTrainer": ("_buffered_inputs", "_is_vlm", "_step", "aux_loss_enabled", "num_generations", "ref_model"),
 }
 
 

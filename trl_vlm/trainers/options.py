@@ -61,3 +61,16 @@ class SharedBaseOptions(PartOptions):
             "stop where it is not. False: a model each."
         },
     )
+
+
+@dataclass
+class GroupOptions(SharedBaseOptions):
+    """Whether the replies of a group share their prompt: a mixin before TRL's configuration."""
+
+    share_prefix: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute prompt and images once for the replies to a prompt that a micro-batch holds, instead of "
+            "once per reply, where that is tested to give the same numbers; micro-batches then hold whole groups."
+        },
+    )

@@ -13,7 +13,7 @@ from trl.trainer.utils import (
 from tests import families
 from tests.trainers.ppo.helpers import count_letters, rows, settings
 from trl_vlm import PPOTrainer
-from trl_vlm.trainers.ppo.rollout_images import family_inputs, images_per_row, reading_images
+from trl_vlm.trainers.ppo.rollout_images import family_inputs, images_per_row, readable_images
 
 
 def shuffled(batch, parts):
@@ -47,27 +47,20 @@ def test_pixels_that_come_once_per_row_are_counted_so():
     assert images_per_row({"pixel_values": torch.ones(3, 3, 2, 2)}) is None
 
 
-def test_a_part_is_told_how_many_images_each_of_its_rows_has():
-    config, told = families.build("llava_onevision")[0].config, []
-
-    def model(**inputs):
-        told.append(inputs.get("batch_num_images", torch.tensor([])).tolist())
-
-    read = reading_images(model, config, [1, 2, 0, 3])
-    ids = torch.ones(2, 5, dtype=torch.long)
-    read(input_ids=ids, pixel_values=torch.ones(3, 5, 3, 2, 2))
-    read(input_ids=ids, pixel_values=torch.ones(3, 5, 3, 2, 2))
-    assert told == [[1, 2], [3]]
+def test_rows_are_read_with_the_numbers_of_their_images_where_the_family_needs_them():
+    config = families.build("llava_onevision")[0].config
+    inputs = {"input_ids": torch.ones(3, 5, dtype=torch.long), "pixel_values": torch.ones(3, 5, 3, 2, 2)}
+    assert readable_images(inputs, config, [1, 0, 2])["batch_num_images"].tolist() == [1, 2]
+    assert "batch_num_images" not in inputs
     assert "batch_num_images" not in family_inputs(config, {"batch_num_images": torch.ones(2)}, 3)
 
 
 def test_rows_without_images_are_read_without_image_inputs():
-    config, told = families.build("llava")[0].config, []
-    read = reading_images(lambda **inputs: told.append(sorted(inputs)), config, [0, 0])
-    ids = torch.ones(1, 5, dtype=torch.long)
-    read(input_ids=ids, pixel_values=torch.ones(0, 3, 2, 2), token_type_ids=ids)
-    read(input_ids=ids, pixel_values=torch.ones(1, 1, 3, 2, 2), pixel_attention_mask=torch.zeros(1, 1, 2, 2))
-    assert told == [["input_ids", "token_type_ids"], ["input_ids"]]
+    config, ids = families.build("llava")[0].config, torch.ones(1, 5, dtype=torch.long)
+    empty = {"input_ids": ids, "pixel_values": torch.ones(0, 3, 2, 2), "token_type_ids": ids}
+    assert sorted(readable_images(empty, config, [0])) == ["input_ids", "token_type_ids"]
+    padding = {"pixel_values": torch.ones(1, 1, 3, 2, 2), "pixel_attention_mask": torch.zeros(1, 1, 2, 2)}
+    assert sorted(readable_images({"input_ids": ids, **padding}, config, [1])) == ["input_ids"]
 
 
 def test_replies_of_paligemma_are_read_causally():

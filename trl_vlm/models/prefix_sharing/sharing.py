@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from trl_vlm.models.families import IMAGE_INPUTS, SHARING_FAMILIES, family_of
+from trl_vlm.models.families import IMAGE_INPUTS, SHARING_FAMILIES, family_of, is_image_input
 from trl_vlm.models.prefix_sharing.attention import LAYOUT, can_attend, empty_mask, use_shared_attention
 from trl_vlm.models.prefix_sharing.masks import layout_of
 from trl_vlm.models.prefix_sharing.packing import Packing, packing, pays
@@ -35,7 +35,9 @@ from trl_vlm.models.prefix_sharing.trial import gives_the_same, plain_inputs
 SHARED_PREFIX = "shared_prefix"
 # Optional second key, an int: the hidden states of earlier columns are not unpacked.
 FIRST_COLUMN = "shared_prefix_first_column"
-KEYS = (SHARED_PREFIX, FIRST_COLUMN)
+# Optional third key: the image inputs by name as they are without sharing, for sequences that stand in any order.
+PLAIN_IMAGES = "shared_prefix_plain_images"
+KEYS = (SHARED_PREFIX, FIRST_COLUMN, PLAIN_IMAGES)
 
 
 def why_not_shareable(config: PreTrainedConfig) -> str | None:
@@ -73,13 +75,27 @@ def share_prefix(model: PreTrainedModel, *, is_tested: bool = True) -> None:
     if reason is not None:
         raise ValueError(f"{type(model).__name__} cannot share prefixes: {reason}.")
     backbone = model.base_model
-    if any(isinstance(hook, _Pack) for hook in backbone._forward_pre_hooks.values()):
+    if _hook_of(model) is not None:
         return
-    has_flash = "flash" in str(model.config.get_text_config()._attn_implementation)
+    pack = _Pack(is_proven=None if needs_trial(model.config) or not is_tested else True)
     use_shared_attention(model)
-    pack = _Pack(is_proven=True if is_tested and family_of(model.config).shares_prefix and not has_flash else None)
     backbone.register_forward_pre_hook(pack, with_kwargs=True)
     backbone.register_forward_hook(pack.unpack)
+
+
+def needs_trial(config: PreTrainedConfig) -> bool:
+    """Whether the first batch of a model with this config decides: of a family that no test knows, or with flash."""
+    return not family_of(config).shares_prefix or "flash" in str(config.get_text_config()._attn_implementation)
+
+
+def awaits_trial(model: PreTrainedModel) -> bool:
+    """Whether the first batch of a model with `share_prefix` is still to decide: all processes come with one."""
+    hook = _hook_of(model)
+    return hook is not None and hook.is_proven is None
+
+
+def _hook_of(model: PreTrainedModel) -> "_Pack | None":
+    return next((hook for hook in model.base_model._forward_pre_hooks.values() if isinstance(hook, _Pack)), None)
 
 
 def why_pairs_not_shareable(config: PreTrainedConfig) -> str | None:
@@ -116,10 +132,7 @@ def share_pairs(batch: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[s
     # Also two identical sequences keep their last token apart: it is what their heads read.
     last = attention_mask.sum(1).view(2, pairs).amin(0) - 1
     ends = torch.where(differs.any(1), differs.int().argmax(1).clamp(max=last), last).repeat(2)
-    shared = {
-        name: value[: len(value) // 2] if name in IMAGE_INPUTS or name.startswith(("pixel", "image")) else value
-        for name, value in batch.items()
-    }
+    shared = {name: value[: len(value) // 2] if is_image_input(name) else value for name, value in batch.items()}
     return shared | {SHARED_PREFIX: torch.stack([torch.arange(pairs).repeat(2), ends], dim=1)}
 
 

@@ -23,9 +23,11 @@ def plain_inputs(inputs: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any
 
     Args:
         inputs: With `keys[0]`, (N, 2). With images, its sequences are all rows' first ones, then all rows' second
-            ones, and so on.
+            ones, and so on; unless `keys[2]` holds the plain image inputs.
         keys: Those that only a shared batch has.
     """
+    if keys[2] in inputs:
+        return {name: value for name, value in inputs.items() if name not in keys} | inputs[keys[2]]
     rows, shape = inputs[keys[0]][:, 0], inputs["input_ids"].shape
     plain = {name: value for name, value in inputs.items() if name not in keys}
     per_image = [name for name, value in plain.items() if isinstance(value, Tensor) and value.shape != shape]
@@ -73,7 +75,9 @@ def _gives_the_same_here(backbone: PreTrainedModel, inputs: dict[str, Any], keys
         except _CANNOT_READ as error:
             return _said(backbone, f"it cannot read replies after a common prompt ({type(error).__name__}: {error})")
     columns = torch.arange(plain["input_ids"].size(1), device=found.device)
-    is_reply = (columns >= inputs[keys[0]][:, 1:].to(found.device)) & plain["attention_mask"].bool().to(found.device)
+    attended = plain["attention_mask"].to(found.device)
+    replies = attended.int().argmax(1, keepdim=True) + inputs[keys[0]][:, 1:].to(found.device)  # their first columns
+    is_reply = (columns >= replies) & attended.bool()
     distance = ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-6))[is_reply[:, first:]]
     largest = distance.max().item() if len(distance) else 0.0
     if largest <= _TOLERANCES.get(backbone.dtype, 1e-1):

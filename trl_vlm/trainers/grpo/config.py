@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import trl
 
-from trl_vlm.trainers.options import SharedBaseOptions
+from trl_vlm.trainers.options import GroupOptions
 
 
 @dataclass
-class GRPOConfig(SharedBaseOptions, trl.GRPOConfig):
+class GRPOConfig(GroupOptions, trl.GRPOConfig):
     """TRL's `GRPOConfig`, with options for the parts of a vision-language model that train."""

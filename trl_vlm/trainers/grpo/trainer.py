@@ -8,9 +8,11 @@ from peft import PeftConfig
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback
 
 from trl_vlm.models.roles import remove_roles
+from trl_vlm.trainers import _trl
 from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.card import CardFacts
 from trl_vlm.trainers.checks import refuse_pathless_reference
+from trl_vlm.trainers.group_sharing import SharedGroups
 from trl_vlm.trainers.grpo.config import GRPOConfig
 from trl_vlm.trainers.ppo.rollout_rows import check_rollout_rows
 from trl_vlm.trainers.preparation import complete_arguments, complete_processor, prepare_model
@@ -20,12 +22,13 @@ from trl_vlm.trainers.rollout_images import UndecodedRollouts
 from trl_vlm.trainers.types import Environments, EvaluationRows, Model, Optimizers, Processor, RewardFunction, Rows
 
 
-class GRPOTrainer(UndecodedRollouts, RewardsOnPolicyBase, ResumableRollouts, trl.GRPOTrainer):
+class GRPOTrainer(SharedGroups, UndecodedRollouts, RewardsOnPolicyBase, ResumableRollouts, trl.GRPOTrainer):
     """A drop-in for `trl.GRPOTrainer`: frozen parts, own rates, LoRA presets, exact resuming.
 
     The arguments are those of `trl.GRPOTrainer`; `peft_config.target_modules` may be "language-model" or
     "language-model-and-projector". A bad row is an error that names it, and a rollout may hold rows with and without
-    images. With none of our options set, the losses are TRL's.
+    images. The replies to a prompt share one pass through it (`share_prefix`). The losses are TRL's: to the last digit
+    without sharing, and up to rounding with it.
     """
 
     args: GRPOConfig
@@ -77,9 +80,11 @@ class GRPOTrainer(UndecodedRollouts, RewardsOnPolicyBase, ResumableRollouts, trl
             environment_factory=environment_factory,
             **kwargs,
         )
+        _trl.check_attributes(self)
         self.keep_images_undecoded(train_dataset, eval_dataset)
         prepare_model(self.model, args)
         self.share_with_rewards(model)
+        self.share_groups()
         self.save_where_rollouts_end(args)
 
     def card_facts(self) -> CardFacts:

@@ -5,7 +5,7 @@ import trl
 
 from trl_vlm.maths.advantages import KL_ESTIMATORS
 from trl_vlm.trainers.checks import refuse, refuse_negative
-from trl_vlm.trainers.options import SharedBaseOptions
+from trl_vlm.trainers.options import GroupOptions
 
 PAPER = {
     "title": "Proximal Policy Optimization Algorithms",
@@ -39,7 +39,7 @@ class _AtLeastTwo(int):
 
 
 @dataclass
-class PPOConfig(SharedBaseOptions, trl.GRPOConfig):
+class PPOConfig(GroupOptions, trl.GRPOConfig):
     """Configuration of `PPOTrainer`: everything of `trl.GRPOConfig`, plus what PPO with a critic needs.
 
     Names and defaults are those of TRL's last PPOConfig where it had them. Where GRPO has another name for the

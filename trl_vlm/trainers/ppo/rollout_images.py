@@ -1,6 +1,6 @@
 """Details about the images of some families that TRL's pass over a rollout does not handle."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,13 @@ def family_inputs(config: PreTrainedConfig, inputs: dict[str, Any], reply_tokens
     Args:
         config: Of the policy.
         inputs: The arguments; not modified.
-        reply_tokens: How many columns belong to replies.
+        reply_tokens: How many of the last columns get the token type of replies.
     """
     family, inputs = family_of(config), dict(inputs)
-    # What the processor says about a whole rollout; `reading_images` says it about each part.
+    # What the processor says about a whole rollout; `readable_images` says it about each part.
     inputs.pop("batch_num_images", None)
     token_types = inputs.get("token_type_ids")
-    if token_types is not None and family.reply_type:
+    if token_types is not None and family.reply_type and reply_tokens:
         # TRL gives replies type 0, which PaliGemma reads as the prompt and attends to in both directions: every token
         # would see the ones after it. Delete when trl.GRPOTrainer gives PaliGemma's replies type 1.
         inputs["token_type_ids"] = token_types.clone()
@@ -42,33 +42,26 @@ def images_per_row(batch: Mapping[str, Any]) -> list[int] | None:
     return [1] * len(batch["pixel_values"]) if by_row else None
 
 
-def reading_images(
-    model: Callable[..., Any], config: PreTrainedConfig, num_images: Sequence[int] | None
-) -> Callable[..., Any]:
-    """The model with the image arguments that it needs, and without image inputs where no row has an image.
+def readable_images(inputs: Mapping[str, Any], config: PreTrainedConfig, num_images: Sequence[int]) -> dict[str, Any]:
+    """The inputs of some rows with the image arguments that their model needs, and none where no row has an image.
 
     A mini-batch of text-only rows comes with an empty slice of the rollout's images, or (Idefics3, SmolVLM) with one
     image of padding for each row; models fail at both.
 
     Args:
-        model: Called with consecutive parts of the rows.
+        inputs: Of the model.
         config: Of the policy.
         num_images: Of each row.
     """
-    remaining = list(num_images or ())
-
-    def forward(**inputs: Any) -> Any:
-        pixels, padding = inputs.get("pixel_values"), inputs.get("pixel_attention_mask")
-        rows = len(inputs["input_ids"])
-        counts = [count for count in remaining[:rows] if count]
-        del remaining[:rows]
-        if pixels is not None and (len(pixels) == 0 or (padding is not None and not padding.any())):
-            inputs = {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
-        elif pixels is not None and family_of(config).needs_image_counts:
-            inputs["batch_num_images"] = torch.tensor(counts, device=pixels.device)
-        return model(**inputs)
-
-    return forward
+    pixels, padding = inputs.get("pixel_values"), inputs.get("pixel_attention_mask")
+    if pixels is None:
+        return dict(inputs)
+    if len(pixels) == 0 or (padding is not None and not padding.any()):
+        return {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
+    if not family_of(config).needs_image_counts:
+        return dict(inputs)
+    counts = [count for count in num_images if count]
+    return {**inputs, "batch_num_images": torch.tensor(counts, device=pixels.device)}
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor | list[int]]:

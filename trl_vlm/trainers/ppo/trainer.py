@@ -19,6 +19,7 @@ from trl_vlm.trainers._trl import disable_gradient_checkpointing
 from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.card import FACT_RLHF_PAPER, CardFacts
 from trl_vlm.trainers.checks import check_depends_on_pixels, check_log_probs, other_pixels
+from trl_vlm.trainers.group_sharing import SharedGroups
 from trl_vlm.trainers.ppo.checkpoints import CheckpointsWithCritic
 from trl_vlm.trainers.ppo.config import PAPER, PPOConfig
 from trl_vlm.trainers.ppo.critics import CriticSources, chosen_critic
@@ -28,7 +29,7 @@ from trl_vlm.trainers.ppo.passes import ReshuffledPasses
 from trl_vlm.trainers.ppo.reference import own_reference, prepared_reference
 from trl_vlm.trainers.ppo.rewards import load_options_of_rewards, reward_functions
 from trl_vlm.trainers.ppo.rollout import Rollout, has_ended, reply_mask
-from trl_vlm.trainers.ppo.rollout_images import family_inputs, images_per_row, model_inputs, reading_images
+from trl_vlm.trainers.ppo.rollout_images import model_inputs
 from trl_vlm.trainers.ppo.setup import check_input
 from trl_vlm.trainers.preparation import (
     complete_arguments,
@@ -53,7 +54,13 @@ from trl_vlm.trainers.types import (
 
 
 class PPOTrainer(
-    CheckpointsWithCritic, RolloutLogs, ReshuffledPasses, UndecodedRollouts, ResumableRollouts, GRPOTrainer
+    CheckpointsWithCritic,
+    RolloutLogs,
+    ReshuffledPasses,
+    SharedGroups,
+    UndecodedRollouts,
+    ResumableRollouts,
+    GRPOTrainer,
 ):
     """Proximal policy optimization of a vision-language (or language) model, with a critic.
 
@@ -97,6 +104,7 @@ class PPOTrainer(
     _tag_names = ["trl", "ppo", "trl-vlm"]
     _name = "PPO"
     _paper = PAPER  # for the model card
+    mends_reply_types = True
 
     def __init__(
         self,
@@ -156,6 +164,8 @@ class PPOTrainer(
         prepare_model(self.model, args)
         sources = CriticSources(model, value_model, reward_model, value_peft_config, peft_config, quantization_config)
         self._critic = chosen_critic(self, sources)
+        # A critic on the policy's base reads what the policy's backbone packs.
+        self.share_groups(*([self._critic.model] if self._critic.shared_base is None else []))
         if self.use_vllm:
             self.vllm_generation.sync_weights = self._without_critic(self.vllm_generation.sync_weights)
         self._pixels_checked = not args.check_pixels
@@ -210,21 +220,6 @@ class PPOTrainer(
         self._scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         return rewards
 
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: Callable[..., Any],
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, Any]:
-        kwargs = family_inputs(self.model.config, kwargs, logits_to_keep)
-        model = reading_images(model, self.model.config, kwargs.get("num_images"))
-        return super()._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-        )
-
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         with self.policy_alone():
             return super()._generate_single_turn(*args, **kwargs)
@@ -236,8 +231,6 @@ class PPOTrainer(
         shared = self._critic.shared_base if self.ref_model is None and self.kl_coef != 0 else None
         with self._kl_in_the_reward() if shared is not None else nullcontext():
             batch = cast(Rollout, super()._generate_and_score_completions(inputs))
-        if (counts := images_per_row(batch)) is not None:
-            batch["num_images"] = counts
         if self.args.freeze_vision_tower:
             # To compute the reference, PEFT switches adapters off and on again, and that makes all of them trainable.
             freeze_vision_tower(self.model)

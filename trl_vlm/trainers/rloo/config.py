@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import trl
 
-from trl_vlm.trainers.options import SharedBaseOptions
+from trl_vlm.trainers.options import GroupOptions
 
 
 @dataclass
-class RLOOConfig(SharedBaseOptions, trl.RLOOConfig):
+class RLOOConfig(GroupOptions, trl.RLOOConfig):
     """TRL's `RLOOConfig`, with options for the parts of a vision-language model that train."""

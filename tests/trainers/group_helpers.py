@@ -10,6 +10,7 @@ import trl_vlm
 from tests import families
 from tests.trainers.ppo.helpers import count_letters, rows
 from trl_vlm.models.families import TOWERS
+from trl_vlm.models.processors import load_processor
 from trl_vlm.models.reply_ends import with_reply_ends
 
 LOGGED = ("loss", "grad_norm", "reward", "kl", "ppo/kl", "ppo/value_loss", "ppo/value_mean")
@@ -54,7 +55,7 @@ def make(
         reward_funcs=count_letters,
         args=getattr(module, f"{method}Config")(output_dir=str(folder), **settings),
         train_dataset=rows(list(images)),
-        processing_class=with_reply_ends(families.load_processor(path)),
+        processing_class=with_reply_ends(load_processor(path, padding_side="left", truncation_side="left")),
         peft_config=peft,
         **(more or {}),
     )
@@ -63,7 +64,7 @@ def make(
 def logged(trainer: Any) -> dict[str, list[float]]:
     """What each step has logged, by name."""
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return {name: [entry[name] for entry in steps] for name in LOGGED if name in steps[0]}
+    return {name: [entry[name] for entry in steps if name in entry] for name in LOGGED if name in steps[0]}
 
 
 def weights(trainer: Any) -> dict[str, Tensor]:

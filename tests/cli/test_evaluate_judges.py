@@ -9,7 +9,7 @@ import pytest
 from tests.distributed import ROOT
 from tests.evaluation.helpers import mmhal_folder, write_json
 from tests.evaluation.pair_helpers import pairs_file, reward_folder
-from tests.judges.helpers import Reply, endpoint, said
+from tests.judges.helpers import endpoint, said, with_usage
 from trl_vlm.cli import main as cli
 
 
@@ -35,11 +35,6 @@ def at(server, tmp_path, *more):
     """
     where = ["--endpoint", server.url, "--judge-model", "big"]
     return [*where, "--cache", tmp_path / "cache", "--concurrency", "1", *more]
-
-
-def with_usage(reply: Reply) -> Reply:
-    body = {**json.loads(reply.body), "usage": {"prompt_tokens": 100, "completion_tokens": 7}}
-    return reply._replace(body=json.dumps(body).encode())
 
 
 def test_accuracy_flips_and_costs_of_a_judge_are_shown(pairs, tmp_path, capsys):

@@ -6,6 +6,7 @@ import datasets
 import pytest
 
 from tests.families import image, saved
+from tests.judges.helpers import endpoint, said, with_usage
 from trl_vlm.cli import main as cli
 from trl_vlm.cli import pairs as pairs_cli
 from trl_vlm.cli.parsing import flag_of, made_of
@@ -94,14 +95,12 @@ def test_the_options_reach_the_sources(world):
 
 
 def test_a_judge_behind_an_address_gets_its_options(world):
-    endpoint = ["--endpoint", "http://localhost:1/v1", "--max-requests", "9", "--cache", str(world), "--retries", "2"]
-    judged = source(
-        world, "judged", "--seed", "3", *endpoint, "--judge-model", "j", "--replies", "3", "--no-both-orders"
-    )
+    where = ["--endpoint", "http://localhost:1/v1", "--max-requests", "9", "--cache", str(world), "--retries", "2"]
+    judged = source(world, "judged", "--seed", "3", *where, "--judge-model", "j", "--replies", "3", "--no-both-orders")
     assert (judged.replies, judged.seed) == (3, 3)
     assert isinstance(judged.judge.chat, EndpointChat) and not judged.judge.both_orders
     assert (judged.judge.chat.max_requests, judged.judge.chat.retries, judged.judge.chat.model) == (9, 2, "j")
-    corrupted = source(world, "corrupted", *endpoint, "--writer-model", "w", "--show-images")
+    corrupted = source(world, "corrupted", *where, "--writer-model", "w", "--show-images")
     assert (corrupted.chat.model, corrupted.show_images) == ("w", True)
 
 
@@ -170,3 +169,14 @@ def test_a_spending_cap_ends_the_command_with_its_message(world, monkeypatch, ca
     ask = ["--endpoint", "http://localhost:1/v1", "--judge-model", "j", "--cache", "none"]
     assert cli.main(arguments(world, "judged", *ask)) == 1
     assert capsys.readouterr().err.endswith("error: 5 requests were sent\n")
+
+
+def test_what_an_endpoint_cost_is_shown_when_its_pairs_are_there(world, capsys):
+    spent = "endpoint: 3 requests, 6,000 + 1,500 tokens, cost 0.03\n"
+    for text, code in (("A square.", 1), ("<rewritten>A blue square. It is on a wall.</rewritten>", 0)):
+        with endpoint(lambda *_, text=text: with_usage(said(text), 2000, 500)) as server:
+            asked = ["--endpoint", server.url, "--writer-model", "w", "--cache", "none", "--overwrite"]
+            prices = ["--prompt-price", "2.5", "--completion-price", "10"]
+            assert cli.main(arguments(world, "corrupted", *asked, *prices)) == code
+        shown = capsys.readouterr()
+        assert spent in (shown.err if code else shown.out)  # also where no answer made a pair

@@ -16,7 +16,7 @@ from trl_vlm.cli.main import main, parser
 from trl_vlm.cli.serve_reward import check_host, is_this_machine
 from trl_vlm.rewards import RemoteReward
 from trl_vlm.rewards.server import make_app
-from trl_vlm.scripts import ppo
+from trl_vlm.scripts import grpo, ppo, rloo
 
 KEY = "a-key-that-nobody-shows"
 
@@ -113,3 +113,17 @@ def test_ppo_learns_from_a_served_reward_model_what_it_learns_from_one_of_its_ow
     assert any("rewards/reward_model/mean" in entry for entry in histories[1])
     assert "Uvicorn running" in log.read_text() and KEY not in log.read_text()
     assert KEY not in (tmp_path / "served" / "settings.json").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [grpo, rloo], ids=["grpo", "rloo"])
+def test_trls_rollout_methods_ask_a_server_as_well(tmp_path, script):
+    data = write(tmp_path, "parquet", ("images", "prompt", "facts"))
+    reward = Lengths()
+    with running(make_app(reward, {"model": "lengths", "revision": None, "template": {}})) as server:
+        rollouts = ("--max_completion_length", "4", "--num_generations", "2", "--reward_server", server.address)
+        script.main(options(families.saved("llava"), data, tmp_path / "out", *rollouts))
+    log = json.loads((tmp_path / "out" / "history.json").read_text())
+    means = [entry["rewards/reward_model/mean"] for entry in log if "rewards/reward_model/mean" in entry]
+    first = [len(reply) + 1 / 8 for reply in reward.calls[0]]  # an eighth for the image of each row
+    assert means[0] == pytest.approx(sum(first) / len(first))

@@ -24,6 +24,12 @@ def said(text: str | None, finish_reason: str = "stop", seconds: float = 0.0) ->
     return Reply(body=json.dumps(body).encode(), seconds=seconds)
 
 
+def with_usage(reply: Reply, prompt: int = 100, completion: int = 7) -> Reply:
+    """The reply of a server that counts tokens."""
+    usage = {"prompt_tokens": prompt, "completion_tokens": completion}
+    return reply._replace(body=json.dumps({**json.loads(reply.body), "usage": usage}).encode())
+
+
 class Endpoint:
     """Counts what it is asked."""
 

@@ -2,7 +2,7 @@ import logging
 
 import pytest
 
-from tests.judges.helpers import endpoint, said
+from tests.judges.helpers import endpoint, said, with_usage
 from trl_vlm.judges import EndpointChat, EndpointJudge, Request, ScriptedJudge, Spending, spending_of
 from trl_vlm.judges import endpoint as module
 from trl_vlm.pairs import DatasetPairs, Judged, MixedPairs
@@ -11,10 +11,7 @@ ASKED = [Request("How many cups are there?", (), "row 0")]
 
 
 def counted(*_):
-    """An answer of a server that counts 2,000 tokens of the request and 500 of its answer."""
-    reply = said("Two.")
-    usage = b'"usage": {"prompt_tokens": 2000, "completion_tokens": 500}}'
-    return reply._replace(body=reply.body[:-1] + b", " + usage)
+    return with_usage(said("Two."), prompt=2000, completion=500)
 
 
 def test_a_chat_says_what_it_has_spent_by_the_prices_of_a_million_tokens(tmp_path):

@@ -118,8 +118,12 @@ def run(options: argparse.Namespace) -> int:
     try:
         with generating(policy.model) if policy is not None else nullcontext():
             report = writer.write(source_of(options, options.input), limit=options.limit)
-    except SpendingCapReached as error:
-        raise CommandFailed(str(error)) from error
+    except (ValueError, OSError, SpendingCapReached) as error:
+        if spent := spending_of(source):  # of this process: the others may be waiting
+            sys.stderr.write(f"endpoint: {spent}\n")
+        if isinstance(error, SpendingCapReached):
+            raise CommandFailed(str(error)) from error
+        raise
     spent = sum(gather_object([spending_of(source)]), Spending())
     if report is not None:
         write(asdict(report) if options.json else pairs_text(report))

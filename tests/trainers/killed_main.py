@@ -23,6 +23,7 @@ from trl_vlm.models.reply_ends import with_reply_ends
 IMAGES = [1, 2, 0, 1, 1, 0]
 EPOCHS = 3
 LAST_WEIGHTS = "last.pt"
+REWARD_MODEL = "reward-model"  # an adapter of the run's model, beside its folder
 SETTINGS = {
     "num_train_epochs": EPOCHS,
     "learning_rate": 1e-3,
@@ -126,7 +127,13 @@ def dpo(model: str, folder: Path, adapter: bool = False, with_source: bool = Fal
 
 
 def rollouts(
-    trainer: type[Trainer], config: type, model: str, folder: Path, adapter: bool = False, **options: Any
+    trainer: type[Trainer],
+    config: type,
+    model: str,
+    folder: Path,
+    adapter: bool = False,
+    more: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Watched:
     """Two epochs over each rollout; `save_steps` asks for checkpoints in the middle of rollouts, too."""
     rows = ppo_rows(IMAGES if trainer is PPOTrainer else [1] * len(IMAGES))
@@ -137,12 +144,20 @@ def rollouts(
         args=config(str(folder), **SETTINGS, save_steps=3, max_completion_length=4, **options),
         train_dataset=rows,
         peft_config=lora() if adapter else None,
+        **(more or {}),
     )
 
 
 def ppo(model: str, folder: Path, adapter: bool = False) -> Watched:
     options = {"per_device_train_batch_size": 2, "num_ppo_epochs": 2}
     return rollouts(PPOTrainer, PPOConfig, model, folder, adapter, **options)
+
+
+def one_base(model: str, folder: Path) -> Watched:
+    """Policy, reference, critic and the reward model in the folder beside `folder` on one base."""
+    options = {"per_device_train_batch_size": 2, "num_ppo_epochs": 2, "share_base": True}
+    more = {"reward_model": str(folder.parent / REWARD_MODEL)}
+    return rollouts(PPOTrainer, PPOConfig, model, folder, adapter=True, more=more, **options)
 
 
 GROUPS = {"per_device_train_batch_size": 4, "num_generations": 2, "num_iterations": 2}
@@ -152,6 +167,7 @@ RUNS: dict[str, Callable[[str, Path], Watched]] = {
     "dpo pair source": lambda model, folder: dpo(model, folder, adapter=True, with_source=True),
     "ppo": ppo,
     "ppo lora": lambda model, folder: ppo(model, folder, adapter=True),
+    "ppo one base": one_base,
     "grpo": lambda model, folder: rollouts(GRPOTrainer, GRPOConfig, model, folder, **GROUPS),
     "rloo": lambda model, folder: rollouts(RLOOTrainer, RLOOConfig, model, folder, **GROUPS),
 }

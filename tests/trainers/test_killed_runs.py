@@ -15,12 +15,16 @@ import pytest
 import torch
 
 from tests import families
+from tests.lora_models import reward_adapter
 from tests.trainers import killed_main
+from trl_vlm.models import last_complete_checkpoint
+from trl_vlm.models.reward_model import load_reward_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # twenty trainings, one after the other
 
 # How often each run is killed.
 KILLS = {"dpo": 20, "dpo lora": 3, "dpo pair source": 3, "ppo": 20, "ppo lora": 3, "grpo": 3, "rloo": 3}
+ONE_BASE = "ppo one base"
 WRITING = ("weights half written", "weights written", "optimizer half written", "state half written")
 Moment = tuple[int, str]
 
@@ -50,7 +54,7 @@ def random_moments(run: str, moments: list[Moment]) -> list[Moment]:
     """Moments of the run in their order, drawn until some lie where resuming is hard."""
     last = moments[-1][0]
     for seed in itertools.count():
-        places = sorted(random.Random(seed).sample(range(len(moments)), KILLS[run]))
+        places = sorted(random.Random(seed).sample(range(len(moments)), KILLS.get(run, 10)))
         chosen = [moments[place] for place in places]
         in_last_epoch = any(2 * last / killed_main.EPOCHS < number < last for number, _ in chosen)
         while_writing = any(name in WRITING for _, name in chosen)
@@ -60,11 +64,13 @@ def random_moments(run: str, moments: list[Moment]) -> list[Moment]:
             return chosen
 
 
-@pytest.mark.parametrize("run", KILLS)
+@pytest.mark.parametrize("run", [*KILLS, pytest.param(ONE_BASE, marks=pytest.mark.nightly)])
 def test_a_run_killed_at_random_moments_sees_the_rows_and_ends_with_the_weights_of_an_uninterrupted_one(
     run, processes, tmp_path
 ):
     journal = tmp_path / "moments.jsonl"
+    if run == ONE_BASE:
+        reward_adapter(families.saved("llava", sharp=4.0), tmp_path / killed_main.REWARD_MODEL)
     exit_code, reached = train(processes, run, tmp_path / "whole", journal)
     assert exit_code == 0
     expected = {(number, name): rows for number, name, rows in reached}
@@ -81,6 +87,18 @@ def test_a_run_killed_at_random_moments_sees_the_rows_and_ends_with_the_weights_
     assert weights.keys() == wanted.keys()
     for name, tensor in weights.items():
         assert torch.equal(tensor, wanted[name]), name
+    if run == ONE_BASE:
+        check_roles(tmp_path / "killed", tmp_path / "whole")
+
+
+def check_roles(killed, whole):
+    """Each role in the last checkpoint loads by itself and scores as that of the uninterrupted run."""
+    batch = families.batch(families.load_processor("llava"), [1, 2])
+    for role in ("value_model", "reward_model"):
+        places = [f"{last_complete_checkpoint(folder)}/{role}" for folder in (killed, whole)]
+        with torch.no_grad():
+            scores = [load_reward_model(place, for_scoring=True)(**batch).logits for place in places]
+        assert scores[0].any() and torch.equal(*scores), role
 
 
 def check_rows(reached, expected, killed_at):

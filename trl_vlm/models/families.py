@@ -46,7 +46,8 @@ class Family:
     """What is known of a family.
 
     Args:
-        shares_prefix: Tests compare shared prefixes with the plain path for this family.
+        shares_prefix: Tests compare shared prefixes, and images that are encoded apart from each other, with the plain
+            path for this family.
         positions: "text" counts tokens, "grid" is M-RoPE, three positions a token; None asks the model, whose method
             `compute_3d_position_ids` says that it has the second kind.
         first_position: The first of them.

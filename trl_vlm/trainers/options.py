@@ -50,7 +50,30 @@ class PartOptions(TrainingArguments):
 
 
 @dataclass
-class SharedBaseOptions(PartOptions):
+class ImageFeatureOptions(PartOptions):
+    """How many features of images are kept, and where: a mixin before TRL's configuration."""
+
+    image_feature_cache: float = field(
+        default=1.0,
+        metadata={
+            "help": "Where vision tower and projector are frozen and have no adapter, each process keeps up to this "
+            "many GiB of image features for the length of a rollout (DPO: of a batch), so that an image is encoded "
+            "once for all models and passes. 0: encode it in each pass."
+        },
+    )
+    image_features_on_cpu: bool = field(
+        default=False,
+        metadata={"help": "Keep these features in the memory of the CPU, not of the device; hits are then copied."},
+    )
+
+    def check_parts(self) -> None:
+        """Also refuses a negative number of GiB."""
+        super().check_parts()
+        refuse_negative({"image_feature_cache": self.image_feature_cache}, "it is a size; 0 keeps nothing")
+
+
+@dataclass
+class SharedBaseOptions(ImageFeatureOptions):
     """Whether the models of a run stand on one base: a mixin before TRL's configuration."""
 
     share_base: bool | None = field(

@@ -10,7 +10,7 @@ from trl_vlm.pairs.source import PAIR_BATCH_SIZE
 from trl_vlm.trainers.checks import refuse
 from trl_vlm.trainers.dpo.image_options import ImageOptions
 from trl_vlm.trainers.dpo.vllm import VLLMOptions
-from trl_vlm.trainers.options import PartOptions
+from trl_vlm.trainers.options import ImageFeatureOptions
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ LENGTH_NORMALIZED = {"ipo", "sigmoid_norm"}
 
 
 @dataclass
-class DPOConfig(ImageOptions, PartOptions, VLLMOptions, trl.DPOConfig):
+class DPOConfig(ImageOptions, ImageFeatureOptions, VLLMOptions, trl.DPOConfig):
     """TRL's `DPOConfig`, and options for images, Dense DPO, several rejected replies and the image side of preference.
 
     Dense DPO is on with `dense_preset`, or with `dense_gamma` and `dense_reduction`. Its reference is RLHF-V,

@@ -46,17 +46,17 @@ from trl_vlm.trainers.dpo.paired import PairedTrainer
 from trl_vlm.trainers.dpo.reference_cache import filled_for
 from trl_vlm.trainers.dpo.segments import Segments
 from trl_vlm.trainers.dpo.vllm import VLLMReplies, check_vllm
+from trl_vlm.trainers.image_features import FeaturesPerBatch, features_of_run
 from trl_vlm.trainers.ppo.rollout_rows import rollout_rows
 from trl_vlm.trainers.preparation import PreparedTrainer, complete_arguments, complete_processor, prepare_model
 from trl_vlm.trainers.types import EvaluationRows, Model, Optimizers, Processor, Rows, base_model, gathered, unwrapped
 
 logger = logging.getLogger(__name__)
 
-# Keys of a batch that TRL reads outside the model.
-NOT_FOR_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+NOT_FOR_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")  # TRL reads them outside the model
 
 
-class DPOTrainer(PreparedTrainer, PairedTrainer, trl.DPOTrainer):
+class DPOTrainer(FeaturesPerBatch, PreparedTrainer, PairedTrainer, trl.DPOTrainer):
     """A drop-in for `trl.DPOTrainer`; `DPOConfig` lists what it adds.
 
     With none of our options set, it gives TRL's losses and metrics, in less time on a vision-language model, because
@@ -157,6 +157,7 @@ class DPOTrainer(PreparedTrainer, PairedTrainer, trl.DPOTrainer):
             prepare_model(self._base_model, args)
         self._shares = self._set_up_forwards()
         self._image_preference = ImagePreference(self)
+        self._image_features = features_of_run(self, {"policy": self.model, "reference": self.ref_model})
         make_collator = functools.partial(self._preference_collator, self.data_collator)
         if pair_source is not None:
             engine = VLLMReplies(self) if args.use_vllm else None

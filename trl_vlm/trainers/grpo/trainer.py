@@ -14,6 +14,7 @@ from trl_vlm.trainers.card import CardFacts
 from trl_vlm.trainers.checks import refuse_pathless_reference
 from trl_vlm.trainers.group_sharing import SharedGroups
 from trl_vlm.trainers.grpo.config import GRPOConfig
+from trl_vlm.trainers.image_features import FeaturesPerRollout
 from trl_vlm.trainers.ppo.rollout_rows import check_rollout_rows
 from trl_vlm.trainers.preparation import complete_arguments, complete_processor, prepare_model
 from trl_vlm.trainers.resuming import ResumableRollouts
@@ -22,7 +23,9 @@ from trl_vlm.trainers.rollout_images import UndecodedRollouts
 from trl_vlm.trainers.types import Environments, EvaluationRows, Model, Optimizers, Processor, RewardFunction, Rows
 
 
-class GRPOTrainer(SharedGroups, UndecodedRollouts, RewardsOnPolicyBase, ResumableRollouts, trl.GRPOTrainer):
+class GRPOTrainer(
+    SharedGroups, FeaturesPerRollout, UndecodedRollouts, RewardsOnPolicyBase, ResumableRollouts, trl.GRPOTrainer
+):
     """A drop-in for `trl.GRPOTrainer`: frozen parts, own rates, LoRA presets, exact resuming.
 
     The arguments are those of `trl.GRPOTrainer`; `peft_config.target_modules` may be "language-model" or
@@ -85,6 +88,7 @@ class GRPOTrainer(SharedGroups, UndecodedRollouts, RewardsOnPolicyBase, Resumabl
         prepare_model(self.model, args)
         self.share_with_rewards(model)
         self.share_groups()
+        self.keep_image_features()
         self.save_where_rollouts_end(args)
 
     def card_facts(self) -> CardFacts:

@@ -20,6 +20,7 @@ from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.card import FACT_RLHF_PAPER, CardFacts
 from trl_vlm.trainers.checks import check_depends_on_pixels, check_log_probs, other_pixels
 from trl_vlm.trainers.group_sharing import SharedGroups
+from trl_vlm.trainers.image_features import FeaturesPerRollout
 from trl_vlm.trainers.ppo.checkpoints import CheckpointsWithCritic
 from trl_vlm.trainers.ppo.config import PAPER, PPOConfig
 from trl_vlm.trainers.ppo.critics import CriticSources, chosen_critic
@@ -58,6 +59,7 @@ class PPOTrainer(
     RolloutLogs,
     ReshuffledPasses,
     SharedGroups,
+    FeaturesPerRollout,
     UndecodedRollouts,
     ResumableRollouts,
     GRPOTrainer,
@@ -166,6 +168,7 @@ class PPOTrainer(
         self._critic = chosen_critic(self, sources)
         # A critic on the policy's base reads what the policy's backbone packs.
         self.share_groups(*([self._critic.model] if self._critic.shared_base is None else []))
+        self.keep_image_features(critic=self._critic.model)
         if self.use_vllm:
             self.vllm_generation.sync_weights = self._without_critic(self.vllm_generation.sync_weights)
         self._pixels_checked = not args.check_pixels

@@ -12,6 +12,7 @@ from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.card import CardFacts
 from trl_vlm.trainers.checks import refuse_pathless_reference
 from trl_vlm.trainers.group_sharing import SharedGroups
+from trl_vlm.trainers.image_features import FeaturesPerRollout
 from trl_vlm.trainers.ppo.rollout_rows import check_rollout_rows
 from trl_vlm.trainers.preparation import complete_arguments, complete_processor, prepare_model
 from trl_vlm.trainers.resuming import ResumableRollouts
@@ -21,7 +22,9 @@ from trl_vlm.trainers.rollout_images import UndecodedRollouts
 from trl_vlm.trainers.types import EvaluationRows, Model, Optimizers, Processor, RewardFunction, Rows
 
 
-class RLOOTrainer(SharedGroups, UndecodedRollouts, RewardsOnPolicyBase, ResumableRollouts, trl.RLOOTrainer):
+class RLOOTrainer(
+    SharedGroups, FeaturesPerRollout, UndecodedRollouts, RewardsOnPolicyBase, ResumableRollouts, trl.RLOOTrainer
+):
     """A drop-in for `trl.RLOOTrainer`: frozen parts, own rates, LoRA presets, exact resuming.
 
     The arguments are those of `trl.RLOOTrainer`; `peft_config.target_modules` may be "language-model" or
@@ -78,6 +81,7 @@ class RLOOTrainer(SharedGroups, UndecodedRollouts, RewardsOnPolicyBase, Resumabl
         prepare_model(self.model, args)
         self.share_with_rewards(model)
         self.share_groups()
+        self.keep_image_features()
         self.save_where_rollouts_end(args)
 
     def card_facts(self) -> CardFacts:

@@ -1,0 +1,121 @@
+"""Which models of a run take the features of their images from one store, and for how long these are kept."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from trl_vlm.models.feature_cache import cache_image_features, encodes_images, stop_caching, why_not_cached
+from trl_vlm.models.feature_store import FeatureStore
+from trl_vlm.rewards.reward_model import reward_models_in
+from trl_vlm.trainers.types import base_model, unwrapped
+
+logger = logging.getLogger(__name__)
+
+
+class FeatureArguments(Protocol):
+    """The options that decide on the store."""
+
+    image_feature_cache: float
+    image_features_on_cpu: bool
+    torch_compile: bool
+
+
+class FeatureRun(Protocol):
+    """What is asked of a trainer whose models encode an image once."""
+
+    accelerator: Accelerator
+
+    @property
+    def args(self) -> FeatureArguments: ...  # noqa: D102
+
+
+def features_of_run(
+    trainer: FeatureRun, trained: Mapping[str, nn.Module | None], scoring: Iterable[nn.Module] = ()
+) -> FeatureStore:
+    """The store from which the models of a run take the features of images that one of them has encoded.
+
+    Where a model encodes its images each time, the log says why.
+
+    Args:
+        trainer: After TRL's constructor, and after all adapters of its models.
+        trained: Policy, reference and critic, by name, which the backend may split among the processes.
+        scoring: Reward models, which each process holds whole.
+    """
+    store = FeatureStore(trainer.args.image_feature_cache * 2**30, trainer.args.image_features_on_cpu)
+    everywhere = _why_never(trainer.args)
+    split = _why_split(trainer.accelerator)
+    models = [(name, model, everywhere or split) for name, model in trained.items()]
+    models += [("reward model", model, everywhere) for model in scoring]
+    for name, wrapped, reason in models:
+        model = None if wrapped is None else unwrapped(trainer.accelerator, wrapped)
+        if not isinstance(model, PreTrainedModel | PeftModel) or not encodes_images(base_model(model)):
+            continue
+        model = base_model(model)
+        reason = reason or why_not_cached(model)
+        if reason is None:
+            cache_image_features(model, store)
+        else:
+            stop_caching(model)
+        if trainer.accelerator.is_main_process:
+            told = "once for all passes that read them" if reason is None else f"in each pass: {reason}"
+            logger.info("The %s encodes its images %s.", name, told)
+    return store
+
+
+def _why_never(args: FeatureArguments) -> str | None:
+    if args.image_feature_cache == 0:
+        return "`image_feature_cache` is 0"
+    return "`torch_compile` is not tested with kept features" if args.torch_compile else None
+
+
+def _why_split(accelerator: Accelerator) -> str | None:
+    """Why no model of the backend's can keep features."""
+    # A process that needs no tower would leave the others waiting for its part of the weights.
+    if is_deepspeed_zero3_enabled() or getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        return "its weights are split among the processes (ZeRO-3, FSDP), which must all run it at the same time"
+    return None
+
+
+class FeaturesPerBatch(Trainer):
+    """Encodes an image once for all that is computed of a batch: a mixin before TRL's trainer."""
+
+    accelerator: Accelerator
+    _image_features: FeatureStore | None = None
+
+    def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
+        if self._image_features is not None:
+            self._image_features.clear()
+        return super()._prepare_inputs(inputs)
+
+
+class FeaturesPerRollout(Trainer):
+    """Encodes an image once for generation, scores and all passes over a rollout: a mixin before TRL's trainer."""
+
+    accelerator: Accelerator
+    args: Any
+    model: Any
+    ref_model: Any
+    reward_funcs: list[Any]
+    _image_features: FeatureStore | None = None
+
+    def keep_image_features(self, **further: nn.Module) -> None:
+        """Gives the models of the run one store; call it at the end of the constructor.
+
+        Args:
+            further: Models that train beside the policy.
+        """
+        scoring = [reward.model for function in self.reward_funcs for reward in reward_models_in(function)]
+        trained = {"policy": self.model, "reference": self.ref_model, **further}
+        self._image_features = features_of_run(self, trained, [m for m in scoring if isinstance(m, nn.Module)])
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self._image_features is not None:
+            self._image_features.clear()
+        trainer: Any = super()  # one of TRL's, which have no base for rollouts in common
+        return trainer._generate_and_score_completions(inputs)

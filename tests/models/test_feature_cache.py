@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.testing import assert_close
 
 from tests import families
 from tests.encoded_images import vision_tower, watched
@@ -16,6 +17,8 @@ from trl_vlm.models.parts import part_of
 from trl_vlm.models.reward_model import load_reward_model
 
 GIB = 2.0**30
+# Their towers multiply the patches of all images at once, and round otherwise for other numbers of patches.
+ROUNDING = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"}
 FAMILIES = [*families.FAMILIES, "gemma4", "qwen3_vl_moe", "llava_onevision", "paligemma2"]
 SHARP = 3.0
 
@@ -42,6 +45,12 @@ def logits(model, batch):
         return model(**batch).logits
 
 
+def assert_the_same(family, found, expected):
+    """To the last digit, or of some families within the rounding of one matrix product."""
+    tolerance = 2e-6 if family in ROUNDING else 0
+    assert_close(found, expected, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whatever_was_encoded_before_the_numbers_are_the_same_and_no_image_is_encoded_twice(family):
     plain, processor = frozen(family)
@@ -50,13 +59,13 @@ def test_whatever_was_encoded_before_the_numbers_are_the_same_and_no_image_is_en
     batches = [families.batch(processor, list(images)) for images in counts]
     with watched(plain) as before, watched(model) as now:
         for batch in batches:
-            assert torch.equal(logits(model, batch), logits(plain, batch))
+            assert_the_same(family, logits(model, batch), logits(plain, batch))
         assert 0 < len(now) < len(before)
         # The first batch has all but the third row of the fourth, and the only row of the third.
         assert len(set(now.rows())) == len(now.rows()) or family.startswith("qwen")
         encoded = len(now)
         for batch in reversed(batches):
-            assert torch.equal(logits(model, batch), logits(plain, batch))
+            assert_the_same(family, logits(model, batch), logits(plain, batch))
         assert len(now) == encoded
     assert 0 < store.size < 2**22
 
@@ -137,7 +146,7 @@ def adapted(targets):
 
 
 def with_dropout(model):
-    vision_tower(model).vision_model.encoder.layers[0].self_attn.dropout = 0.1
+    vision_tower(model).encoder.layers[0].self_attn.dropout = 0.1
     return model
 
 
@@ -151,7 +160,7 @@ def training(name):
 
 WHY_NOT = {
     "tower": (
-        training("model.vision_tower.vision_model.embeddings.class_embedding"),
+        training("model.vision_tower.embeddings.class_embedding"),
         "or projector trains .*class_emb",
     ),
     "projector": (training("model.multi_modal_projector.linear_1.weight"), r"trains \(linear_1.weight\)"),
@@ -183,7 +192,7 @@ def test_what_changes_later_is_encoded_each_time_from_then_on(case):
     assert len(passes.pixels) == 2
     if case == "tower":
         model(**batch).logits.sum().backward()
-        assert model.get_parameter("model.vision_tower.vision_model.embeddings.class_embedding").grad.abs().max() > 0
+        assert model.get_parameter("model.vision_tower.embeddings.class_embedding").grad.abs().max() > 0
 
 
 def test_an_adapter_of_the_language_model_is_no_reason():
@@ -262,7 +271,7 @@ def test_rows_without_images_change_nothing():
         model, _, _ = cached(family)
         for images in ([0, 1], [1, 0], [0, 0], [0, 2], [1, 0]):
             batch = families.batch(processor, images)
-            assert torch.equal(logits(model, batch), logits(plain, batch))
+            assert_the_same(family, logits(model, batch), logits(plain, batch))
 
 
 # Several models

@@ -191,17 +191,18 @@ class _Tower:
         with torch.inference_mode(False), torch.no_grad():
             self._number_weights()
             precision = _precision_of(call.images[0]["pixel_values"].device)
-            keys = [(self.number, *precision, *key) for key in call.contents()]
+            keys = [(self.number, *precision, *key) for key in call.contents(backbone.config)]
             found = {key: self.store.find(key) for key in dict.fromkeys(keys)}
             missing = [key for key, features in found.items() if features is None]
             if missing:
                 is_whole = len(missing) == len(keys)
                 chosen = [keys.index(key) for key in missing]
-                output = encode(*args, **kwargs) if is_whole else encode(**call.part(chosen))
+                as_called = is_whole and not call.by_row
+                output = encode(*args, **kwargs) if as_called else encode(**call.part(chosen))
                 made = _taken_apart(output, [len(call.groups[number]) for number in chosen])
                 if made is None:
                     self._turn_off(type(backbone).__name__)
-                    return output if is_whole else encode(*args, **kwargs)
+                    return output if as_called else encode(*args, **kwargs)
                 for key, features in zip(missing, made, strict=True):
                     self.store.keep(key, features)
                     found[key] = features
@@ -265,10 +266,14 @@ def _precision_of(device: torch.device) -> tuple[str, bool, torch.dtype]:
 
 def _settings(backbone: PreTrainedModel) -> tuple[object, object]:
     """What decides on features beside the weights."""
-    told = backbone.config.to_dict()
-    vision = getattr(backbone.config, "vision_config", None)
-    attention = getattr(vision, "_attn_implementation", None)
-    return {name: value for name, value in told.items() if name not in _NOT_OF_IMAGES}, attention
+    attention = getattr(getattr(backbone.config, "vision_config", None), "_attn_implementation", None)
+    return _of_images(backbone.config.to_dict()), attention
+
+
+def _of_images(settings: Any) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    return {name: _of_images(value) for name, value in settings.items() if name not in _NOT_OF_IMAGES}
 
 
 def _taken_apart(output: Output, sizes: Sequence[int]) -> list[Features] | None:

@@ -36,12 +36,14 @@ class ImageCall:
         images: The tensors of each image; their first dimension is 1, or the image's patches.
         groups: The images of each group, by number.
         counts: Whether the model is told how many images each row has (LLaVA-OneVision), which is one group then.
+        by_row: Whether the call itself gives one entry of features per row, not per image.
         options: The other arguments.
     """
 
     images: list[dict[str, Tensor]]
     groups: list[list[int]]
     counts: bool
+    by_row: bool
     options: dict[str, Any]
 
     @classmethod
@@ -62,15 +64,23 @@ class ImageCall:
         groups = [[number] for number in range(len(images))] if counts is None else _groups(counts.tolist())
         if sum(map(len, groups)) != len(images):
             return None
-        return cls(images, groups, counts is not None, given)
+        return cls(images, groups, counts is not None, _MASK in tensors, given)
 
-    def contents(self) -> list[Key]:
-        """What is in each group: equal for equal images under equal options, and for no others."""
+    def contents(self, defaults: object = None) -> list[Key]:
+        """What is in each group: equal for equal images under equal options, and for no others.
+
+        Args:
+            defaults: Has the values of options that are left out: the model's configuration.
+        """
         names = list(self.images[0])
         sums = torch.stack([_sums(image[name]) for image in self.images for name in names])
         told = sums.view(len(self.images), -1).tolist()  # the one time that the CPU waits for the device
         shapes = [tuple((name, image[name].dtype, _shape(image[name])) for name in names) for image in self.images]
-        options = tuple(sorted((name, repr(value)) for name, value in self.options.items()))
+        options = tuple(
+            (name, repr(value))
+            for name, value in sorted(self.options.items())
+            if name != "return_dict" and value is not False and value != getattr(defaults, name, None)
+        )
         return [
             (options, self.counts, *((shapes[image], tuple(told[image])) for image in group)) for group in self.groups
         ]

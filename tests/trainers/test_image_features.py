@@ -5,8 +5,8 @@ import functools
 from types import SimpleNamespace
 
 import pytest
-import torch
 import trl
+from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
 
 import trl_vlm
@@ -23,6 +23,8 @@ from trl_vlm.trainers import image_features
 from trl_vlm.trainers.adapters import lora_targets
 
 SHARP = 3.0
+# Their towers multiply the patches of all images at once, and round otherwise for other numbers of patches.
+ROUNDING = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
 CHECKPOINTING = {
     "none": {},
     "plain": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
@@ -34,11 +36,11 @@ def trained_weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def assert_the_same_weights(first, second):
+def assert_the_same_weights(first, second, tolerance=0.0):
     one, other = trained_weights(first), trained_weights(second)
     assert one.keys() == other.keys() and len(one) > 4
     for name, weight in one.items():
-        assert torch.equal(weight, other[name]), name
+        assert_close(weight, other[name], rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # DPO
@@ -147,13 +149,14 @@ def models_of(trainer):
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("kind", CHECKPOINTING)
 def test_ppo_encodes_an_image_once_per_rollout_for_all_roles_and_passes(kind, share, reward, tmp_path):
-    runs = {cache: ppo(tmp_path, cache, reward, share=share, **CHECKPOINTING[kind]) for cache in (True, False)}
-    with watched(*models_of(runs[True])) as passes:
-        runs[True].train()
+    once = ppo(tmp_path, True, reward, share=share, **CHECKPOINTING[kind])
+    with watched(*models_of(once)) as passes:
+        once.train()
     assert len(passes.rows()) == 2 * 4 and len(set(passes.rows())) == 4
-    runs[False].train()
-    assert_the_same_weights(*runs.values())
-    assert_the_same_logs(*runs.values())
+    each_time = ppo(tmp_path, False, reward, share=share, **CHECKPOINTING[kind])
+    each_time.train()
+    assert_the_same_weights(once, each_time)
+    assert_the_same_logs(once, each_time)
 
 
 def assert_the_same_logs(first, second):
@@ -167,15 +170,16 @@ def assert_the_same_logs(first, second):
 @pytest.mark.nightly
 @pytest.mark.parametrize("family", [family for family in families.FAMILIES if family != "llava"])
 def test_ppo_ends_with_the_same_weights(family, reward, tmp_path):
-    runs = {cache: ppo(tmp_path, cache, reward, family) for cache in (True, False)}
-    numbers = []
-    for trainer in runs.values():
-        with watched(trainer.model) as passes:
-            trainer.train()
+    """Each image once, and not nine times: generation, reward, reference, old policy and critic, twice both."""
+    runs, numbers = [], []
+    options = {"optim": "sgd", "learning_rate": 0.3, "generation_kwargs": {"do_sample": False}}
+    for cache in (True, False):
+        runs.append(ppo(tmp_path, cache, reward, family, **options))
+        with watched(runs[-1].model) as passes:
+            runs[-1].train()
         numbers.append(len(passes))
-    assert 0 < 10 * numbers[0] < numbers[1]
-    assert_the_same_weights(*runs.values())
-    assert_the_same_logs(*runs.values())
+    assert 0 < 9 * numbers[0] == numbers[1]
+    assert_the_same_weights(*runs, tolerance=1e-6 if family in ROUNDING else 0)
 
 
 @pytest.mark.slow

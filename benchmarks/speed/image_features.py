@@ -10,6 +10,8 @@ model's multiplications that the towers of two real models do.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import statistics
@@ -139,7 +141,8 @@ def trainer(method: str, models: str, folder: str, limit: float) -> PPOTrainer |
 def seconds(made: PPOTrainer | DPOTrainer) -> float:
     """CPU seconds of a training."""
     start = time.process_time()
-    made.train()
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its logs
+        made.train()
     return time.process_time() - start
 
 
@@ -155,12 +158,15 @@ def measure(method: str, name: str, pairs: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         share = save_models(TOWERS[name], folder)
         for pair in range(pairs + 1):
-            both = {side: trainer(method, folder, f"{folder}/out", float(side == "once")) for side in times}
-            for side, made in both.items():
+            weights = []
+            for side, all_taken in times.items():
+                # Made right before it trains: its constructor seeds what replies are drawn with.
+                made = trainer(method, folder, f"{folder}/out", float(side == "once"))
                 taken = seconds(made)
                 if pair:  # the first pair warms up
-                    times[side].append(taken)
-            one, other = (trained(made) for made in both.values())
+                    all_taken.append(taken)
+                weights.append(trained(made))
+            one, other = weights
             furthest = max([furthest, *((one[key] - other[key]).abs().max().item() for key in one)])
     ratios = [a / b for a, b in zip(times["each time"], times["once"], strict=True)]
     return {

@@ -190,7 +190,8 @@ class Side:
         if checkpointing:  # otherwise only `train` would switch it on
             self.trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = self.trainer.create_optimizer()
-        batch = self.trainer.data_collator([dict(row) for row in data])
+        given = self.trainer.train_dataset  # the cache knows images by their bytes, as they are there
+        batch = self.trainer.data_collator([dict(given[index]) for index in range(len(given))])
         mask, replies = batch["attention_mask"], batch["completion_mask"]
         prompts = (mask.sum(1) - replies.sum(1))[: len(setting.rows)]
         # What the language model computes: padding too, or prompts once.

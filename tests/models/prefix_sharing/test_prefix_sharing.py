@@ -181,6 +181,47 @@ def test_a_prompt_is_computed_once_for_its_replies():
     assert seen == [(1, prompts[:2].sum() + replies.sum(), 32)]  # without any padding
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
+def test_sequences_in_any_order_padded_on_the_left_share_their_prompts(family):
+    model, processor = sharp(family)
+    plain, shared = batches(processor, images=(0, 0), extra=1)
+    order, width = torch.tensor([3, 0, 5, 1, 2, 4]), shared["input_ids"].size(1)
+    lengths = shared["attention_mask"].sum(1)[order].tolist()
+    shape = shared["input_ids"].shape
+
+    def moved(batch):
+        """With all replies ending in the last column."""
+        tokens = {name: batch[name][order] for name in batch if getattr(batch[name], "shape", None) == shape}
+        return batch | {
+            name: torch.stack([one.roll(width - length) for one, length in zip(value, lengths, strict=True)])
+            for name, value in tokens.items()
+        }
+
+    wanted, wanted_gradients = hidden_states_and_gradients(model, moved(plain))
+    share_prefix(model)
+    moved_shared = moved(shared) | {SHARED_PREFIX: shared[SHARED_PREFIX][order]}
+    found, found_gradients = hidden_states_and_gradients(model, moved_shared)
+    assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert_equal_gradients(found_gradients, wanted_gradients, 1e-3)
+
+
+def test_a_batch_that_would_take_longer_is_computed_as_without_sharing():
+    model, _ = build("llava")
+    share_prefix(model)
+    sizes = []
+    layer = model.model.language_model.layers[0]
+    layer.register_forward_pre_hook(lambda _, args: sizes.append(tuple(args[0].shape[:2])))
+    # Two replies of 60 tokens to a prompt of 6, and of 6 to one of 60.
+    for prompt in (6, 60):
+        ids = torch.randint(110, 120, (2, 66))
+        ids[1, :prompt] = ids[0, :prompt]
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        shared = batch | {SHARED_PREFIX: torch.tensor([[0, prompt], [0, prompt]])}
+        states = model.base_model(**batch, use_cache=False).last_hidden_state
+        assert_close(model.base_model(**shared, use_cache=False).last_hidden_state, states, rtol=1e-4, atol=1e-5)
+    assert sizes == [(2, 66), (2, 66), (2, 66), (1, 72)]
+
+
 def test_lora_trains_through_it():
     model, processor = sharp("llava")
     peft = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))

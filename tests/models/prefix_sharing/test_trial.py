@@ -112,6 +112,13 @@ def test_all_processes_decide_alike_also_when_the_batch_of_one_disagrees(kind, d
     assert report["losses"] == pytest.approx(report["plain"], abs=1e-5)
 
 
+def test_a_known_family_is_tried_where_its_kernels_are_others():
+    model, _ = build("llava")
+    share_prefix(model, is_tested=False)  # as with Liger kernels
+    (hook,) = (hook for hook in model.base_model._forward_pre_hooks.values() if isinstance(hook, _Pack))
+    assert hook.is_proven is None
+
+
 def test_sequences_in_another_order_are_refused():
     _, processor = build("llava")
     inputs = {**batch(processor, [1, 1]), "shared_prefix": torch.tensor([[1, 3], [0, 3]])}

@@ -47,16 +47,16 @@ class Packing(NamedTuple):
     Row after row: its prompt, and then its replies. All of it is on the CPU.
 
     source: (L,), index into the N * T plain tokens.
-    column: (L,), the token's column in its plain sequence.
-    index: (L,), how many tokens are before it there; the column, but for padding on the left.
+    index: (L,), how many tokens are before it in its plain sequence.
+    column: (L,), the same, counted with the padding on the left of the row's first sequence.
     row: (L,), the row that it belongs to.
     target: (N, T), index into the L packed tokens; 0 for padding.
     segments: Prompts and replies, in the order in which they lie.
     """
 
     source: Tensor
-    column: Tensor
     index: Tensor
+    column: Tensor
     row: Tensor
     target: Tensor
     segments: list[Segment]
@@ -98,7 +98,8 @@ def packing(attention_mask: Tensor, shared_prefix: Tensor) -> Packing:
         segments.append(Segment(sequence, *bounds))
     segments = [segment for segment in segments if segment.queries > 0]
     sequence = source // width
-    return Packing(source, source % width, source % width - start[sequence], row[sequence], target, segments)
+    index = source % width - start[sequence]
+    return Packing(source, index, index + start[firsts][row[sequence]], row[sequence], target, segments)
 
 
 def calls_of(segments: Sequence[Segment]) -> list[list[Segment]]:

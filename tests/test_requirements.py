@@ -49,6 +49,13 @@ def test_the_package_asks_for_the_releases_that_pyproject_asks_for():
     assert bounds(project()["dependencies"]) == requirements.OLDEST
 
 
+def test_the_tested_releases_and_those_of_extras_are_the_ones_that_are_pinned():
+    tested = pins("constraints.txt")
+    assert {name: tested[name] for name in requirements.OLDEST | requirements.EXTRAS} == requirements.TESTED
+    wanted = bounds(line for lines in project()["optional-dependencies"].values() for line in lines)
+    assert {name: wanted[name] for name in requirements.EXTRAS} == requirements.EXTRAS
+
+
 def test_the_lowest_set_is_that_of_the_lower_bounds():
     extras = project()["optional-dependencies"]
     wanted = bounds([*project()["dependencies"], *(line for name in extras if name != "dev" for line in extras[name])])

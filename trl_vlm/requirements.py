@@ -18,6 +18,21 @@ OLDEST = {
     "datasets": "4.7",
     "pillow": "11",
 }
+# Those of the optional packages.
+EXTRAS = {"deepspeed": "0.19.8", "bitsandbytes": "0.49", "sentence-transformers": "5.2"}
+# What the tests run with: constraints.txt.
+TESTED = {
+    "torch": "2.13.0",
+    "trl": "1.16.0",
+    "transformers": "5.23.0",
+    "peft": "0.21.2",
+    "accelerate": "1.15.0",
+    "datasets": "5.2.0",
+    "pillow": "13.0.0",
+    "deepspeed": "0.19.8",
+    "bitsandbytes": "0.50.2",
+    "sentence-transformers": "6.2.0",
+}
 
 
 def check_installed(oldest: Mapping[str, str] = OLDEST) -> None:

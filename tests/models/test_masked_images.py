@@ -4,41 +4,15 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from torch.nn.functional import pad
 from torch.testing import assert_close
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
 
 from tests.families import FAMILIES, batch, build
+from trl_vlm.doctor.key_mask import hidden_keys
 from trl_vlm.models.image_tokens import image_token_mask
 from trl_vlm.models.masked_images import draw_hidden, masked_inputs
 
 ROWS = [1, 2]
 STEPS = 5
-
-
-class KeyMask:
-    """The reference: attention written out, with the keys of `hidden` (B, T) taken out of the scores.
-
-    It runs without a cache, on the unmasked prompt, so that positions and windows are those of the prompt.
-    """
-
-    hidden = None
-
-    def __call__(self, module, query, key, value, attention_mask, scaling, **kwargs):
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        scores = query @ key.transpose(2, 3) * scaling
-        if attention_mask is not None:
-            scores = scores + attention_mask
-        hidden = pad(self.hidden, (0, key.shape[2] - self.hidden.shape[1]))
-        scores = scores + hidden[:, None, None] * torch.finfo(scores.dtype).min
-        return (scores.softmax(-1) @ value).transpose(1, 2), None
-
-
-KEY_MASK = KeyMask()
-AttentionInterface.register("key_mask", KEY_MASK)
-AttentionMaskInterface.register("key_mask", eager_mask)
 
 
 def rows_of(processor, seed=0, padding_side="left"):
@@ -73,13 +47,9 @@ def greedy_logits(model, inputs, **settings):
 
 
 def reference_logits(model, inputs, hidden):
-    before = model.config.get_text_config()._attn_implementation
-    model.set_attn_implementation({"text_config": "key_mask"})
-    KEY_MASK.hidden = hidden
-    try:
+    """Without a cache, on the unmasked prompt, so that positions and windows are those of the prompt."""
+    with hidden_keys(model, hidden):
         return greedy_logits(model, inputs, use_cache=False)
-    finally:
-        model.set_attn_implementation({"text_config": before})
 
 
 def generators(count=2, seed=0):

@@ -12,12 +12,15 @@ from trl_vlm.models.memory import (
     FOUR_BIT,
     GIB,
     Counts,
+    Layers,
     Memory,
     Precision,
     Sharding,
+    Training,
     activations,
     counts_of,
     empty_model,
+    head_bytes,
     held,
     trained,
 )
@@ -102,10 +105,104 @@ def test_each_stage_splits_one_thing_more(stage, expected):
     assert (role.weights, role.gradients, role.optimizer) == expected
 
 
+SMALL = dict(num_hidden_layers=3, hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2)
+
+
+def language_model(**options):
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **SMALL, **options)).train()
+
+
+def saved_bytes(model, tokens, rows=2, dtype=None):
+    """What autograd keeps for a backward pass: each storage once, without parameters and the head's logits."""
+    found, own = {}, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept alive, so that no address comes twice
+        return tensor
+
+    ids = torch.randint(50, (rows, tokens))
+    watching = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with watching, torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is not None):
+        model.model(input_ids=ids, use_cache=False).last_hidden_state.sum()
+    return sum(size for size, _ in found.values())
+
+
+def adapted(model, dropout=0.0):
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return get_peft_model(model, LoraConfig(r=1, target_modules=names, lora_dropout=dropout)).get_base_model()
+
+
+@pytest.mark.parametrize(
+    ("training", "dtype"),
+    [
+        (Training.ALL, None),
+        (Training.ADAPTERS, None),
+        (Training.DROPOUT, None),
+        (Training.SEVERAL_COPIES, torch.bfloat16),
+        (Training.DROPOUT, torch.bfloat16),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_a_layer_keeps_what_autograd_keeps(training, dtype):
+    model = language_model()
+    if dtype is not None:
+        model = model.to(dtype)
+    if training is not Training.ALL:
+        model = adapted(model, 0.05 if training is Training.DROPOUT else 0.0)
+        model.enable_input_require_grads()
+    few, more = (saved_bytes(model, tokens, dtype=dtype) for tokens in (32, 96))
+    per_token = (more - few) / (2 * 64) / SMALL["num_hidden_layers"]  # what does not depend on tokens cancels
+    wanted = Layers.of_text(model.config).kept_per_token(4.0 if dtype is None else 2.0, training)
+    assert wanted == pytest.approx(per_token, rel=0.12)
+
+
 def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():
-    assert activations(10, 8, 3, checkpointing=False) == 10 * 8 * 34 * 3
-    assert activations(10, 8, 3, checkpointing=True) == 10 * 8 * (2 * 3 + 34)
-    assert activations(10, 8, 3, checkpointing=False, bytes_per_value=4) == 2 * 10 * 8 * 34 * 3
+    layers, value = Layers(3, width=8, queries=8, keys=8, inner=16), 2.0
+    one, working = layers.kept_per_token(value, Training.ALL), layers.working_per_token(value)
+    assert activations(layers, 10, Training.ALL, checkpointing=False) == (30 * one + 10 * working, 10 * working)
+    kept, layer = activations(layers, 10, Training.ALL, checkpointing=True)
+    assert layer == 10 * (one + working) and kept == 3 * 10 * 8 * value + layer
+    twice = activations(layers, 10, Training.ALL, checkpointing=True, passes=2)
+    assert twice == (kept + 3 * 10 * 8 * value, layer)  # one layer is computed again at a time
+
+
+def test_sizes_are_read_from_each_kind_of_configuration():
+    text = transformers.LlamaConfig(**SMALL)
+    assert Layers.of_text(text) == Layers(3, width=64, queries=64, keys=32, inner=160)
+    tower = Layers.of_tower(transformers.CLIPVisionConfig(**TOWER))
+    assert tower == Layers(24, width=1024, queries=1024, keys=1024, inner=4096, gated=False)
+    qwen = build("qwen2_vl")[0].config.vision_config
+    assert Layers.of_tower(qwen).inner == qwen.embed_dim * qwen.mlp_ratio
+    assert Layers.of_tower(transformers.PreTrainedConfig()) is None
+    experts = build("qwen3_vl_moe")[0].config.get_text_config()
+    assert Layers.of_text(experts).inner == experts.num_experts_per_tok * experts.moe_intermediate_size
+
+
+def test_the_head_works_on_a_part_of_the_tokens_and_words():
+    config = transformers.LlamaConfig(vocab_size=100_000, hidden_size=8)
+    assert head_bytes(config, 100, 2.0, trains=False) == 2 * 100 * 32768 + 4 * 8 * 100
+    assert head_bytes(config, 9000, 2.0, trains=False) == 2 * 4096 * 32768 + 4 * 8 * 9000
+    assert head_bytes(config, 100, 2.0, trains=True) - head_bytes(config, 100, 2.0, trains=False) == 4 * 8 * 100_000
+
+
+def test_gradients_come_while_activations_go_unless_they_accumulate():
+    role = trained("policy", Counts(base=100, linear=0, trained=100), Precision(FLOAT32))
+    assert (role.weights, role.gradients, role.optimizer) == (400, 400, 800)
+    assert Memory([role], activations=1000, layer=50, accumulates=False).total == 1200 + 1000
+    assert Memory([role], activations=100, layer=50, accumulates=False).total == 1200 + 400 + 50
+    assert Memory([role], activations=1000, layer=50).total == 1200 + 400 + 1000
+    assert Memory([role], activations=10, generation=5000, layer=5).total == 1200 + 5000
+
+
+def test_whether_the_tower_trains_is_counted():
+    model, _ = build("llava")
+    assert counts_of(model).tower
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("vision_tower" not in name)
+    assert not counts_of(model).tower
 
 
 def test_the_sum_names_its_parts():

@@ -89,13 +89,9 @@ def model_json(model: "ModelCheck") -> dict[str, Any]:
 
 def model_lines(model: "ModelCheck") -> list[str]:
     """The results of the check with a model, for people."""
-    tokenizer, tokens = model.processor.tokenizer, model.control_tokens
-    if model.end is None:
-        end = f"{tokenizer.eos_token!r}, appended by the trainers: the chat template leaves replies open"
-    else:
-        end = f"{model.end!r}, from the chat template"
+    tokens = model.control_tokens
     more = f" and {len(tokens) - SHOWN_TOKENS} more" if len(tokens) > SHOWN_TOKENS else ""
-    lines = [f"{model.path} ({type(model.processor).__name__})", f"end of a reply: {end}"]
+    lines = [f"{model.path} ({type(model.processor).__name__})", f"end of a reply: {model.about_end}"]
     if model.tokens_per_row is not None and model.image_tokens_per_row is not None:
         for name, found in (("image tokens", model.image_tokens_per_row), ("tokens", model.tokens_per_row)):
             lines.append(

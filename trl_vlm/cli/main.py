@@ -19,6 +19,7 @@ COMMANDS = {
     "check": ("check", "check a dataset row by row; exit code 1 if anything is wrong"),
     "pairs": ("pairs", "make preference pairs with a model"),
     "evaluate": ("evaluate", "measure models on benchmarks"),
+    "doctor": ("doctor", "look at the machine, and at a model: does it behave as the trainers assume?"),
     "merge": ("merge", "merge an adapter into its base model"),
     "serve-reward": ("serve_reward", "serve a reward model to trainings on other cards or machines"),
     "look": ("look", "write a page to look at pairs, runs and evaluated replies"),

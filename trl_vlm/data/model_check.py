@@ -64,7 +64,7 @@ class ModelCheck:
                 f"{'no' if given.chat_template is None else 'a'} chat template. `--model` needs the processor of a "
                 "vision-language model with a chat template."
             )
-        self.end = reply_end(given)
+        self.end, self.about_end = reply_end(given), about_reply_end(given)
         self.processor = with_reply_ends(given)
         self.control_tokens = control_tokens(given)
 
@@ -123,6 +123,14 @@ class ModelCheck:
             return [[*prompt, *row["completion"]]]
         replies = [row["chosen"], row["rejected"], *(row.get("rejected_extra") or ())]
         return [[*prompt, *reply] for reply in replies]
+
+
+def about_reply_end(processor: ProcessorMixin) -> str:
+    """The token that ends a reply, and where it comes from."""
+    end = reply_end(processor)
+    if end is None:
+        return f"{processor.tokenizer.eos_token!r}, appended by the trainers: the chat template leaves replies open"
+    return f"{end!r}, from the chat template"
 
 
 def _spread(numbers: Sequence[int]) -> Spread | None:

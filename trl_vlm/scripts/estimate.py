@@ -11,6 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from trl import DPOConfig, ModelConfig, RewardConfig
 
 from trl_vlm.models.memory import GIB, Memory
+from trl_vlm.scripts.arguments import accumulation
 from trl_vlm.scripts.expected import Layout, Tokens, expected_memory
 from trl_vlm.scripts.launcher import launch_options, read_options, refuse_unknown
 
@@ -67,13 +68,20 @@ def estimate_of(script: str, arguments: Sequence[str], tokens: int, prog: str | 
     """
     launch = launch_options(script, arguments, prog)
     parser = import_module(script).make_parser(prog=prog)
-    parser.set_defaults(dtype="bfloat16")  # what the script takes on a GPU
+    parser.set_defaults(dtype="bfloat16", bf16=None)  # what the script takes on a GPU
     given, training, model, from_file, others = read_options(parser, launch.training_script_args)
     refuse_unknown(parser, from_file, others)
+    layout = layout_of(launch)
+    if not (training.bf16 or training.fp16):
+        layout = layout._replace(in_16_bits=False)
+    if given.total_batch_size is not None:
+        steps = accumulation(given.total_batch_size, training.per_device_train_batch_size, layout.devices)
+        again = [*launch.training_script_args, "--gradient_accumulation_steps", str(steps)]
+        given, training, model, *_ = read_options(parser, again)
     if not model.model_name_or_path:
         raise ValueError("`--model_name_or_path` is missing: a folder or a hub id.")
     training.model_init_kwargs = {"dtype": model.dtype} | (training.model_init_kwargs or {})
-    return Estimate(given, training, model, tokens, layout_of(launch))
+    return Estimate(given, training, model, tokens, layout)
 
 
 def layout_of(launch: Namespace) -> Layout:

@@ -15,7 +15,7 @@ from trl_vlm.data.model_check import ModelCheck
 from trl_vlm.data.named_rows import undecoded
 from trl_vlm.models import memory
 from trl_vlm.models.loading import base_of
-from trl_vlm.models.memory import Counts, Memory, Precision, RoleMemory, Sharding
+from trl_vlm.models.memory import Activations, Counts, Layers, Memory, Precision, RoleMemory, Sharding, Training
 from trl_vlm.models.parts import freeze_vision_tower
 from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.ppo.config import PPOConfig
@@ -138,20 +138,58 @@ def expected_memory(job: MemoryOptions, tokens: Tokens | None, layout: Layout | 
         passes = 2  # the critic runs in the policy's forward
         critic = Counts(0, 0, 0, counts.adapter) if _shares_base(job, counts) else counts
         roles.append(memory.trained("critic", critic, precision, sharding))
-    text = config.get_text_config()
-    kept = sampled = 0.0
-    if tokens is not None:
-        if isinstance(training, GRPOConfig | RLOOConfig):
-            replies = training.per_device_train_batch_size * (training.steps_per_generation or 1)
-            sampled = memory.keys_and_values(text, replies * tokens.longest)
-        kept = passes * memory.activations(
-            tokens.sequences * tokens.longest,
-            text.hidden_size,
-            text.num_hidden_layers,
-            checkpointing=training.gradient_checkpointing,
-            bytes_per_value=2.0 if layout.in_16_bits else precision.weights,
-        )
-    return Memory([*roles, *frozen], kept, sampled)
+    if tokens is None:
+        return Memory([*roles, *frozen], 0.0)
+    kept = _activations(job, config, counts, tokens, passes, 2.0 if layout.in_16_bits else precision.weights)
+    sampled = _sampling(training, config, tokens, precision.weights)
+    accumulates = layout.has_deepspeed or training.gradient_accumulation_steps > 1
+    return Memory([*roles, *frozen], kept.kept, sampled, kept.layer, accumulates)
+
+
+def _activations(
+    job: MemoryOptions, config: PreTrainedConfig, counts: Counts, tokens: Tokens, passes: int, value: float
+) -> Activations:
+    """Of language model, its head and, where it trains, the vision tower."""
+    training, text = job.training, config.get_text_config()
+    total, kind = tokens.sequences * tokens.longest, _kind_of_training(job, counts, value)
+    common: dict[str, Any] = {"checkpointing": training.gradient_checkpointing, "value": value, "passes": passes}
+    language = memory.activations(Layers.of_text(text), total, kind, **common)
+    tower = Layers.of_tower(config.vision_config) if counts.tower and hasattr(config, "vision_config") else None
+    seen = Activations(0.0)
+    if tower is not None:
+        seen = memory.activations(tower, _patches(config, tokens), kind, **common)
+    head = 0.0
+    if not isinstance(training, RewardConfig):
+        head = memory.head_bytes(text, total, value, trains=counts.adapter == 0)
+    return Activations(language.kept + seen.kept + head, max(language.layer, seen.layer))
+
+
+def _kind_of_training(job: MemoryOptions, counts: Counts, value: float) -> Training:
+    if counts.adapter == 0:
+        return Training.ALL
+    if job.model.lora_dropout > 0 and not getattr(job.training, "disable_dropout", False):
+        return Training.DROPOUT
+    # PEFT makes adapters in float32, and each casts what it reads.
+    return Training.ADAPTERS if value == memory.FLOAT32 else Training.SEVERAL_COPIES
+
+
+def _patches(config: PreTrainedConfig, tokens: Tokens) -> int:
+    """Tokens of the vision tower: of one image for each sequence, or as many as the sequence's tokens stand for."""
+    tower = vars(config.vision_config)
+    size, patch = tower.get("image_size"), tower.get("patch_size")
+    if isinstance(size, int) and isinstance(patch, int):
+        return tokens.sequences * (size // patch) ** 2
+    return tokens.sequences * tokens.longest * tower.get("spatial_merge_size", 1) ** 2
+
+
+def _sampling(training: Any, config: PreTrainedConfig, tokens: Tokens, value: float) -> float:
+    """Keys and values of the replies that transformers samples at once, and what reading their prompts works with."""
+    if not isinstance(training, GRPOConfig | RLOOConfig) or training.use_vllm:
+        return 0.0
+    replies = training.per_device_train_batch_size * (training.steps_per_generation or 1)
+    replies = min(replies, getattr(training, "sampling_batch_size", None) or replies)
+    text, total = config.get_text_config(), replies * tokens.longest
+    return memory.keys_and_values(text, total, value) + total * Layers.of_text(text).working_per_token(value)
 
 
 def _counts(job: MemoryOptions, config: PreTrainedConfig) -> Counts:

@@ -21,6 +21,7 @@ from trl_vlm.data.io.dataset import load_rows
 from trl_vlm.data.io.source import Source
 from trl_vlm.data.named_rows import undecoded
 from trl_vlm.data.rows import row_images
+from trl_vlm.scripts.downloads import once_per_node
 
 REPLIES = {"dpo": "chosen", "reward": "chosen", "sft": "completion"}  # what follows the prompt in a first row
 CONNECT_SECONDS = 10.0
@@ -41,7 +42,8 @@ def rows_of(location: str | None, option: str, *, streaming: bool = False, **cho
     if not location:
         raise ValueError(f"`--{option}` is missing: a .parquet, .json or .jsonl file, a folder, or a hub id.")
     try:
-        return load_rows(Source(location, **choice), streaming=streaming)
+        with once_per_node():
+            return load_rows(Source(location, **choice), streaming=streaming)
     except (ValueError, OSError) as error:
         raise ValueError(f"`--{option}`: {error}") from error
 

@@ -14,6 +14,7 @@ from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, RLOOConfig, SF
 
 from trl_vlm.models.loading import load_generative_processor
 from trl_vlm.scripts.arguments import ScriptArguments, model_arguments, parsed, refusals
+from trl_vlm.scripts.downloads import fetch_weights, once_per_node
 from trl_vlm.scripts.expected import expected_memory, expected_tokens
 from trl_vlm.scripts.inputs import (
     bytes_to_write,
@@ -115,7 +116,17 @@ def prepared(
     if script.dry_run:
         logger.info("A dry run: everything was checked, nothing is trained.")
         return None
+    with refusals():
+        fetch_weights(_weights(job))
     return job
+
+
+def _weights(job: Job) -> dict[str, dict[str, str]]:
+    """The models that the run will load, and the revisions that it will take."""
+    revision = model_arguments(job.model).get("revision")
+    places = {job.model_name: {} if revision is None else {"revision": revision}}
+    reward_model = getattr(job.script, "reward_model_name_or_path", None)
+    return places if reward_model is None else {reward_model: {}} | places
 
 
 def expectations(job: Job, purpose: str) -> list[str]:
@@ -163,11 +174,13 @@ def _checked(script: ScriptArguments, training: TrainingConfig, model: ModelConf
     if not name:
         raise ValueError("`--model_name_or_path` is missing: a folder or a hub id.")
     check_model(name)
-    check_targets(model, name)
+    with once_per_node():
+        check_targets(model, name)
     given = training.model_init_kwargs or {}
     assert not isinstance(given, str)  # the configuration has parsed it
     training.model_init_kwargs = model_arguments(model, trust_remote_code=training.trust_remote_code) | given
-    processor = load_generative_processor(name)
+    with once_per_node():
+        processor = load_generative_processor(name)
     rows, held_out = _rows(script, training, purpose, processor)
     plan = plan_of(training, len(rows) if isinstance(rows, Dataset) else None, unit)
     assert script.dataset_name is not None  # it was read

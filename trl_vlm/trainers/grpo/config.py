@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import trl
 
-from trl_vlm.trainers.options import GroupOptions
+from trl_vlm.trainers.sampled_parts import RolloutOptions
 
 
 @dataclass
-class GRPOConfig(GroupOptions, trl.GRPOConfig):
+class GRPOConfig(RolloutOptions, trl.GRPOConfig):
     """TRL's `GRPOConfig`, with options for the parts of a vision-language model that train."""

@@ -20,11 +20,18 @@ from trl_vlm.trainers.preparation import complete_arguments, complete_processor,
 from trl_vlm.trainers.resuming import ResumableRollouts
 from trl_vlm.trainers.reward_roles import RewardsOnPolicyBase
 from trl_vlm.trainers.rollout_images import UndecodedRollouts
+from trl_vlm.trainers.sampled_parts import SampledInParts
 from trl_vlm.trainers.types import Environments, EvaluationRows, Model, Optimizers, Processor, RewardFunction, Rows
 
 
 class GRPOTrainer(
-    SharedGroups, FeaturesPerRollout, UndecodedRollouts, RewardsOnPolicyBase, ResumableRollouts, trl.GRPOTrainer
+    SharedGroups,
+    FeaturesPerRollout,
+    SampledInParts,
+    UndecodedRollouts,
+    RewardsOnPolicyBase,
+    ResumableRollouts,
+    trl.GRPOTrainer,
 ):
     """A drop-in for `trl.GRPOTrainer`: frozen parts, own rates, LoRA presets, exact resuming.
 

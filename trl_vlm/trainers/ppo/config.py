@@ -5,7 +5,7 @@ import trl
 
 from trl_vlm.maths.advantages import KL_ESTIMATORS
 from trl_vlm.trainers.checks import refuse, refuse_negative
-from trl_vlm.trainers.options import GroupOptions
+from trl_vlm.trainers.sampled_parts import RolloutOptions
 
 PAPER = {
     "title": "Proximal Policy Optimization Algorithms",
@@ -39,7 +39,7 @@ class _AtLeastTwo(int):
 
 
 @dataclass
-class PPOConfig(GroupOptions, trl.GRPOConfig):
+class PPOConfig(RolloutOptions, trl.GRPOConfig):
     """Configuration of `PPOTrainer`: everything of `trl.GRPOConfig`, plus what PPO with a critic needs.
 
     Names and defaults are those of TRL's last PPOConfig where it had them. Where GRPO has another name for the

@@ -41,6 +41,7 @@ from trl_vlm.trainers.preparation import (
 )
 from trl_vlm.trainers.resuming import ResumableRollouts
 from trl_vlm.trainers.rollout_images import UndecodedRollouts
+from trl_vlm.trainers.sampled_parts import SampledInParts
 from trl_vlm.trainers.types import (
     Environments,
     EvaluationRows,
@@ -60,6 +61,7 @@ class PPOTrainer(
     ReshuffledPasses,
     SharedGroups,
     FeaturesPerRollout,
+    SampledInParts,
     UndecodedRollouts,
     ResumableRollouts,
     GRPOTrainer,

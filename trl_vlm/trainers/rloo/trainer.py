@@ -19,11 +19,18 @@ from trl_vlm.trainers.resuming import ResumableRollouts
 from trl_vlm.trainers.reward_roles import RewardsOnPolicyBase
 from trl_vlm.trainers.rloo.config import RLOOConfig
 from trl_vlm.trainers.rollout_images import UndecodedRollouts
+from trl_vlm.trainers.sampled_parts import SampledInParts
 from trl_vlm.trainers.types import EvaluationRows, Model, Optimizers, Processor, RewardFunction, Rows
 
 
 class RLOOTrainer(
-    SharedGroups, FeaturesPerRollout, UndecodedRollouts, RewardsOnPolicyBase, ResumableRollouts, trl.RLOOTrainer
+    SharedGroups,
+    FeaturesPerRollout,
+    SampledInParts,
+    UndecodedRollouts,
+    RewardsOnPolicyBase,
+    ResumableRollouts,
+    trl.RLOOTrainer,
 ):
     """A drop-in for `trl.RLOOTrainer`: frozen parts, own rates, LoRA presets, exact resuming.
 

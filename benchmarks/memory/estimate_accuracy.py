@@ -26,7 +26,7 @@ from trl_vlm.scripts.estimate import estimate_of
 
 MIB = 2**20
 LIMIT = 0.15
-SIZE, REPLY = 336, 128  # pixels, which are 576 image tokens; tokens
+SIZE, REPLY, JUDGE = 224, 64, 84  # pixels, which are 256 image tokens; tokens; tokens of the judge turn
 LORA = ["--use_peft", "--lora_target_modules", "language-model", "--lora_r", "64", "--lora_alpha", "16"]
 CHECKPOINTING = ["--gradient_checkpointing", "True"]
 PLAIN = ["--share_prefix", "False"]  # the estimate knows the length of sequences, not of what they share
@@ -34,8 +34,8 @@ NO_CHECKPOINTING = ["--gradient_checkpointing", "False"]
 # With a small vocabulary: on a CPU, TRL's head works with several times what it works with on a GPU.
 SHAPES = {
     "tiny": models.SHAPES["tiny"],
-    "medium": models.Shape(1024, 2816, 18, 16, 16, 1024, 512, 2048, 6, 8),
-    "small": models.Shape(768, 2048, 12, 12, 4, 1024, 512, 2048, 6, 8),
+    "medium": models.Shape(768, 2048, 14, 12, 12, 1024, 512, 2048, 6, 8),
+    "small": models.Shape(768, 2048, 10, 12, 4, 1024, 512, 2048, 6, 8),
 }
 # Name -> script, shape, options.
 RUNS = {
@@ -48,12 +48,12 @@ RUNS = {
             *("--max_completion_length", str(REPLY), "--reward_funcs", "benchmarks.memory.estimate_accuracy.letters"),
         ],
     ),
-    "reward, all weights": ("reward", "small", [*NO_CHECKPOINTING, "--per_device_train_batch_size", "2", *PLAIN]),
+    "reward, all weights": ("reward", "small", [*NO_CHECKPOINTING, "--per_device_train_batch_size", "1", *PLAIN]),
 }
 COMMON = ["--max_steps", "2", "--gradient_accumulation_steps", "1", "--use_cpu", "True", "--bf16", "False"]
 COMMON += ["--dtype", "float32", "--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "True"]
-# Of prompt, image and reply: 576 image tokens, words of the prompt, the chat template, the reply.
-TOKENS = {"dpo": 576 + 30 + REPLY, "ppo": 576 + 30 + REPLY, "reward": 576 + 30 + REPLY + 12}
+# Of prompt, image and reply: image tokens, words of the prompt, the chat template, the reply, a judge turn.
+TOKENS = {"dpo": 256 + 30 + REPLY, "ppo": 256 + 30 + REPLY, "reward": 256 + 30 + REPLY + JUDGE}
 
 
 def letters(completions: list, **columns: object) -> list[float]:
@@ -112,7 +112,7 @@ def table(results: dict[str, dict]) -> str:
         "# What `trl-vlm estimate` says, and what trainings hold",
         "",
         "The peak of resident memory of a process, less what it holds after a tiny training, in MiB, beside the "
-        "estimate for the same command. Random LLaVA models in float32 on a CPU, 576 image tokens, "
+        "estimate for the same command. Random LLaVA models in float32 on a CPU, 256 image tokens, "
         f"replies of {REPLY}. {command}; {machine}.",
         "",
         "| training | parameters | estimate | peak | estimate / peak |",

@@ -22,11 +22,11 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     base, processor = str(saved("llava", sharp=6.0)), load_processor("llava")
     model, _ = build("llava", sharp=6.0)
-    model.config._name_or_path = base
+    model.name_or_path = base
     get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(root / "adapter")
     reward = load_reward_model(base, head_seed=1)
     reward.save_pretrained(root / "reward")
-    reward.config._name_or_path = str(root / "reward")
+    reward.name_or_path = str(root / "reward")
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS", modules_to_save=["score"])
     get_peft_model(reward, lora).save_pretrained(root / "reward_adapter")
     for name in ("reward", "reward_adapter"):
@@ -42,7 +42,8 @@ def any_machine(monkeypatch):
 
 def examined(capsys, *words):
     code = main(["doctor", *map(str, words)])
-    return code, capsys.readouterr().out
+    printed = capsys.readouterr()
+    return code, printed.out or printed.err
 
 
 def test_without_a_model_it_looks_at_the_machine_and_loads_torch_alone(tmp_path):

@@ -156,6 +156,8 @@ def test_a_layer_keeps_what_autograd_keeps(training, dtype):
     few, more = (saved_bytes(model, tokens, dtype=dtype) for tokens in (32, 96))
     per_token = (more - few) / (2 * 64) / SMALL["num_hidden_layers"]  # what does not depend on tokens cancels
     wanted = Layers.of_text(model.config).kept_per_token(4.0 if dtype is None else 2.0, training)
+    if training is Training.DROPOUT:
+        wanted += 3 * (6 * SMALL["hidden_size"] + SMALL["intermediate_size"])  # a mask has 4 bytes on a CPU, not 1
     assert wanted == pytest.approx(per_token, rel=0.12)
 
 
@@ -182,7 +184,7 @@ def test_sizes_are_read_from_each_kind_of_configuration():
 
 
 def test_the_head_works_on_a_part_of_the_tokens_and_words():
-    config = transformers.LlamaConfig(vocab_size=100_000, hidden_size=8)
+    config = transformers.LlamaConfig(vocab_size=100_000, hidden_size=8, num_attention_heads=2)
     assert head_bytes(config, 100, 2.0, trains=False) == 2 * 100 * 32768 + 4 * 8 * 100
     assert head_bytes(config, 9000, 2.0, trains=False) == 2 * 4096 * 32768 + 4 * 8 * 9000
     assert head_bytes(config, 100, 2.0, trains=True) - head_bytes(config, 100, 2.0, trains=False) == 4 * 8 * 100_000

@@ -11,27 +11,31 @@ from tests.distributed import ROOT, _free_port
 from trl_vlm.scripts import downloads
 from trl_vlm.scripts.downloads import download_weights, fetch_weights, once_per_node
 
-# Each process says when it enters and leaves. Ranks 0 and 2 are the first ones of their nodes.
-PROCESS = """
+# Four processes, which say when they enter and leave. 0 and 2 are the first ones of their nodes.
+PROCESSES = """
 import os, sys, time
-os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % 2)
 from trl_vlm.scripts.downloads import once_per_node
 log = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-with once_per_node():
-    os.write(log, f"in {os.environ['RANK']}\\n".encode())
-    time.sleep(0.3)
-    os.write(log, f"out {os.environ['RANK']}\\n".encode())
+children = []
+for rank in range(4):
+    child = os.fork()
+    if child == 0:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % 2)}
+        with once_per_node():
+            os.write(log, f"in {rank}\\n".encode())
+            time.sleep(0.3)
+            os.write(log, f"out {rank}\\n".encode())
+        os._exit(0)
+    children.append(child)
+sys.exit(any(os.waitpid(child, 0)[1] for child in children))
 """
 
 
 @pytest.mark.distributed
 def test_the_main_process_goes_first_and_then_the_first_one_of_each_node(tmp_path):
-    (tmp_path / "process.py").write_text(PROCESS)
     common = {**os.environ, "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LOCAL_WORLD_SIZE": "2"}
-    command = [sys.executable, str(tmp_path / "process.py"), str(tmp_path / "log")]
-    running = [subprocess.Popen(command, env={**common, "RANK": str(rank)}) for rank in range(4)]
-    assert [process.wait(120) for process in running] == [0] * 4
+    subprocess.run([sys.executable, "-c", PROCESSES, str(tmp_path / "log")], env=common, check=True, timeout=300)
     events = (tmp_path / "log").read_text().splitlines()
     assert events[:4] == ["in 0", "out 0", "in 2", "out 2"]
     assert sorted(events[4:]) == ["in 1", "in 3", "out 1", "out 3"]

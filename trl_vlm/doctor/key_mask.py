@@ -43,7 +43,7 @@ class KeyMask:
         if attention_mask is not None:
             scores = scores + attention_mask
         hidden = pad(self.hidden, (0, key.shape[2] - self.hidden.shape[1]))
-        scores = scores + hidden[:, None, None] * torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(hidden[:, None, None], torch.finfo(scores.dtype).min)
         return (scores.softmax(-1) @ value).transpose(1, 2), None
 
 

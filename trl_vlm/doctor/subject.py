@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class Subject:
         """The model without PEFT's wrapper."""
         return base_model(self.model)
 
-    @property
+    @cached_property
     def trained_processor(self) -> ProcessorMixin:
         """The processor as trainers use it: its replies have an end."""
         return with_reply_ends(self.processor)

@@ -5,10 +5,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.families import FAMILIES, build
+from tests.models.prefix_sharing.distributed_main import rejected
 from trl_vlm.doctor import policy
 from trl_vlm.doctor.model import describe
 from trl_vlm.doctor.subject import Subject
 from trl_vlm.models import families
+from trl_vlm.models.prefix_sharing import sharing
 
 CHECKS = ("pixels matter", "padding on the right", "padding on the left", "masked image tokens", "shared prompts")
 
@@ -75,11 +77,9 @@ def test_a_model_whose_tokens_see_all_others_is_reported():
 
 
 def test_replies_at_wrong_positions_are_reported(monkeypatch):
-    from trl_vlm.models.prefix_sharing import sharing
-
     right = sharing._positions
     monkeypatch.setattr(
-        sharing, "_positions", lambda backbone, slots, packed: right(backbone, slots, packed) + (slots.segment == 2)
+        sharing, "_positions", lambda backbone, slots, packed: right(backbone, slots, packed) + rejected(slots)
     )
     found = verdicts(policy.examine(subject("qwen2_5_vl")))
     assert found == dict.fromkeys(CHECKS, "ok") | {"shared prompts": "differs"}

@@ -15,7 +15,7 @@ from trl_vlm.doctor.samples import Batch, on_device, padded, preference_batch, r
 from trl_vlm.doctor.subject import Subject
 from trl_vlm.models.image_tokens import image_token_mask
 from trl_vlm.models.masked_images import draw_hidden, masked_inputs
-from trl_vlm.models.prefix_sharing.sharing import share_untested, why_not_shareable
+from trl_vlm.models.prefix_sharing.sharing import always_sharing, why_not_shareable
 
 PADDING = 7  # columns
 _MASK = "completion_mask"
@@ -71,8 +71,8 @@ def sharing(subject: Subject, name: str) -> Finding:
     if reason is not None:
         return Finding(name, "not possible", reason)
     wanted_loss, wanted = _loss_and_gradients(subject, _batch(subject))
-    share_untested(subject.inner)
-    loss, found = _loss_and_gradients(subject, _batch(subject, shares_prefix=True))
+    with always_sharing(subject.inner):
+        loss, found = _loss_and_gradients(subject, _batch(subject, shares_prefix=True))
     return compared(name, (loss, found), (wanted_loss, wanted), subject)
 
 

@@ -12,7 +12,7 @@ from trl_vlm.doctor.findings import Finding, attempt, changed, equal
 from trl_vlm.doctor.policy import PADDING, compared, filler_of
 from trl_vlm.doctor.samples import FACTS, OTHER_FACTS, Batch, on_device, padded, rows
 from trl_vlm.doctor.subject import Subject
-from trl_vlm.models.prefix_sharing.sharing import share_pairs, share_untested, why_pairs_not_shareable
+from trl_vlm.models.prefix_sharing.sharing import always_sharing, share_pairs, why_pairs_not_shareable
 
 
 def examine(subject: Subject) -> list[Finding]:
@@ -73,8 +73,9 @@ def sharing(subject: Subject, name: str) -> Finding:
         return Finding(name, "not possible", reason)
     batch = _batch(subject)
     wanted = _loss_and_gradients(subject, batch)
-    share_untested(subject.inner)
-    return compared(name, _loss_and_gradients(subject, share_pairs(batch, config)), wanted, subject)
+    with always_sharing(subject.inner):
+        found = _loss_and_gradients(subject, share_pairs(batch, config))
+    return compared(name, found, wanted, subject)
 
 
 def _batch(subject: Subject, *, pictures: int = 0, facts: tuple[str, ...] = FACTS) -> Batch:

@@ -18,7 +18,8 @@ It works inside gradient checkpointing (a key-value cache would not: transformer
 and with ZeRO, because the model still runs once, on an ordinary batch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import torch
@@ -92,6 +93,23 @@ def awaits_trial(model: PreTrainedModel) -> bool:
     """Whether the first batch of a model with `share_prefix` is still to decide: all processes come with one."""
     hook = _hook_of(model)
     return hook is not None and hook.is_proven is None
+
+
+@contextmanager
+def always_sharing(model: PreTrainedModel) -> Iterator[None]:
+    """A context in which every shared batch is computed once, for code that compares it with the plain path itself.
+
+    Neither does a first batch decide, nor whether it pays. Afterwards the model shares prefixes as usual.
+    """
+    share_prefix(model)
+    pack = _hook_of(model)
+    assert pack is not None  # `share_prefix` has added it
+    before = pack.is_proven
+    pack.is_proven = pack.is_trying = True
+    try:
+        yield
+    finally:
+        pack.is_proven, pack.is_trying = before, False
 
 
 def _hook_of(model: PreTrainedModel) -> "_Pack | None":

@@ -32,6 +32,7 @@ class GRPOTrainer(
     RewardsOnPolicyBase,
     ResumableRollouts,
     trl.GRPOTrainer,
+    SharedGroups, SampledInParts, UndecodedRollouts, RewardsOnPolicyBase, ResumableRollouts, trl.GRPOTrainer
 ):
     """A drop-in for `trl.GRPOTrainer`: frozen parts, own rates, LoRA presets, exact resuming.
 

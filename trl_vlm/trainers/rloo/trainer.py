@@ -31,6 +31,7 @@ class RLOOTrainer(
     RewardsOnPolicyBase,
     ResumableRollouts,
     trl.RLOOTrainer,
+    SharedGroups, SampledInParts, UndecodedRollouts, RewardsOnPolicyBase, ResumableRollouts, trl.RLOOTrainer
 ):
     """A drop-in for `trl.RLOOTrainer`: frozen parts, own rates, LoRA presets, exact resuming.
 

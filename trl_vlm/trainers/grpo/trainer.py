@@ -32,7 +32,6 @@ class GRPOTrainer(
     RewardsOnPolicyBase,
     ResumableRollouts,
     trl.GRPOTrainer,
-    SharedGroups, SampledInParts, UndecodedRollouts, RewardsOnPolicyBase, ResumableRollouts, trl.GRPOTrainer
 ):
     """A drop-in for `trl.GRPOTrainer`: frozen parts, own rates, LoRA presets, exact resuming.
 

@@ -31,7 +31,6 @@ class RLOOTrainer(
     RewardsOnPolicyBase,
     ResumableRollouts,
     trl.RLOOTrainer,
-    SharedGroups, SampledInParts, UndecodedRollouts, RewardsOnPolicyBase, ResumableRollouts, trl.RLOOTrainer
 ):
     """A drop-in for `trl.RLOOTrainer`: frozen parts, own rates, LoRA presets, exact resuming.
 

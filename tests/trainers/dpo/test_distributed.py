@@ -1,7 +1,9 @@
 """Dense weights, shared prefixes and LoRA give the losses of one process under DDP, ZeRO-2 and ZeRO-3."""
 
+import json
 import math
 from functools import cache
+from pathlib import Path
 
 import pytest
 from torch.testing import assert_close
@@ -9,6 +11,7 @@ from torch.testing import assert_close
 from tests.distributed import launch
 from tests.families import saved
 from tests.trainers.dpo.distributed_main import main
+from trl_vlm.trainers.dpo.reference_cache import MANIFEST, ReferenceCache
 
 SCRIPT = "tests/trainers/dpo/distributed_main.py"
 
@@ -41,6 +44,29 @@ def test_two_processes_give_the_losses_and_metrics_of_one(kind, options, single,
     for name, values in wanted.items():  # sums are taken in another order; nothing else differs
         assert_close(report[name], values, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
     assert wanted["loss"][-1] < wanted["loss"][0]
+
+
+def cached(folder: Path) -> tuple[dict, dict]:
+    """What a reference cache says that it was made with, and its log-probabilities."""
+    identity = json.loads((folder / MANIFEST).read_text())["identity"]
+    cache = ReferenceCache(folder, identity)
+    cache.read()
+    return identity, cache.log_probs
+
+
+@pytest.mark.distributed
+@pytest.mark.nightly
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_under_fsdp2_two_processes_fill_the_reference_cache_of_one(adapter, tmp_path):
+    arguments = {"model": folder_of_model(), "adapter": adapter, "cache": True}
+    report = launch(SCRIPT, "fsdp2", processes=2, folder=tmp_path / "two", batch=2, **arguments)
+    main(tmp_path / "one", {"use_cpu": True, "bf16": False}, batch=4, **arguments)
+    (found_identity, found), (identity, wanted) = cached(tmp_path / "two/cache"), cached(tmp_path / "one/cache")
+    assert found_identity == identity
+    assert len(wanted) == 16 and found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert_close(found[key], value, rtol=1e-5, atol=1e-5)
+    assert math.isclose(report["loss"][0], math.log(2), abs_tol=1e-5)  # at the start the policy is the reference
 
 
 @pytest.mark.distributed

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 import trl
@@ -180,13 +181,12 @@ class VLLMReplies:
         self, prompts: Sequence[list[int]], images: Sequence[list[Image]], settings: Sequence[dict[str, Any]]
     ) -> list[list[int]]:
         """New tokens of each prompt, from the engine of this process."""
-        from vllm import SamplingParams
-
+        sampling_parameters = import_module("vllm").SamplingParams  # not installed everywhere
         inputs: list[dict[str, Any]] = [{"prompt_token_ids": ids} for ids in prompts]
         for given, row in zip(inputs, images, strict=True):
             if row:
                 given["multi_modal_data"] = {"image": row if len(row) > 1 else row[0]}
-        parameters = [SamplingParams(n=1, **options) for options in settings]
+        parameters = [sampling_parameters(n=1, **options) for options in settings]
         outputs = self._generation.llm.generate(inputs, sampling_params=parameters, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 

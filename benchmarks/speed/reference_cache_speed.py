@@ -168,7 +168,7 @@ def report(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "model, hashes its weights once, and checks every row, with a cache or without; the model is that of "
         f"`dpo_speed.py`. There are {options.images} different images, which rows share; every row is hashed by "
         f"itself. torch {torch.__version__}, {os.cpu_count()} cores. Written by "
-        "`python -m benchmarks.speed.reference_cache_speed`.",
+        "`python -m benchmarks.speed.reference_cache_speed`, while other work shared the machine.",
         "",
         "| rows | images | MiB | stored | first start | **second start** | constructor, full cache "
         "| constructor, no cache | decoding one image, for comparison |",

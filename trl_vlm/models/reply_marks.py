@@ -8,6 +8,10 @@ makes one of any template: it renders the conversation up to each reply and up t
 import copy
 import json
 import re
+from collections.abc import Mapping
+from itertools import groupby
+from operator import itemgetter
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
@@ -101,19 +105,16 @@ def _marked_replies(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list
     ]
     tokenizer = processor.tokenizer if is_processor else processor
     # Of the tokenizer: a processor gives one text as a batch.
-    found = tokenizer.apply_chat_template(
-        messages,
-        chat_template=processor.chat_template,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
+    found = cast(
+        Mapping[str, list[int]],
+        tokenizer.apply_chat_template(
+            messages,
+            chat_template=cast(str, processor.chat_template),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        ),
     )
-    runs: list[list[int]] = []
-    before = 0
-    for token, is_reply in zip(found["input_ids"], found["assistant_masks"], strict=True):
-        if is_reply and not before:
-            runs.append([])
-        if is_reply:
-            runs[-1].append(token)
-        before = is_reply
-    return [tokenizer.decode(run, skip_special_tokens=True).strip() for run in runs]
+    tokens = zip(found["input_ids"], found["assistant_masks"], strict=True)
+    runs = [[token for token, _ in run] for is_reply, run in groupby(tokens, key=itemgetter(1)) if is_reply]
+    return [cast(str, tokenizer.decode(run, skip_special_tokens=True)).strip() for run in runs]

@@ -8,8 +8,19 @@ from tests.families import load_processor
 from tests.trainers.dpo.helpers import lora, rows
 from trl_vlm import DPOConfig, DPOTrainer
 
+IMAGE = {"image_weight": 1.0, "image_corruption": "mask", "image_mask_ratio": 0.7, "anchor_weight": 0.5}
 
-def main(folder: Path, trainer_arguments: dict, model: str, batch: int, adapter: bool = False, cache: bool = False):
+
+def main(
+    folder: Path,
+    trainer_arguments: dict,
+    model: str,
+    batch: int,
+    adapter: bool = False,
+    cache: bool = False,
+    image: bool = False,
+    checkpointing: bool = True,
+):
     folder_of_model = model
     args = DPOConfig(
         str(folder / "out"),
@@ -22,7 +33,9 @@ def main(folder: Path, trainer_arguments: dict, model: str, batch: int, adapter:
         reference_cache=str(folder / "cache") if cache else None,
         save_strategy="no",
         report_to="none",
+        **(IMAGE | {"image_seed": 0} if image else {}),
         disable_tqdm=True,
+        gradient_checkpointing=checkpointing,
         **trainer_arguments,
     )
     if adapter:
@@ -39,4 +52,5 @@ def main(folder: Path, trainer_arguments: dict, model: str, batch: int, adapter:
     assert trainer.data_collator.shares_prefix
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = ("loss", "rewards/margins", "dense/margin_changed", "dense/changed_share")
+    names += ("image/loss", "image/margin", "image/gain", "anchor/loss") if image else ()
     return trainer, {name: [entry[name] for entry in entries] for name in names}

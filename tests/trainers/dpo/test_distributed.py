@@ -70,6 +70,29 @@ def test_under_fsdp2_two_processes_fill_the_reference_cache_of_one(adapter, tmp_
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("ddp", {"adapter": True, "cache": True}),
+        pytest.param("zero2", {}, marks=pytest.mark.nightly),
+        ("zero3", {}),
+        # TRL takes reentrant checkpointing here, which is refused.
+        pytest.param("zero3", {"adapter": True, "checkpointing": False}, marks=pytest.mark.nightly),
+        pytest.param("fsdp2", {}, marks=pytest.mark.nightly),
+    ],
+)
+def test_the_image_pair_of_two_processes_is_that_of_one(kind, options, single, tmp_path):
+    """Policy and reference run twice before the gradient is taken."""
+    arguments = {"model": folder_of_model(), "image": True, **options}
+    report = launch(SCRIPT, kind, processes=2, folder=tmp_path, batch=2, **arguments)
+    wanted = single(image=True, **options)
+    assert math.isclose(wanted["image/loss"][0], math.log(2), abs_tol=1e-5)
+    for name, values in wanted.items():
+        assert_close(report[name], values, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    assert wanted["image/loss"][-1] < wanted["image/loss"][0]
+
+
+@pytest.mark.distributed
 def test_under_fsdp2_in_bfloat16_log_probabilities_are_not_rounded(tmp_path):
     arguments = {"model": folder_of_model(), "batch": 2}
     report = launch(SCRIPT, "fsdp2", processes=2, folder=tmp_path / "two", mixed_precision="bf16", **arguments)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
@@ -20,6 +21,7 @@ from trl_vlm.models.masked_images import draw_hidden, masked_inputs
 from trl_vlm.models.reply_ends import with_reply_ends
 from trl_vlm.pairs.draws import Draws
 from trl_vlm.pairs.noise import distorted_images
+from trl_vlm.trainers.dpo import setup
 
 SHORT = {"max_steps": 3}
 BETA, SEED = 0.1, 3
@@ -416,6 +418,13 @@ def test_an_image_pair_without_a_second_image_is_refused(tmp_path):
         train(tmp_path, image_weight=1.0)
     with pytest.raises(ValueError, match="compares two images, and the rows have no column `images`"):
         train(tmp_path, data().remove_columns("images"), **MDPO)
+
+
+def test_reentrant_checkpointing_on_several_processes_is_refused(tmp_path, monkeypatch):
+    trainer = train(tmp_path, gradient_checkpointing_kwargs={"use_reentrant": True}, **MDPO)
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.MULTI_CPU)
+    with pytest.raises(ValueError, match="each of the two would send its own gradient .* Set `gradient_checkpointing"):
+        setup.refuse_what_does_not_combine(trainer, 0, False, False)
 
 
 @pytest.mark.slow

@@ -137,5 +137,5 @@ def _in_spans(
             "it cut by `max_length`, or changed by the chat template? Without spans they are found by comparison."
         )
     start -= len(reply) - len(reply.lstrip())
-    weighted = [(int(first), int(last), *(rest or (torch.nan,))) for first, last, *rest in spans]
+    weighted = [(int(first), int(last), rest[0] if rest else torch.nan) for first, last, *rest in spans]
     return weights_in_spans(places, weighted, start)

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Protocol
 
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
@@ -28,6 +30,7 @@ class DPOSetup(Protocol):
     """The attributes of a constructed trainer that decide on shared prefixes."""
 
     args: DPOConfig
+    accelerator: Accelerator
     model: Model
     train_dataset: Rows | NumberedRows | None
     compute_metrics: Callable[..., dict] | None
@@ -106,6 +109,14 @@ def _refuse_for_image_pair(trainer: DPOSetup, has_pair_loss: bool) -> None:
         refuse(names, {"The auxiliary loss of mixtures of experts": mixture})
     if args.image_inside:
         refuse("`image_inside`", {"`pair_loss`": (has_pair_loss, "the function can add the terms itself")})
+    checkpointing = args.gradient_checkpointing_kwargs
+    is_reentrant = isinstance(checkpointing, dict) and bool(checkpointing.get("use_reentrant"))
+    if args.image_weight and is_reentrant and trainer.accelerator.distributed_type != DistributedType.NO:
+        raise ValueError(
+            "`image_weight` runs the model twice before the gradient is taken, and with reentrant gradient "
+            "checkpointing each of the two would send its own gradient to the other processes. (TRL takes this kind "
+            "for adapters under ZeRO-3.) Set `gradient_checkpointing=False`, or use DDP, ZeRO-2 or FSDP2."
+        )
     if args.has_image_pair and args.image_corruption == "mask":
         virtual = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
         reason = "it numbers the tokens behind them itself"
@@ -132,9 +143,9 @@ def refuse_unread_columns(dataset: Rows | None, args: DPOConfig) -> None:
     Raises:
         ValueError: The message says which, and what to do.
     """
-    columns = getattr(dataset, "column_names", None)  # a stream may not know them
-    if columns is None:
+    if dataset is None or dataset.column_names is None:  # a stream may not know them
         return
+    columns = dataset.column_names
     weights = sorted(set(SCORE_WEIGHT_COLUMNS) & set(columns))
     if weights and args.dense_gamma is None:
         raise ValueError(

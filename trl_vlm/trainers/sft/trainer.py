@@ -121,10 +121,12 @@ class SFTTrainer(PreparedTrainer, trl.SFTTrainer):
 
         TRL reads such a template, for rows and collator, from `chat_template`, where it puts its own ones.
         """
-        self.chat_template = self.processing_class.chat_template
+        marked = self.processing_class.chat_template
+        assert isinstance(marked, str)  # as we made it
+        self.chat_template = marked
         self.processing_class.chat_template = processor.chat_template
         if isinstance(self.data_collator, _trl.DataCollatorForVisionLanguageModeling):
-            self.data_collator.chat_template = self.chat_template
+            self.data_collator.chat_template = marked
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """TRL's evaluation; rows with images that are passed here are named as well."""

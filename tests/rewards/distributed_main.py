@@ -1,4 +1,4 @@
-"""Run by `tests/distributed.py`: TRL's GRPOTrainer with the reward model loaded after the trainer's arguments."""
+"""Run by `tests/distributed.py`: TRL's GRPOTrainer with a reward model, loaded after its arguments or served."""
 
 import torch
 from datasets import Dataset
@@ -7,15 +7,16 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tests import families
 from trl_vlm.models.unsharded import is_sharded
-from trl_vlm.rewards import RewardModelReward
+from trl_vlm.rewards import RemoteReward, RewardModelReward
 
 
-def main(folder, trainer_arguments, reward_folder, policy_folder):
+def main(folder, trainer_arguments, reward_folder, policy_folder, address=None):
     config = GRPOConfig(
         output_dir=str(folder), max_steps=1, per_device_train_batch_size=2, num_generations=2,
         max_completion_length=4, report_to=[], save_strategy="no", **trainer_arguments,
     )  # fmt: skip
-    reward = RewardModelReward(reward_folder)  # under ZeRO-3, from_pretrained would now split it
+    # Under ZeRO-3, from_pretrained would now split it.
+    reward = RewardModelReward(reward_folder) if address is None else RemoteReward(address)
     prompt = [{"role": "user", "content": "What is in the image?"}]
     data = Dataset.from_dict(
         {"images": [[families.image(i)] for i in range(2)], "prompt": [prompt] * 2, "facts": [["a cat"]] * 2}

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from tests import families
+from tests.distributed import launch
 from tests.rewards.helpers import TEMPLATE, Lengths, Running, free_port, running, save_reward_model
 from trl_vlm.data.errors import RowError
 from trl_vlm.data.io.http import JSONServer
@@ -338,6 +339,32 @@ def test_an_image_that_many_rows_share_is_read_once(stand_in, monkeypatch):
     shared = families.image(0)
     assert len(asked(remote(stand_in), [row("A cat.", [shared]) for _ in range(4)])) == 4
     assert read == ["row 0, image 0"]
+
+
+@pytest.mark.nightly
+@pytest.mark.distributed
+def test_each_process_of_a_training_asks_for_its_own_rows(in_process, tmp_path):
+    """GRPO of TRL on two processes: as many rows are asked for as there are replies, and each gets its score."""
+    rows = []
+
+    class Counted(Lengths):
+        def __call__(self, *arguments, **columns):
+            rows.extend(columns["row_name"])
+            return in_process(*arguments, **columns)
+
+    with running(make_app(Counted(), ABOUT)) as server:
+        folders = {"reward_folder": None, "policy_folder": str(families.saved("llava"))}
+        report = launch(
+            "tests/rewards/distributed_main.py",
+            "ddp",
+            processes=2,
+            folder=tmp_path / "run",
+            address=server.address,
+            **folders,
+        )
+    expected = asked(in_process, [row("A cat.", [families.image(0)], facts=["a cat"])])[0]
+    assert report["steps"] == 1 and report["scores"] == pytest.approx([expected] * 2, abs=1e-6)
+    assert len(rows) == 2 * 2 + 2  # two replies on each process, and one question of each at the end
 
 
 class SlowAndCounted:

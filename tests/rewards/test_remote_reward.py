@@ -176,6 +176,9 @@ GOOD = {"prompt": user("What?"), "completion": assistant("It.")}
         ({**GOOD, "images": ["http://127.0.0.1:9/x.png"]}, "image 0: it is no data URI"),
         ({**GOOD, "images": [DATA_URI + "!!!"]}, "its base64 cannot be decoded"),
         ({**GOOD, "images": [DATA_URI]}, "zero bytes"),
+        ({**GOOD, "images": [1]}, "image 0: it is image 1 of the request, which has 1"),
+        ({**GOOD, "images": [-1]}, "image 0: it is image -1 of the request"),
+        ({**GOOD, "images": [0]}, "is not an image that Pillow can read"),
         ({**GOOD, "images": 3}, "images: Input should be a valid"),
         ({**GOOD, "prompt": user([{"type": "image", "image": "/etc/hostname"}])}, "Extra inputs are not permitted"),
         ({**GOOD, "prompt": user([{"type": "image", "path": "/etc/hostname"}])}, "Extra inputs are not permitted"),
@@ -189,7 +192,7 @@ GOOD = {"prompt": user("What?"), "completion": assistant("It.")}
     ],
 )
 def test_a_row_may_name_no_path_and_no_address_and_must_have_the_form(stand_in, row, reason):
-    status, detail = post(stand_in, {"rows": [GOOD, row]})
+    status, detail = post(stand_in, {"rows": [GOOD, row], "images": [DATA_URI + "AAAA"]})
     assert (status, detail["row"]) == (422, 1)
     assert reason in detail["message"]
 
@@ -331,14 +334,20 @@ def test_a_full_gpu_is_said_at_once():
         remote(server)([user("What?")], [assistant("It.")])
 
 
-def test_an_image_that_many_rows_share_is_read_once(stand_in, monkeypatch):
-    read = []
+def test_an_image_that_many_rows_share_is_sent_once(stand_in, monkeypatch):
+    read, sent = [], []
     monkeypatch.setattr(
-        "trl_vlm.rewards.wire.image_uri", lambda value, name: read.append(name) or image_uri(value, name)
+        "trl_vlm.rewards.remote.image_uri", lambda value, name: read.append(name) or image_uri(value, name)
     )
-    shared = families.image(0)
-    assert len(asked(remote(stand_in), [row("A cat.", [shared]) for _ in range(4)])) == 4
-    assert read == ["row 0, image 0"]
+    send = JSONServer.post
+    monkeypatch.setattr(JSONServer, "post", lambda self, body: sent.append(len(body)) or send(self, body))
+    shared, other = families.image(0), families.image(1)
+    equal = families.image(0)  # as a dataset decodes it for each reply
+    rows = [row("A cat.", [shared]), row("A dog.", [other, shared]), row("A tree.", [shared]), row("A cup.", [equal])]
+    assert asked(remote(stand_in), rows) == [6 + 1 / 8, 6 + 2 / 8, 7 + 1 / 8, 6 + 1 / 8]
+    assert read == ["row 0, image 0", "row 1, image 0", "row 3, image 0"]
+    (size,) = sent
+    assert 0 < size - 2 * len(image_uri(shared, "it")) < 1000
 
 
 @pytest.mark.nightly

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from typing import Any, NamedTuple, NoReturn
@@ -25,7 +26,7 @@ from trl_vlm.data.io.http import (
 )
 from trl_vlm.data.messages import Conversation
 from trl_vlm.rewards.rows import JudgedRow, judged_rows
-from trl_vlm.rewards.wire import row_as_json, rows_as_json
+from trl_vlm.rewards.wire import image_uri, request_body, row_as_json
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +35,26 @@ HEALTH_SECONDS = 30.0
 NO_ROOM = 507  # the server's GPU is full: the same rows would not fit the next time either
 
 
-class _Batch(NamedTuple):
-    """The names of some rows, and the rows as JSON."""
+@dataclass
+class _Batch:
+    """Rows of one request: their names, the rows as JSON, and the place of each image among the request's."""
 
-    names: list[str]
-    rows: list[str]
+    names: list[str] = field(default_factory=list)
+    rows: list[str] = field(default_factory=list)
+    images: dict[str, int] = field(default_factory=dict)
+    size: int = 0
+
+    def size_with(self, uris: Sequence[str]) -> int:
+        """The size with further images, roughly."""
+        return self.size + sum(len(uri) for uri in set(uris) - self.images.keys())
+
+    def add(self, row: JudgedRow, uris: Sequence[str]) -> None:
+        """Adds a row whose images are these data URIs; equal ones are sent once."""
+        self.size = self.size_with(uris)
+        text = row_as_json(row, [self.images.setdefault(uri, len(self.images)) for uri in uris])
+        self.size += len(text)
+        self.names.append(row.name)
+        self.rows.append(text)
 
 
 class _Failure(NamedTuple):
@@ -52,7 +68,7 @@ class RemoteReward:
     """Scores replies with a reward model behind an address: one of another size, or on other cards.
 
     A TRL reward function that takes the place of `RewardModelReward`: same columns, same scores, same errors. Images
-    are sent as the bytes of their files, decoded ones as PNG. Each process sends its own rows, several requests at a
+    are sent as the bytes of their files, decoded ones as BMP. Each process sends its own rows, several requests at a
     time, and gets the scores in their order. While the server does not answer (it is restarted, or busy), the same
     rows are sent again, after 1, 2, 4, ... up to 30 seconds; nothing is lost, and scores do not depend on it.
 
@@ -84,7 +100,7 @@ class RemoteReward:
         name: str = "reward_model",
         key_variable: str | None = None,
         batch_size: int = 16,
-        request_bytes: int = 32 << 20,
+        request_bytes: int = 64 << 20,
         concurrency: int = 2,
         timeout_seconds: float = 600.0,
         patience_seconds: float = 900.0,
@@ -159,21 +175,22 @@ class RemoteReward:
     def _batches(self, rows: Sequence[JudgedRow]) -> Iterator[_Batch]:
         """The rows as JSON, not more of them at once than the limits allow."""
         known: dict[int, str] = {}
-        batch, size = _Batch([], []), 0
+        batch = _Batch()
         for row in rows:
-            text = row_as_json(row, known)
-            if batch.rows and (len(batch.rows) == self.batch_size or size + len(text) > self.request_bytes):
+            for place, image in enumerate(row.images):
+                if id(image) not in known:
+                    known[id(image)] = image_uri(image, f"{row.name}, image {place}")
+            uris = [known[id(image)] for image in row.images]
+            if len(batch.rows) == self.batch_size or (batch.rows and batch.size_with(uris) > self.request_bytes):
                 yield batch
-                batch, size = _Batch([], []), 0
-            batch.names.append(row.name)
-            batch.rows.append(text)
-            size += len(text)
+                batch = _Batch()
+            batch.add(row, uris)
         if batch.rows:
             yield batch
 
     def _scores(self, batch: _Batch, is_over: threading.Event) -> list[float]:
         """The scores of a batch, however often it takes to get them; none once the call is over."""
-        body, start = rows_as_json(batch.rows), time.monotonic()
+        body, start = request_body(batch.rows, list(batch.images)), time.monotonic()
         for attempt in count():
             result = self._attempt(body, batch)
             if not isinstance(result, _Failure):

@@ -75,13 +75,14 @@ class _Message(BaseModel):
 class _Row(_Strict):
     prompt: list[_Message]
     completion: list[_Message]
-    images: list[str] = []
+    images: list[str | int] = []
     facts: list[str] = []
     name: str | None = None
 
 
 class _Rows(_Strict):
     rows: list[_Row]
+    images: list[str] = []
 
 
 class RewardServer:
@@ -210,18 +211,20 @@ def _bad_row(index: int, message: str) -> HTTPException:
 def _read(body: bytes, limits: Limits) -> list[dict[str, Any]]:
     """The rows of a request as `RewardModelReward` takes them; images undecoded."""
     try:
-        rows = _Rows.model_validate_json(body).rows
+        request = _Rows.model_validate_json(body)
     except ValidationError as error:
         raise _invalid(error) from error
+    rows = request.rows
     if not rows:
         raise HTTPException(400, "the request has no rows")
     if len(rows) > limits.rows:
         raise HTTPException(413, f"the request has {len(rows)} rows; the server takes {limits.rows} at once")
-    left, made = limits.pixels, []
+    left, made, shared = limits.pixels, [], _Shared(request.images)
     for index, row in enumerate(rows):
         name = row.name or f"row {index}"
         try:
-            images = _images(row, name, limits)
+            _check_size(row, name, limits)
+            images = [shared.image(uri, f"{name}, image {place}") for place, uri in enumerate(row.images)]
             left -= sum(image_pixels(image, name=f"{name}, image {place}") for place, image in enumerate(images))
         except RowError as error:
             raise _bad_row(index, str(error)) from error
@@ -237,26 +240,41 @@ def _read(body: bytes, limits: Limits) -> list[dict[str, Any]]:
     return made
 
 
-def _images(row: _Row, name: str, limits: Limits) -> list[bytes]:
-    """The bytes of a row's image files."""
+def _check_size(row: _Row, name: str, limits: Limits) -> None:
     texts = [part.text for message in row.prompt + row.completion for part in _texts(message)]
     characters = sum(map(len, [*texts, *row.facts]))
     if characters > limits.characters:
         raise RowError(f"{name}: its texts have {characters:,} characters; the server takes {limits.characters:,}.")
     if len(row.images) > limits.images:
         raise RowError(f"{name}: it has {len(row.images)} images; the server takes {limits.images}.")
-    images = []
-    for place, uri in enumerate(row.images):
-        start = DATA_URI.match(uri)
-        if start is None:
-            raise RowError(
-                f"{name}, image {place}: it is no data URI (data:image/png;base64,...). Paths are not read."
-            )
-        try:
-            images.append(base64.b64decode(uri[start.end() :], validate=True))
-        except (binascii.Error, ValueError) as error:
-            raise RowError(f"{name}, image {place}: its base64 cannot be decoded ({error}).") from error
-    return images
+
+
+class _Shared:
+    """The images that a request holds once for all its rows, each decoded from base64 when a row first needs it."""
+
+    def __init__(self, uris: Sequence[str]):
+        self._uris, self._files = uris, dict[int, bytes]()
+
+    def image(self, uri: str | int, name: str) -> bytes:
+        """The file behind a data URI, or behind the place of one among the request's."""
+        if isinstance(uri, str):
+            return _file(uri, name)
+        if not 0 <= uri < len(self._uris):
+            raise RowError(f"{name}: it is image {uri} of the request, which has {len(self._uris)}.")
+        if uri not in self._files:
+            self._files[uri] = _file(self._uris[uri], name)
+        return self._files[uri]
+
+
+def _file(uri: str, name: str) -> bytes:
+    """The bytes in a data URI."""
+    start = DATA_URI.match(uri)
+    if start is None:
+        raise RowError(f"{name}: it is no data URI (data:image/png;base64,...). No path is read.")
+    try:
+        return base64.b64decode(uri[start.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RowError(f"{name}: its base64 cannot be decoded ({error}).") from error
 
 
 def _texts(message: _Message) -> list[_Text]:

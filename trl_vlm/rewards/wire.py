@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -17,24 +17,19 @@ from trl_vlm.rewards.rows import JudgedRow
 DATA_URI = "data:application/octet-stream;base64,"
 
 
-def row_as_json(row: JudgedRow, known: MutableMapping[int, str]) -> str:
+def row_as_json(row: JudgedRow, places: Sequence[int]) -> str:
     """A row as the server reads it.
 
     Args:
         row: The row.
-        known: Data URIs by `id` of their image, read and filled in: the replies of a group share their images.
+        places: Which of the request's images are its own: the replies of a group share theirs.
 
     Raises:
-        RowError: An image is missing or is none, or the prompt holds something that JSON cannot.
+        RowTypeError: The prompt holds something that JSON cannot.
     """
-    uris = []
-    for place, image in enumerate(row.images):
-        if id(image) not in known:
-            known[id(image)] = image_uri(image, f"{row.name}, image {place}")
-        uris.append(known[id(image)])
     about = {"name": row.name, "prompt": row.prompt, "completion": row.completion, "facts": list(row.facts)}
     try:
-        return json.dumps({**about, "images": uris})
+        return json.dumps({**about, "images": places})
     except TypeError as error:
         raise RowTypeError(
             f"{row.name}: the prompt holds something that cannot be sent to a reward server ({error}). Its parts must "
@@ -42,13 +37,19 @@ def row_as_json(row: JudgedRow, known: MutableMapping[int, str]) -> str:
         ) from error
 
 
-def rows_as_json(rows: Sequence[str]) -> bytes:
-    """The body of a request, made of rows as `row_as_json` returns them."""
-    return f'{{"rows": [{", ".join(rows)}]}}'.encode()
+def request_body(rows: Sequence[str], images: Sequence[str]) -> bytes:
+    """The body of a request.
+
+    Args:
+        rows: As `row_as_json` returns them.
+        images: Data URIs, which hold nothing that JSON would escape.
+    """
+    quoted = ", ".join(f'"{image}"' for image in images)
+    return f'{{"rows": [{", ".join(rows)}], "images": [{quoted}]}}'.encode()
 
 
 def image_uri(value: object, name: str) -> str:
-    """An image as a data URI: the bytes of its file as they are, and of what is decoded already a PNG of its pixels.
+    """An image as a data URI: the bytes of its file as they are, and of what is decoded already a BMP of its pixels.
 
     Args:
         value: An image in any form that `load_image` reads.
@@ -65,6 +66,7 @@ def image_uri(value: object, name: str) -> str:
     if not isinstance(value, bytes | bytearray):
         # Only the pixels: what a decoded image remembers of its file (its orientation, say) would count twice.
         pixels, buffer = np.asarray(load_image(value, name=name, max_pixels=None)), io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
+        # Of a photo of 640 x 480 a PNG costs 55 ms to write and read, and saves a quarter of the bytes; a BMP 2 ms.
+        Image.fromarray(pixels).save(buffer, format="BMP")
         value = buffer.getvalue()
     return DATA_URI + base64.b64encode(value).decode()

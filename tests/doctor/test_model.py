@@ -1,6 +1,7 @@
 """What the trainers will make of a model: a line for each thing, and models of which a line is wrong."""
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from tests.families import FAMILIES, TEMPLATES, build
 from trl_vlm.doctor.model import describe
@@ -45,6 +46,14 @@ def test_sharing_that_is_off_has_its_reason():
     found = lines(model, processor)
     assert found["attention"].text.startswith("flex_attention")
     assert found["shared prompts"].text.startswith("off: ")
+
+
+def test_image_features_are_kept_unless_something_stands_on_the_tower():
+    model, processor = build("llava")
+    assert lines(model, processor)["image features"].text.startswith("encoded once for all passes")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    assert "an adapter stands on its vision tower" in lines(adapted, processor)["image features"].text
 
 
 def test_a_tower_that_is_not_found_by_its_name_is_reported(monkeypatch):

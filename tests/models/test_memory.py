@@ -197,6 +197,7 @@ def test_gradients_come_while_activations_go_unless_they_accumulate():
     assert Memory([role], activations=100, layer=50, accumulates=False).total == 1200 + 400 + 50
     assert Memory([role], activations=1000, layer=50).total == 1200 + 400 + 1000
     assert Memory([role], activations=10, generation=5000, layer=5).total == 1200 + 5000
+    assert Memory([role], activations=10, generation=5000, layer=5, features=7).total == 1200 + 5000 + 7
 
 
 def test_whether_the_tower_trains_is_counted():

@@ -86,10 +86,19 @@ def test_qlora_ppo_of_a_7b_with_its_recipe_takes_less_than_16_gib(llava, tmp_pat
     assert found.training.gradient_accumulation_steps == 256 and found.training.steps_per_generation == 512
     memory = found.memory
     assert [role.name for role in memory.roles] == ["policy", "critic", "reward model"]
-    assert memory.activations > GIB / 2 and memory.generation > 3 * GIB
+    assert memory.activations > GIB / 2 and memory.generation > 3 * GIB and memory.features == GIB
     assert 9 * GIB < memory.total < 16 * GIB
     at_once = estimate("ppo", llava, *given, "--sampling_batch_size", "512", tokens=900).memory
     assert at_once.total > 200 * GIB  # all keys and values of a rollout
+
+
+def test_image_features_wait_for_further_passes_where_the_tower_is_frozen(llava):
+    assert estimate("dpo", llava, *LORA, "--per_device_train_batch_size", "1", tokens=500).memory.features == (
+        500 * 4096 * 2
+    )
+    assert estimate("dpo", llava, *LORA, "--image_feature_cache", "0").memory.features == 0
+    assert estimate("dpo", llava, *LORA, "--image_features_on_cpu", "True").memory.features == 0
+    assert estimate("dpo", llava).memory.features == 0  # the tower trains
 
 
 def test_a_total_batch_is_accumulated_over_the_devices(llava):

@@ -10,8 +10,8 @@ from trl_vlm.data.model_check import about_reply_end
 from trl_vlm.doctor.findings import Finding, attempt, note
 from trl_vlm.doctor.samples import preference_batch
 from trl_vlm.doctor.subject import Subject, adapter_of
-from trl_vlm.models.continuation.continuations import why_not_continuable
 from trl_vlm.models.families import FAMILIES, SHARING_FAMILIES
+from trl_vlm.models.feature_cache import why_not_cached
 from trl_vlm.models.generation import ends_of_reply
 from trl_vlm.models.image_tokens import image_token_id, placeholders_per_row
 from trl_vlm.models.parts import PARTS, number_of, part_of
@@ -120,9 +120,12 @@ def sharing(subject: Subject, name: str) -> Finding:
 
 
 def features(subject: Subject, name: str) -> Finding:
-    """Whether image features can be computed once and passed to the model."""
-    reason = why_not_continuable(subject.inner)
-    return note(name, "can be computed once for many passes" if reason is None else f"computed in each pass: {reason}")
+    """Whether an image is encoded once for all passes that read it."""
+    with subject.frozen():
+        reason = why_not_cached(subject.inner)
+    if reason is not None:
+        return note(name, f"encoded in each pass: {reason}")
+    return note(name, "encoded once for all passes of a rollout or pair, where vision tower and projector are frozen")
 
 
 def wrapped_layers(subject: Subject, name: str) -> Finding:

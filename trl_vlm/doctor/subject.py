@@ -69,18 +69,24 @@ class Subject:
         return watched
 
     @contextmanager
-    def watching(self) -> Iterator[list[nn.Parameter]]:
-        """A context in which nothing but the watched parameters requires gradients."""
+    def frozen(self) -> Iterator[None]:
+        """A context in which no parameter requires gradients."""
         before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         self.model.requires_grad_(False)
-        watched = self.watched_parameters()
-        for parameter in watched:
-            parameter.requires_grad_(True)
         try:
-            yield watched
+            yield
         finally:
             for parameter, required in before:
                 parameter.requires_grad_(required)
+
+    @contextmanager
+    def watching(self) -> Iterator[list[nn.Parameter]]:
+        """A context in which nothing but the watched parameters requires gradients."""
+        with self.frozen():
+            watched = self.watched_parameters()
+            for parameter in watched:
+                parameter.requires_grad_(True)
+            yield watched
 
 
 def load_subject(place: Place, *, dtype: str = "auto", device: str | None = None) -> Subject:

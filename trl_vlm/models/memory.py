@@ -111,6 +111,7 @@ class Memory(NamedTuple):
         layer: What one layer of it works with.
         accumulates: Whether there are gradients before a backward pass, of earlier micro-batches; else they come
             while the activations go.
+        features: Image features that wait for further passes.
     """
 
     roles: Sequence[RoleMemory]
@@ -118,6 +119,7 @@ class Memory(NamedTuple):
     generation: float = 0.0
     layer: float = 0.0
     accumulates: bool = True
+    features: float = 0.0
 
     @property
     def total(self) -> float:
@@ -126,11 +128,13 @@ class Memory(NamedTuple):
         at_rest = sum(role.total for role in self.roles) - gradients
         backward = gradients + self.layer
         backward = max(backward, self.activations + gradients * self.accumulates)
-        return at_rest + max(backward, self.generation)
+        return at_rest + self.features + max(backward, self.generation)
 
     def __str__(self) -> str:
         parts = [f"{role.name} {role.total / GIB:.1f}" for role in self.roles]
         parts.append(f"activations {self.activations / GIB:.1f}")
+        if self.features:
+            parts.append(f"image features {self.features / GIB:.1f}")
         if self.generation:
             parts.append(f"or keys and values of sampled replies {self.generation / GIB:.1f}")
         return f"{self.total / GIB:.1f} GiB ({', '.join(parts)})"

@@ -111,6 +111,8 @@ def report(estimate: Estimate, available: float | None = None) -> str:
     lines.append(f"{sequences:<34}{'':>9}{memory.activations / GIB:>10.1f}")
     if memory.generation:
         lines.append(f"{'or keys and values, sampling':<34}{'':>9}{memory.generation / GIB:>10.1f}")
+    if memory.features:
+        lines.append(f"{'image features, at most':<34}{'':>9}{memory.features / GIB:>10.1f}")
     lines.append(f"{'peak, an estimate':<34}{'':>9}{memory.total / GIB:>10.1f}")
     if available is not None:
         lines += _fit(estimate, memory, available)

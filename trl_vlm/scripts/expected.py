@@ -143,7 +143,18 @@ def expected_memory(job: MemoryOptions, tokens: Tokens | None, layout: Layout | 
     kept = _activations(job, config, counts, tokens, passes, 2.0 if layout.in_16_bits else precision.weights)
     sampled = _sampling(training, config, tokens, precision.weights)
     accumulates = layout.has_deepspeed or training.gradient_accumulation_steps > 1
-    return Memory([*roles, *frozen], kept.kept, sampled, kept.layer, accumulates)
+    features = 0.0 if counts.tower or layout.stage == 3 else _kept_features(training, config, tokens, precision)
+    return Memory([*roles, *frozen], kept.kept, sampled, kept.layer, accumulates, features)
+
+
+def _kept_features(training: Any, config: PreTrainedConfig, tokens: Tokens, precision: Precision) -> float:
+    """Image features that wait for further passes: at most as many as there are tokens."""
+    options = vars(training)
+    if not options.get("image_feature_cache") or options.get("image_features_on_cpu"):
+        return 0.0
+    rows = training.per_device_train_batch_size * (options.get("steps_per_generation") or 1)
+    every = rows // (options.get("num_generations") or 1) * tokens.longest * config.get_text_config().hidden_size
+    return min(options["image_feature_cache"] * memory.GIB, every * precision.weights)
 
 
 def _activations(

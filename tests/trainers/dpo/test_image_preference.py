@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
+from tests.encoded_images import watched
 from tests.families import FAMILIES, image, load_processor, saved
 from tests.trainers.dpo.helpers import largest_difference, logs, lora, losses, make, rows
 from tests.trainers.dpo.test_averaged import OTHER, with_extra
@@ -26,6 +27,11 @@ from trl_vlm.trainers.dpo import setup
 SHORT = {"max_steps": 3}
 BETA, SEED = 0.1, 3
 MDPO = {"image_weight": 1.0, "anchor_weight": 1.0, "image_corruption": "mask"}
+
+
+def nightly(value):
+    """A parameter that `make nightly` runs."""
+    return pytest.param(value, marks=pytest.mark.nightly)
 
 
 def data(images=(1, 2)):
@@ -158,7 +164,7 @@ def test_weight_0_changes_no_digit_with_the_metrics_and_without(options, tmp_pat
         given = {name: value() for name, value in options.items()}
         for config in given.values():
             config.lora_dropout = 0.5
-        return logs(train(tmp_path, **given, **more))
+        return logs(train(tmp_path, disable_dropout=False, **given, **more))
 
     plain = run()
     assert run(image_weight=0.0, anchor_weight=0.0) == plain
@@ -168,7 +174,7 @@ def test_weight_0_changes_no_digit_with_the_metrics_and_without(options, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("corruption", ["mask", "noise", "crop", "other"])
+@pytest.mark.parametrize("corruption", ["mask", nightly("noise"), nightly("crop"), "other"])
 def test_training_makes_the_chosen_replies_likelier_under_their_own_images(corruption, tmp_path):
     options = {"max_steps": 8, "image_weight": 1.0, "image_seed": 0, "image_corruption": corruption}
     entries = logs(train(tmp_path, rows((1, 1, 1)), per_device_train_batch_size=3, **options))
@@ -273,10 +279,10 @@ def test_the_metrics_of_trl_stay_those_of_the_replies(tmp_path):
     "options",
     [
         {"dense_preset": "paper"},
-        {"dense_preset": "paper", "loss_type": ["ipo"]},
-        {"peft_config": lora()},
+        nightly({"dense_preset": "paper", "loss_type": ["ipo"]}),
+        nightly({"peft_config": lora()}),
         {"extra": True, "rejected_weight": 0.7},
-        {"povid_loss": "shared"},
+        nightly({"povid_loss": "shared"}),
         {"image_preset": "chip"},
     ],
     ids=["dense", "ipo", "lora", "averaged", "povid", "chip"],
@@ -291,7 +297,7 @@ def test_sharing_prefixes_changes_no_image_term(options, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("corruption", ["mask", "noise", "crop", None])
+@pytest.mark.parametrize("corruption", ["mask", nightly("noise"), nightly("crop"), None])
 def test_the_reference_cache_holds_what_is_fixed_by_the_row(corruption, tmp_path):
     dataset = data() if corruption else with_rejected_images()
     options = {"image_weight": 1.0, "anchor_weight": 0.5, "image_corruption": corruption, "image_seed": SEED}
@@ -418,6 +424,22 @@ def test_an_image_pair_without_a_second_image_is_refused(tmp_path):
         train(tmp_path, image_weight=1.0)
     with pytest.raises(ValueError, match="compares two images, and the rows have no column `images`"):
         train(tmp_path, data().remove_columns("images"), **MDPO)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("corruption", "images"), [("mask", 3), ("noise", 6)])
+def test_a_frozen_tower_encodes_an_image_once_for_both_readings_of_both_models(corruption, images, tmp_path):
+    options = {"image_weight": 1.0, "image_corruption": corruption, "image_seed": SEED, "max_steps": 1}
+    runs = [
+        train(tmp_path, peft_config=lora("language-model"), image_feature_cache=size, **options) for size in (1.0, 0.0)
+    ]
+    found = []
+    for trainer in runs:
+        with watched(trainer.model) as passes:
+            found.append(losses(trainer))
+        assert len(set(passes.rows())) == images
+        assert (len(passes.rows()) == images) == (trainer is runs[0])
+    assert found[0] == found[1]
 
 
 def test_reentrant_checkpointing_on_several_processes_is_refused(tmp_path, monkeypatch):

@@ -115,6 +115,21 @@ def test_a_known_template_is_left_to_trl(tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_nothing_set_the_losses_are_trls(family, tmp_path):
+    processor = with_reply_ends(load_processor(family))  # of what it does `test_replies` speaks
+    made = (
+        make(tmp_path, family, pairs(2), trainer=trainer, config=config, processor=processor, max_steps=2)
+        for trainer, config in ((SFTTrainer, SFTConfig), (trl.SFTTrainer, trl.SFTConfig))
+    )
+    losses = []
+    for trainer in made:
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
 def test_text_rows_have_reply_labels_too(tmp_path):
     trainer = make(tmp_path, "llava", rows(3).remove_columns("images"), assistant_only_loss=True)
     batch = trainer.data_collator([trainer.train_dataset[0]])

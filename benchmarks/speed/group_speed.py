@@ -1,6 +1,6 @@
 """How much faster an update is when the replies to a prompt share one pass through prompt and image.
 
-    python -m benchmarks.speed.group_speed --pairs 5 --output docs/results/group_speed.json
+    python -m benchmarks.speed.group_speed --pairs 3 --output docs/results/group_speed.json
 
 Each figure is a whole optimizer step (loss, gradients, AdamW) on one micro-batch: for GRPO and RLOO our trainer beside
 TRL's own, for PPO, which TRL lacks, beside ours with `share_prefix` off, and for scoring the reward function
@@ -17,7 +17,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Case:
     @property
     def prompts(self) -> int:
         """Enough for several rows where there is one reply to each."""
-        return 4 if self.replies == 1 else 1
+        return 2 if self.replies == 1 else 1
 
     @property
     def prompt_tokens(self) -> int:
@@ -204,10 +204,10 @@ def table(results: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         f"{len(results[0]['seconds_plain'])} paired steps (least to most). GRPO and RLOO stand beside TRL's own, "
         "PPO beside ours with `share_prefix=False`; scoring is the reward function, image preprocessing included. The "
         "limit counts the tokens that need not be computed in the language model; an image that the vision tower sees "
-        "once comes on top, which is how a ratio can exceed it. One reply to a prompt (four prompts) shares nothing. "
+        "once comes on top, which is how a ratio can exceed it. One reply to a prompt (two prompts) shares nothing. "
         f"TRL's head scores the replies alone on both sides, as on a GPU. {facts['threads']} thread, torch "
         f"{facts['torch']}, TRL {facts['trl']}, a random model of width 384 and six layers. "
-        "`python -m benchmarks.speed.group_speed --pairs 5 --output docs/results/group_speed.json`",
+        "`python -m benchmarks.speed.group_speed --pairs 3 --output docs/results/group_speed.json`",
         "",
         "| method | replies | prompt + reply tokens | seconds plain, shared | faster | asked for | limit |",
         "|---|---|---|---|---|---|---|",
@@ -230,31 +230,42 @@ def compact_head(device: torch.device) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", type=int, default=5, help="how many steps of each side are compared")
+    parser.add_argument("--pairs", type=int, default=3, help="how many steps of each side are compared")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", nargs="+", help="only these: GRPO, RLOO, PPO, scoring")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="JSON, with a table beside it; its other results stay")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.utils.logging.disable_progress_bar()
     trl.trainer.utils._use_triton = compact_head
-    results = []
+    facts = {"torch": torch.__version__, "trl": trl.__version__, "transformers": transformers.__version__}
+    facts |= {"threads": args.threads, "cores": os.cpu_count()}
     for case in CASES:
         if args.methods and case.method not in args.methods:
             continue
-        results.append(measure(case, args.pairs))
-        speedup = results[-1]["speedup"]
+        result = measure(case, args.pairs) | {"load": os.getloadavg()[0]}
+        speedup = result["speedup"]
         print(
             f"{case.method}, {case.replies} replies, {case.prompt_tokens} + {case.reply_tokens} tokens: "
             f"{speedup['median']:.2f} times ({speedup['least']:.2f} to {speedup['most']:.2f}), "
             f"asked for {case.asked}, limit {case.limit:.2f}",
             flush=True,
         )
-    if args.output:
-        facts = {"torch": torch.__version__, "trl": trl.__version__, "transformers": transformers.__version__}
-        facts |= {"threads": args.threads, "cores": os.cpu_count(), "load": os.getloadavg()}
-        args.output.write_text(json.dumps({"settings": facts, "results": results}, indent=2) + "\n")
-        args.output.with_suffix(".md").write_text(table(results, facts))
+        if args.output:
+            save(result, facts, args.output)
+
+
+def save(result: dict[str, Any], facts: dict[str, Any], path: Path) -> None:
+    """Puts a result into a file, in the place of an earlier one of the same case, and writes the table."""
+    known = json.loads(path.read_text())["results"] if path.exists() else []
+    by_case = {_case_of(one): one for one in [*known, result]}
+    results = [by_case[_case_of(vars(case))] for case in CASES if _case_of(vars(case)) in by_case]
+    path.write_text(json.dumps({"settings": facts, "results": results}, indent=2) + "\n")
+    path.with_suffix(".md").write_text(table(results, facts))
+
+
+def _case_of(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(result[name] for name in ("method", "replies", "reply_tokens", "image"))
 
 
 if __name__ == "__main__":

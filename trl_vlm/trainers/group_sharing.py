@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import trl
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,7 +26,7 @@ from trl_vlm.trainers.options import GroupOptions
 from trl_vlm.trainers.ppo.rollout_images import family_inputs, images_per_row
 from trl_vlm.trainers.preparation import PreparedTrainer
 from trl_vlm.trainers.rollout_forward import RolloutForward
-from trl_vlm.trainers.types import Model, base_model, unwrapped
+from trl_vlm.trainers.types import base_model, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class SharedGroups(PreparedTrainer):
     _tries = False
     mends_reply_types = False
 
-    def share_groups(self, *further: Model) -> None:
+    def share_groups(self, *further: nn.Module) -> None:
         """Lets policy and reference read each prompt once; call it at the end of the constructor.
 
         Args:
@@ -79,9 +80,9 @@ class SharedGroups(PreparedTrainer):
             logger.warning("Prompts are computed once per reply, not once per group: %s.", reason)
 
     def _bare(self, model: nn.Module) -> PreTrainedModel:
-        bare = base_model(unwrapped(self.accelerator, model))
-        assert isinstance(bare, PreTrainedModel)  # as TRL takes it
-        return bare
+        bare = unwrapped(self.accelerator, model)
+        assert isinstance(bare, PreTrainedModel | PeftModel)  # as TRL takes it
+        return base_model(bare)
 
     def _why_no_shared_groups(self, models: list[PreTrainedModel]) -> str | None:
         """Why prompts are computed once per reply, as one sentence; None if the models can share them."""

@@ -96,4 +96,4 @@ def _split_images(inputs: dict[str, Any], counts: dict[str, list[int]]) -> dict[
 
 
 def _picked(values: Sequence[Tensor] | Tensor, places: list[int]) -> Any:
-    return [values[place] for place in places] if isinstance(values, list) else values[places]
+    return values[places] if isinstance(values, Tensor) else [values[place] for place in places]

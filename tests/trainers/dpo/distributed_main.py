@@ -4,6 +4,7 @@ from pathlib import Path
 
 from transformers import AutoModelForImageTextToText
 
+from tests.encoded_images import watched
 from tests.families import load_processor
 from tests.trainers.dpo.helpers import lora, rows
 from trl_vlm import DPOConfig, DPOTrainer
@@ -20,6 +21,8 @@ def main(
     cache: bool = False,
     image: bool = False,
     checkpointing: bool = True,
+    targets: str = "all-linear",
+    options: dict | None = None,
 ):
     folder_of_model = model
     args = DPOConfig(
@@ -37,6 +40,7 @@ def main(
         disable_tqdm=True,
         gradient_checkpointing=checkpointing,
         **trainer_arguments,
+        **(options or {}),
     )
     if adapter:
         # TRL seeds, then loads, then draws the adapter; loading draws other numbers when ZeRO-3 splits what it loads.
@@ -46,11 +50,13 @@ def main(
         args=args,
         train_dataset=rows((1, 2, 1, 1, 2, 1, 1, 1)),
         processing_class=load_processor(folder_of_model),
-        peft_config=lora() if adapter else None,
+        peft_config=lora(targets) if adapter else None,
     )
-    trainer.train()
+    with watched(trainer.model) as passes:
+        trainer.train()
     assert trainer.data_collator.shares_prefix
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = ("loss", "rewards/margins", "dense/margin_changed", "dense/changed_share")
     names += ("image/loss", "image/margin", "image/gain", "anchor/loss") if image else ()
-    return trainer, {name: [entry[name] for entry in entries] for name in names}
+    report = {name: [entry[name] for entry in entries] for name in names}
+    return trainer, report | ({} if targets == "all-linear" else {"encoded": len(passes.pixels)})

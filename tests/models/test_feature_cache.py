@@ -297,6 +297,19 @@ def test_models_whose_towers_are_equal_encode_an_image_once_for_both():
     assert torch.equal(logits(others[1], batch), logits(frozen("llava", seed=1)[0], batch))
 
 
+def test_quantized_towers_are_not_compared():
+    """Equal codes may stand for other weights: their scales are no parameters."""
+    store, models = FeatureStore(GIB), [frozen("llava")[0] for _ in range(2)]
+    for model in models:
+        vision_tower(model).register_buffer("codes", torch.zeros(2, dtype=torch.uint8))
+        cache_image_features(model, store)
+    batch = families.batch(families.load_processor("llava"), [1])
+    with watched(*models) as passes:
+        for model in (*models, *models):
+            logits(model, batch)
+    assert len(passes.pixels) == 2
+
+
 def test_a_copy_of_a_model_uses_its_own_weights():
     model, processor, store = cached("llava")
     batch = families.batch(processor, [1])

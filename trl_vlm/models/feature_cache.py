@@ -67,7 +67,7 @@ def cache_image_features(model: PreTrainedModel, store: FeatureStore) -> None:
     reason = why_not_cached(model)
     if reason is not None:
         raise ValueError(f"{type(model).__name__} must encode its images each time: {reason}.")
-    backbone = model.base_model
+    backbone = cast(PreTrainedModel, model.base_model)
     tower = _Tower(backbone, store)
     signature_of = getattr(type(backbone), _METHOD)
 
@@ -216,14 +216,13 @@ class _Tower:
 
     def equals(self, other: "_Tower") -> bool:
         """Whether both give the same features, to the last digit."""
-        backbones = [tower._backbone() for tower in (self, other)]
-        if any(each is None or getattr(each, "is_quantized", False) for each in backbones):
-            return False  # scales of quantized weights are no parameters
-        one, another = backbones
-        if type(one) is not type(another) or _settings(one) != _settings(another):
+        one, another = self._backbone(), other._backbone()
+        if one is None or another is None or type(one) is not type(another):
             return False
         own, others = self._tensors(), other._tensors()
-        return len(own) == len(others) and all(
+        if any(tensor.dtype in (torch.uint8, torch.int8) for tensor in own):
+            return False  # scales of quantized weights are no parameters
+        return (len(own), _settings(one)) == (len(others), _settings(another)) and all(
             a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in zip(own, others, strict=True)
         )
 

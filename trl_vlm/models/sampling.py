@@ -88,7 +88,7 @@ def _counter(count: int, device: torch.device) -> Tensor:
 
 def _shifted(bits: Tensor, shift: int) -> Tensor:
     """The bits of int64 shifted to the right, with zeros from the left, where `>>` repeats the sign."""
-    return (bits >> shift) & ((1 << (64 - shift)) - 1)
+    return (bits >> shift).bitwise_and_((1 << (64 - shift)) - 1)
 
 
 def _signed(number: int) -> int:

@@ -44,7 +44,10 @@ def add(command: argparse.ArgumentParser) -> None:
         "--max-megapixels", type=positive, default=512, help="pixels of its images, in millions (default: %(default)s)"
     )
     limits.add_argument(
-        "--max-waiting", type=positive, default=64, help="requests at once; further ones must come again"
+        "--max-waiting",
+        type=positive,
+        default=64,
+        help="requests at once; a further one must come again (default: %(default)s)",
     )
 
 

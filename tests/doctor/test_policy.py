@@ -55,10 +55,10 @@ def test_a_model_that_does_not_use_its_tower_is_reported():
 def test_a_model_that_ignores_its_attention_mask_is_reported():
     broken = subject()
 
-    def ignore(model, args, kwargs):
+    def ignore(backbone, args, kwargs):
         return args, kwargs | {"attention_mask": torch.ones_like(kwargs["input_ids"])}
 
-    broken.model.register_forward_pre_hook(ignore, with_kwargs=True)
+    broken.model.model.register_forward_pre_hook(ignore, with_kwargs=True)
     found = verdicts(policy.examine(broken))
     assert found["padding on the left"] == found["masked image tokens"] == "differs"
     assert found["pixels matter"] == "ok"

@@ -74,7 +74,7 @@ def precision(subject: Subject, name: str) -> Finding:
 def attention(subject: Subject, name: str) -> Finding:
     """The attention of the language model and, where it is another, of the vision tower."""
     config = subject.inner.config
-    text = config.get_text_config()._attn_implementation
+    text = str(config.get_text_config()._attn_implementation)
     tower = getattr(getattr(config, "vision_config", None), "_attn_implementation", text)
     return note(name, text if tower == text else f"{text}, vision tower {tower}")
 

@@ -125,8 +125,10 @@ def _reply_log_probs(subject: Subject, batch: Mapping[str, Any]) -> tuple[Tensor
 
 
 def _next_log_probs(subject: Subject, batch: Mapping[str, Any]) -> Tensor:
-    """(N, T - 1), in float32."""
-    logits = subject.model(**batch, use_cache=False).logits[:, :-1].float()
+    """(N, T - 1), in float32: of backbone and head, as trainers call them (no scaling or capping of logits)."""
+    head = subject.inner.get_output_embeddings()
+    assert head is not None  # a generative model has one
+    logits = head(subject.inner.base_model(**batch, use_cache=False).last_hidden_state[:, :-1]).float()
     tokens = batch["input_ids"][:, 1:].to(logits.device)
     return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
 

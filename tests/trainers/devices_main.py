@@ -51,6 +51,18 @@ def train_dpo(device: torch.device, folder: str, family: str) -> list[float]:
     return losses(trainer)
 
 
+def train_on_kept_features(device: torch.device, folder: str, family: str) -> list[float]:
+    """DPO whose policy and reference read features that wait in the memory of the CPU."""
+    adapter = dpo.lora(r".*language_model.*(q_proj|v_proj)")
+    options = {"max_steps": 2, "share_prefix": False, "peft_config": adapter, "image_features_on_cpu": True}
+    trainer = dpo.make(DPOTrainer, DPOConfig, Path(folder), family, **options)
+    found = losses(trainer)
+    kept = list(trainer._image_features._kept.values())
+    assert kept and all(tensor.device.type == "cpu" for each in kept for layer in each.layers for tensor in layer)
+    assert all(each.device == device for each in kept)
+    return found
+
+
 def train_ppo(device: torch.device, folder: str, family: str) -> list[float]:
     trainer = PPOTrainer(
         str(saved(family, sharp=8.0)),
@@ -141,6 +153,7 @@ def train_spread(device: torch.device, folder: str, family: str) -> list[float]:
 
 CASES: dict[str, Callable[[torch.device, str, str], list]] = {
     "dpo": train_dpo,
+    "dpo on kept features": train_on_kept_features,
     "ppo": train_ppo,
     "reward": train_reward,
     "scoring": score,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ON_ONE_DEVICE = ("dpo", "ppo", "reward", "scoring", "bdhs", "sampled replies")
+ON_ONE_DEVICE = ("dpo", "dpo on kept features", "ppo", "reward", "scoring", "bdhs", "sampled replies")
 ON_TWO_DEVICES = ("shared prefix on two devices", "dpo on two devices")
 FAMILIES = ("llava", "qwen2_5_vl")
 

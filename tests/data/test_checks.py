@@ -193,6 +193,11 @@ def test_a_fault_in_a_column_that_the_purpose_does_not_read_is_a_warning():
     assert bad["sft"] == {"completion"}
 
 
+def test_a_broken_rejected_image_is_found_without_a_run():
+    found = row_faults(pair(rejected_images=[b"no image"]), "dpo")
+    assert [fault.column for fault in found] == ["rejected_images"] and "image 0" in found[0].reason
+
+
 def test_every_row_needs_as_many_further_replies_as_the_first():
     other = [[assistant("A fork.")], [assistant("A knife.")]]
     report = check_dataset([pair(), pair(rejected_extra=other), pair(rejected_extra=None)], "dpo")

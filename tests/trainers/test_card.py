@@ -52,6 +52,12 @@ def test_the_card_of_an_adapter_loads_its_base(tmp_path):
     assert "PeftModel.from_pretrained(base" in card.text and "language model (adapter)" in card.text
 
 
+def test_the_card_of_the_image_side_names_its_paper_and_its_weights(tmp_path):
+    text = card_of("DPO", tmp_path, image_preset="opa").text
+    assert "2501.09695" in text and "weight 0.2" in text and "anchor of weight 1.0" in text
+    assert "corrupted images (`mask`)" in text
+
+
 def test_the_card_of_dense_dpo_names_its_paper_and_its_weights(tmp_path):
     text = card_of("DPO", tmp_path, dense_preset="paper").text
     assert "2312.00849" in text and "weigh 5.0 times" in text and "| `dense_gamma` | 5.0 |" in text

@@ -10,7 +10,7 @@ from trl_vlm.data.errors import RowError
 from trl_vlm.data.faults import Fault
 from trl_vlm.data.images import load_image
 from trl_vlm.data.messages import CONTROL_TOKENS
-from trl_vlm.data.rows import PURPOSES, Row, faults, row_images
+from trl_vlm.data.rows import PURPOSES, REJECTED_IMAGES, Row, faults, row_images
 
 OTHER_NUMBER = "another number of replies than in the first row"
 
@@ -124,11 +124,14 @@ def image_file_faults(row: Row, folder: Path | None = None) -> Iterator[Fault]:
         values = row_images(row, "row")
     except RowError:
         return  # a fault of the columns, which has been reported
-    for number, value in enumerate(values):
-        try:
-            load_image(located(value, folder), name=f"image {number}")
-        except RowError as error:
-            yield Fault("images" if row.get("image") is None else "image", error.kind, str(error))
+    own = "images" if row.get("image") is None else "image"
+    given = row.get(REJECTED_IMAGES)
+    for column, images in ((own, values), (REJECTED_IMAGES, given if isinstance(given, list | tuple) else ())):
+        for number, value in enumerate(images):
+            try:
+                load_image(located(value, folder), name=f"image {number}")
+            except RowError as error:
+                yield Fault(column, error.kind, str(error))
 
 
 def located(value: object, folder: Path | None) -> object:

@@ -27,6 +27,20 @@ POVID_PAPER = {
     "title": "Aligning Modalities in Vision Large Language Models via Preference Fine-tuning",
     "id": "2402.11411",
 }
+IMAGE_PAPERS = {
+    "mdpo": {
+        "title": "mDPO: Conditional Preference Optimization for Multimodal Large Language Models",
+        "id": "2406.11839",
+    },
+    "chip": {
+        "title": "CHiP: Cross-modal Hierarchical Direct Preference Optimization for Multimodal LLMs",
+        "id": "2501.16629",
+    },
+    "opa": {
+        "title": "Mitigating Hallucinations in Large Vision-Language Models via DPO: On-Policy Data Hold the Key",
+        "id": "2501.09695",
+    },
+}
 FACT_RLHF_PAPER = {
     "title": "Aligning Large Multimodal Models with Factually Augmented RLHF",
     "id": "2309.14525",

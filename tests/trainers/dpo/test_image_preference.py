@@ -13,7 +13,9 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from tests.encoded_images import watched
 from tests.families import FAMILIES, image, load_processor, saved
 from tests.trainers.dpo.helpers import largest_difference, logs, lora, losses, make, rows
+from tests.trainers.dpo.sources import Greedy
 from tests.trainers.dpo.test_averaged import OTHER, with_extra
+from tests.trainers.dpo.test_pair_sources import instructions
 from trl_vlm import DPOConfig, DPOTrainer
 from trl_vlm.data.errors import RowError
 from trl_vlm.data.images import load_image
@@ -440,6 +442,14 @@ def test_a_frozen_tower_encodes_an_image_once_for_both_readings_of_both_models(c
         assert len(set(passes.rows())) == images
         assert (len(passes.rows()) == images) == (trainer is runs[0])
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_pairs_that_a_source_makes_have_image_pairs_too(tmp_path):
+    trainer = train(tmp_path, instructions((1, 2)), pair_source=Greedy(), **MDPO)
+    entries = logs(trainer)
+    assert entries[0]["image/loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert entries[-1]["image/loss"] < entries[0]["image/loss"]
 
 
 def test_reentrant_checkpointing_on_several_processes_is_refused(tmp_path, monkeypatch):

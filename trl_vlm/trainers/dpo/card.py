@@ -5,7 +5,7 @@ from typing import Protocol
 
 from trl_vlm.pairs.registry import COMPOSED_SOURCES, SOURCES
 from trl_vlm.pairs.source import PairSource
-from trl_vlm.trainers.card import ALIGNMENT_PAPER, DENSE_PAPER, DPO_PAPER, POVID_PAPER, CardFacts
+from trl_vlm.trainers.card import ALIGNMENT_PAPER, DENSE_PAPER, DPO_PAPER, IMAGE_PAPERS, POVID_PAPER, CardFacts
 from trl_vlm.trainers.dpo.config import DPOConfig
 
 
@@ -26,6 +26,17 @@ def card_facts(trainer: DPORun, pair_source: PairSource | None) -> CardFacts:
             f"a reply is the weighted {args.dense_reduction} of its log-probabilities."
         )
         papers.append(DENSE_PAPER)
+    if args.image_weight:
+        images = (
+            "`rejected_images`" if args.image_corruption is None else f"corrupted images (`{args.image_corruption}`)"
+        )
+        method.append(
+            f"Image side of preference, weight {args.image_weight}: chosen replies were made likelier under their own "
+            f"images than under {images}."
+        )
+        papers.append(IMAGE_PAPERS[args.image_preset or "mdpo"])
+    if args.anchor_weight:
+        method.append(f"An anchor of weight {args.anchor_weight} kept chosen replies as likely as the reference.")
     if args.povid_loss is not None:
         method.append(f"A further rejected reply is read off noisy images (`{args.povid_loss}`).")
         papers.append(POVID_PAPER)

@@ -31,7 +31,7 @@ def executed(tmp_path, monkeypatch):
 def test_the_notebook_runs_and_ends_with_numbers_before_and_after(executed, tmp_path):
     cells = [cell for cell in executed.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert "rejected:" in text_of(cells[5]) and "chosen:" in text_of(cells[5])
+    assert any("rejected:" in text_of(cell) and "chosen:" in text_of(cell) for cell in cells)
     lines = text_of(cells[-1]).splitlines()
     assert [line.split()[0] for line in lines] == ["chair_i", "recall", "repeats"] and all(
         "->" in line for line in lines

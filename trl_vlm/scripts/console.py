@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +168,6 @@ def make_readable(trainer: Trainer, seconds: float = 2.0) -> None:
         trainer: Any trainer of transformers, TRL or ours.
         seconds: Least time between two lines.
     """
-    for printing in (PrinterCallback, ProgressCallback):
+    for printing in (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK):  # of a notebook, another one
         trainer.remove_callback(printing)
     trainer.add_callback(ReadableProgress(seconds))

@@ -37,6 +37,8 @@ def silence() -> None:
     # TRL still uses the names that transformers has deprecated, so every configuration and rollout warns. Delete when
     # TRL has `activation_checkpointing`.
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated", FutureWarning)
+    # tqdm in a notebook without ipywidgets, whose bars are text then.
+    warnings.filterwarnings("ignore", "IProgress not found")
 
 
 class _LeavesOut(logging.Filter):

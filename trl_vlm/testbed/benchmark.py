@@ -8,6 +8,7 @@ The scenes are drawn when they are needed: those of a `scenes.json` in the folde
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +57,13 @@ class Scenes:
 
     def pictures(self, split: Split) -> list[Picture]:
         """The pictures of a split."""
-        return self.world.pictures(self.count, self.seed, split)
+        return list(_pictures(self.world, self.count, self.seed, split))
+
+
+@lru_cache(maxsize=4)
+def _pictures(world: World, count: int, seed: int, split: Split) -> list[Picture]:
+    """Drawn once: three benchmarks ask about the same pictures, and each of several comparisons reads all three."""
+    return world.pictures(count, seed, split)
 
 
 class Poll(NamedTuple):

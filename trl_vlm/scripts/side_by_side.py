@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -80,7 +80,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _wait(processes: list[BaseProcess]) -> None:
+def _wait(processes: Sequence[BaseProcess]) -> None:
     """Waits for all processes.
 
     Raises:

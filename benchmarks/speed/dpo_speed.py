@@ -69,7 +69,7 @@ MIXED = (Row((20, 90), 40), Row((64, 30), 15), Row((110, 75), 120), Row((40, 48)
 WORST = (Row((16, 16)), Row((508, 508), has_image=False))
 ROWS = {
     "llava-64": Setting((Row(),), with_cache=True),
-    "llava-128": Setting((Row((128, 128)),), with_cache=True),
+    "llava-128": Setting((Row((128, 128)),)),
     "llava-512": Setting((Row((512, 512)),)),
     "next-64": Setting((Row(),), "llava_next", with_cache=True),
     "extra": Setting((Row((64, 64, 64)),), with_cache=True),
@@ -286,6 +286,9 @@ def main() -> None:
     if args.memory_of:
         print_memory(*args.memory_of, args.checkpointing)
         return
+    facts = {"torch": torch.__version__, "trl": trl.__version__, "transformers": transformers.__version__}
+    facts |= {"threads": 1, "cores": os.cpu_count(), "load": os.getloadavg(), "pairs": args.pairs}
+    facts["checkpointing"] = args.checkpointing
     results = []
     for name in args.rows:
         result = measure(name, args.pairs, args.checkpointing, not args.no_memory)
@@ -295,12 +298,9 @@ def main() -> None:
             f"{shown(result.get('speedup_of_cache'))} times more; peak memory {result.get('peak_mib', '-')}",
             flush=True,
         )
-    if args.output:
-        facts = {"torch": torch.__version__, "trl": trl.__version__, "transformers": transformers.__version__}
-        facts |= {"threads": 1, "cores": os.cpu_count(), "load": os.getloadavg()}
-        facts["checkpointing"] = args.checkpointing
-        args.output.write_text(json.dumps({"settings": facts, "results": results}, indent=2) + "\n")
-        args.output.with_suffix(".md").write_text(table(results, facts))
+        if args.output:
+            args.output.write_text(json.dumps({"settings": facts, "results": results}, indent=2) + "\n")
+            args.output.with_suffix(".md").write_text(table(results, facts))
 
 
 def table(results: list[dict], facts: dict) -> str:
@@ -308,14 +308,14 @@ def table(results: list[dict], facts: dict) -> str:
     lines = [
         "# Speed of a DPO step",
         "",
-        f"A whole optimiser step beside one of plain TRL {facts['trl']}: median of {len(results[0]['seconds_trl'])} "
+        f"A whole optimiser step beside one of plain TRL {facts['trl']}: median of {facts['pairs']} "
         "paired steps (least to most), in CPU seconds. The limit counts the tokens that the language model computes: "
         "TRL's with padding, ours without it and with each prompt once. Images that are seen once come on top, which "
         f"is how a ratio can exceed it. {facts['threads']} thread, torch {facts['torch']}, gradient checkpointing "
         f"{'on' if facts['checkpointing'] else 'off'}, models of width 384 and six layers with random weights. "
         '"Variable length" is the path of FlashAttention, with kernels for the CPU that call SDPA for one sequence '
         "after the other, in both trainers: no GPU was there. "
-        "`python -m benchmarks.speed.dpo_speed --pairs 5 --output docs/results/dpo_speed.json`",
+        f"`python -m benchmarks.speed.dpo_speed --pairs {facts['pairs']} --output docs/results/dpo_speed.json`",
         "",
         "| batch | tokens TRL | tokens ours | faster | limit | cached reference | MiB TRL, ours, cached |",
         "|---|---|---|---|---|---|---|",

@@ -168,5 +168,5 @@ def _flat(slots: Packing, device: torch.device) -> Flat:
     keys = torch.cat([slots.target[one.sequence, one.start : one.end] for one in slots.segments])
     queries = [one.queries for one in slots.segments]
     counts = [one.keys for one in slots.segments]
-    ends = [torch.tensor([0, *lengths]).cumsum(0).int().to(device) for lengths in (queries, counts)]
-    return Flat(keys.to(device), *ends, max(queries), max(counts))
+    query_ends, key_ends = (torch.tensor([0, *lengths]).cumsum(0).int().to(device) for lengths in (queries, counts))
+    return Flat(keys.to(device), query_ends, key_ends, max(queries), max(counts))

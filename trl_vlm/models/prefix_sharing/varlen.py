@@ -97,8 +97,8 @@ def _agrees_with_sdpa(device: torch.device, dtype: torch.dtype, heads: int, key_
     weights = torch.randn(shapes[0], generator=generator).to(device, dtype)
     # A prompt of 5 tokens with replies of 4 and 3.
     keys = torch.tensor([*range(5), *range(9), *range(5), 9, 10, 11], device=device)
-    ends = [torch.tensor(places, dtype=torch.int32, device=device) for places in ([0, 5, 9, 12], [0, 5, 14, 22])]
-    flat = Flat(keys, *ends, 5, 9)
+    query_ends = torch.tensor([0, 5, 9, 12], dtype=torch.int32, device=device)
+    flat = Flat(keys, query_ends, torch.tensor([0, 5, 14, 22], dtype=torch.int32, device=device), 5, 9)
     column = torch.tensor([*range(9), 5, 6, 7], device=device)
     reply = torch.tensor([0] * 5 + [1] * 4 + [2] * 3, device=device)
     is_seen = (column[:, None] >= column) & ((reply == 0) | (reply[:, None] == reply))

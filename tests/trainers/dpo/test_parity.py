@@ -41,7 +41,7 @@ def test_ten_steps_on_text_equal_trl(family, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "paligemma"])
-def test_without_sharing_the_numbers_are_trls_to_rounding(family, tmp_path):
+def test_without_sharing_the_numbers_are_trls_to_the_last_digit(family, tmp_path):
     compare(tmp_path, family, tolerance=EXACT)
 
 

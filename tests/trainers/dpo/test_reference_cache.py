@@ -182,7 +182,7 @@ def test_an_image_of_an_unknown_kind_cannot_be_hashed():
 def test_a_second_start_with_a_full_cache_reads_no_row(tmp_path, monkeypatch):
     make(DPOTrainer, DPOConfig, tmp_path, reference_cache=tmp_path / "cache")
     hashed = []
-    monkeypatch.setattr(reference_cache, "reply_keys", lambda row: hashed.append(row) or reply_keys(row))
+    monkeypatch.setattr(reference_cache, "reply_keys", lambda *given: hashed.append(given) or reply_keys(*given))
     again = make(DPOTrainer, DPOConfig, tmp_path, reference_cache=tmp_path / "cache")
     assert not hashed and len(again.data_collator.reference.__self__.log_probs) == 8
     (kept,) = (tmp_path / "cache").glob("keys-*.json")

@@ -141,7 +141,7 @@ def push(options: argparse.Namespace) -> None:
 
     output = Path(options.output)
     card = (output / "README.md" if output.is_dir() else output.with_suffix(".md")).read_text(encoding="utf-8")
-    entry = SOURCES[OLD_METHODS.get(options.method, options.method)]
+    entry = SOURCES[options.method]
     paper = f" Paper: [{entry.paper}](https://huggingface.co/papers/{entry.paper})." if entry.paper else ""
     card = (
         f"{without_folders(card, progress_of(output).identity)}\n## Method\n\n`{entry.name}`: {entry.help}.{paper}\n"

@@ -42,9 +42,9 @@ RUNS = {
     "DPO, LoRA": ("dpo", "medium", [*LORA, *NO_CHECKPOINTING, "--per_device_train_batch_size", "1", *PLAIN]),
     "PPO, LoRA, roles on one base": (
         "ppo",
-        "medium",
+        "small",
         [
-            *(*LORA, *CHECKPOINTING, "--per_device_train_batch_size", "4", "--num_ppo_epochs", "1"),
+            *(*LORA, *CHECKPOINTING, "--per_device_train_batch_size", "2", "--num_ppo_epochs", "1"),
             *("--max_completion_length", str(REPLY), "--reward_funcs", "benchmarks.memory.estimate_accuracy.letters"),
         ],
     ),

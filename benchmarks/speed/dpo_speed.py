@@ -315,6 +315,7 @@ def table(results: list[dict], facts: dict) -> str:
         f"{'on' if facts['checkpointing'] else 'off'}, models of width 384 and six layers with random weights. "
         '"Variable length" is the path of FlashAttention, with kernels for the CPU that call SDPA for one sequence '
         "after the other, in both trainers: no GPU was there. "
+        f"Load when it began: {facts['load'][0]:.0f} on {facts['cores']} cores. {facts.get('note', '')}"
         f"`python -m benchmarks.speed.dpo_speed --pairs {facts['pairs']} --output docs/results/dpo_speed.json`",
         "",
         "| batch | tokens TRL | tokens ours | faster | limit | cached reference | MiB TRL, ours, cached |",

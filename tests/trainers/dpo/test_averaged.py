@@ -95,7 +95,7 @@ def test_the_chosen_reply_is_counted_and_computed_once(tmp_path):
         lambda _, args: seen.append(args[0].shape[0])
     )
     (entry,) = logs(trainer)
-    assert seen == [2]
+    assert len(seen) == 1 and seen[0] <= 2  # one pass: a sequence for each row, or one for both
     assert entry["num_tokens"] == batch["attention_mask"].sum()
 
 

@@ -110,6 +110,9 @@ TRAININGS = {
 }
 
 
+FROZEN = {"freeze_vision_tower": True, "beta": 0.1, "num_iterations": 2}
+
+
 def assert_trained_alike(one, other, start):
     logs = [logged(trainer) for trainer in (one, other)]
     assert len(logs[0]["loss"]) == 3
@@ -146,6 +149,20 @@ def test_rows_with_and_without_images_train_as_without_sharing(method, family, t
             start = weights(trainers[0])
         trainers[-1].train()
     assert_trained_alike(*trainers, start)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "idefics3"])
+def test_a_frozen_tower_sees_an_image_once_in_a_rollout_of_groups(family, tmp_path):
+    """Features of images are kept, and those of a prompt go to its replies once."""
+    trainers, towers = [], []
+    for share in (False, True):
+        trainers.append(make("GRPO", tmp_path, family, share_prefix=share, **FROZEN))
+        start = weights(trainers[-1])
+        towers.append(count_tower_passes(trainers[-1].model))
+        trainers[-1].train()
+    assert_trained_alike(*trainers, start)
+    assert towers[0] and sum(towers[1]) <= sum(towers[0])
 
 
 @pytest.mark.slow

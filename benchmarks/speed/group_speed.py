@@ -201,12 +201,12 @@ def table(results: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         "# Speed of an update with shared groups",
         "",
         "A whole optimizer step on one micro-batch, in CPU seconds: median of "
-        f"{len(results[0]['seconds_plain'])} paired steps (least to most). GRPO and RLOO stand beside TRL's own, "
+        f"{_numbers(results)} paired steps (least to most). GRPO and RLOO stand beside TRL's own, "
         "PPO beside ours with `share_prefix=False`; scoring is the reward function, image preprocessing included. The "
         "limit counts the tokens that need not be computed in the language model; an image that the vision tower sees "
         "once comes on top, which is how a ratio can exceed it. One reply to a prompt (two prompts) shares nothing. "
         f"TRL's head scores the replies alone on both sides, as on a GPU. {facts['threads']} thread, torch "
-        f"{facts['torch']}, TRL {facts['trl']}, a random model of width 384 and six layers. "
+        f"{facts['torch']}, TRL {facts['trl']}, a random model of width 384 and six layers. Other programs ran on the same two cores. "
         "`python -m benchmarks.speed.group_speed --pairs 3 --output docs/results/group_speed.json`",
         "",
         "| method | replies | prompt + reply tokens | seconds plain, shared | faster | asked for | limit |",
@@ -221,6 +221,11 @@ def table(results: list[dict[str, Any]], facts: dict[str, Any]) -> str:
             f"| {result['asked'] or ''} | {result['limit']:.2f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _numbers(results: list[dict[str, Any]]) -> str:
+    """How many steps were compared, at least and at most."""
+    return " to ".join(map(str, sorted({len(result["seconds_plain"]) for result in results})))
 
 
 def compact_head(device: torch.device) -> bool:

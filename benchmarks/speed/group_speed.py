@@ -206,7 +206,8 @@ def table(results: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         "limit counts the tokens that need not be computed in the language model; an image that the vision tower sees "
         "once comes on top, which is how a ratio can exceed it. One reply to a prompt (two prompts) shares nothing. "
         f"TRL's head scores the replies alone on both sides, as on a GPU. {facts['threads']} thread, torch "
-        f"{facts['torch']}, TRL {facts['trl']}, a random model of width 384 and six layers. Other programs ran on the same two cores. "
+        f"{facts['torch']}, TRL {facts['trl']}, a random model of width 384 and six layers. "
+        "Other programs ran on the same two cores. "
         "`python -m benchmarks.speed.group_speed --pairs 3 --output docs/results/group_speed.json`",
         "",
         "| method | replies | prompt + reply tokens | seconds plain, shared | faster | asked for | limit |",

@@ -210,7 +210,7 @@ def table(results: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         "Other programs ran on the same two cores. "
         "`python -m benchmarks.speed.group_speed --pairs 3 --output docs/results/group_speed.json`",
         "",
-        "| method | replies | prompt + reply tokens | seconds plain, shared | faster | asked for | limit |",
+        "| method | replies | prompt + reply tokens | seconds plain, shared | faster | target | limit |",
         "|---|---|---|---|---|---|---|",
     ]
     for result in results:
@@ -254,7 +254,7 @@ def main() -> None:
         print(
             f"{case.method}, {case.replies} replies, {case.prompt_tokens} + {case.reply_tokens} tokens: "
             f"{speedup['median']:.2f} times ({speedup['least']:.2f} to {speedup['most']:.2f}), "
-            f"asked for {case.asked}, limit {case.limit:.2f}",
+            f"target {case.asked}, limit {case.limit:.2f}",
             flush=True,
         )
         if args.output:

@@ -3,6 +3,8 @@
 import gc
 import os
 
+import pytest
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -26,8 +28,12 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Marks tests that run for one model family each, and leaves out those of other families than asked for."""
+    """Marks tests that run for one model family each, and leaves out those of other families than asked for.
+
+    Slow ones of other families than the quick ones are for the night.
+    """
     if not any(hasattr(item, "callspec") for item in items):
         return
     # They import transformers: not before the environment is set.
@@ -42,6 +48,8 @@ def pytest_collection_modifyitems(config, items):
         if family is None:
             continue
         item.add_marker("family_grid")
+        if item.get_closest_marker("slow") and family not in QUICK_FAMILIES:
+            item.add_marker("nightly")
         if config.getoption("--families") == "quick" and family not in QUICK_FAMILIES:
             left_out.append(item)
     if left_out:

@@ -71,7 +71,7 @@ def save(folder: Path, shape: str) -> None:
 
 
 def words_of(name: str, folder: Path, shape: str) -> list[str]:
-    """The words behind `trl-vlm <method>`."""
+    """The words of a command that trains, behind `trl-vlm`."""
     script, _, options = RUNS[name]
     rows = "prompts" if script == "ppo" else "pairs"
     data = ["--dataset_name", str(folder / f"{rows}.parquet"), "--output_dir", str(folder / f"{script}_{shape}")]

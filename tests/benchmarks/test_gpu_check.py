@@ -15,6 +15,7 @@ def run(*options):
     return subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_parts_report_what_they_measured(tmp_path):
     output = tmp_path / "report.json"

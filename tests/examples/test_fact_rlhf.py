@@ -113,6 +113,8 @@ def test_the_command_the_callback_and_the_example_report_the_same_numbers(finish
     assert logged == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.nightly
+@pytest.mark.slow
 def test_the_arms_run_side_by_side_with_the_result_of_one_after_the_other(finished, tmp_path):
     in_turn = run(tmp_path, "--side_by_side", "False")
     assert metrics(tmp_path) == metrics(finished)

@@ -64,7 +64,8 @@ def random_moments(run: str, moments: list[Moment]) -> list[Moment]:
             return chosen
 
 
-@pytest.mark.parametrize("run", [*KILLS, pytest.param(ONE_BASE, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("run", [*KILLS, ONE_BASE])
 def test_a_run_killed_at_random_moments_sees_the_rows_and_ends_with_the_weights_of_an_uninterrupted_one(
     run, processes, tmp_path
 ):

@@ -120,7 +120,7 @@ def _why_not_alike(parts: Sequence[nn.Module | nn.Parameter]) -> str | None:
                     '`target_modules="language-model"` leaves both alone'
                 )
             if _draws(module):
-                return f"its vision tower or projector has dropout ({name}), which draws anew each time"
+                return f"its vision tower or projector has dropout ({name}), which draws again each time"
             if isinstance(module, _BatchNorm):
                 return f"its vision tower normalizes over the batch ({name})"
         trained = next((name for name, parameter in part.named_parameters() if parameter.requires_grad), None)

@@ -95,7 +95,7 @@ class FeaturesPerBatch(Trainer):
 
 
 class FeaturesPerRollout(Trainer):
-    """Encodes an image once for generation, scores and all passes over a rollout: a mixin before TRL's trainer."""
+    """Encodes an image once for generation, scores and every pass through a rollout: a mixin before TRL's trainer."""
 
     accelerator: Accelerator
     args: Any

@@ -233,7 +233,7 @@ def why_no_shared_prefix(
     reasons = {
         "`share_prefix` is off": not args.share_prefix,
         "the data collator is not the trainer's own": own_collator,
-        "`torch_compile` would compile anew for each packed batch": args.torch_compile,
+        "`torch_compile` would compile again for each packed batch": args.torch_compile,
         "the adapter puts virtual tokens before the prompt": virtual_tokens,
         **further,
     }

@@ -103,6 +103,7 @@ def test_under_fsdp2_in_bfloat16_log_probabilities_are_not_rounded(tmp_path):
     assert wanted["loss"][-1] < wanted["loss"][0]
 
 
+@pytest.mark.nightly
 @pytest.mark.distributed
 def test_two_processes_encode_an_image_once_and_give_the_same_losses_to_the_last_digit(tmp_path):
     report = {}

@@ -86,5 +86,5 @@ def test_a_model_that_cannot_share_takes_the_plain_path_and_says_so_once(tmp_pat
     trainer = make(DPOTrainer, DPOConfig, tmp_path, model_init_kwargs={"attn_implementation": "flex_attention"})
     messages = [record.getMessage() for record in caplog.records if "computed once per reply" in record.getMessage()]
     assert len(messages) == 1
-    assert "'flex_attention' takes no mask" in messages[0]
+    assert "'flex_attention' is not known to keep the replies apart" in messages[0]
     assert not trainer.data_collator.shares_prefix

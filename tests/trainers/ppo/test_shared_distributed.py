@@ -32,7 +32,7 @@ def single(models, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "kind", ["ddp", "zero2", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("zero3", "fsdp2"))]
+    "kind", ["ddp", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("zero2", "zero3", "fsdp2"))]
 )
 def test_ten_steps_on_two_processes_are_those_of_one(kind, models, single, tmp_path):
     expected, weights = single

@@ -58,8 +58,8 @@ class ImageOptions(Base):
         default=None,
         metadata={
             "help": "Image side of preference with the published weights of 'mdpo' (an image pair and an anchor, 1 "
-            "each), 'chip' (the image pair inside one sigmoid, segments weighted 4, noise) or 'opa' (0.2, 30 % of the "
-            "image hidden, an anchor).",
+            "each), 'chip' (the image pair inside one sigmoid, segments weighted 4, noise) or 'opa' (0.2, 30 percent "
+            "of the image hidden, an anchor).",
             "choices": list(PRESETS),
         },
     )

@@ -90,8 +90,8 @@ def test_the_image_pair_of_two_processes_is_that_of_one(kind, options, single, t
     for name, values in wanted.items():
         assert_close(report[name][0], values[0], rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
         # With all weights, later steps of FSDP2 differ by a thousandth, also without the image pair; see docs/log.md.
-        bound = 5e-3 if kind == "fsdp2" else 1e-3
-        assert_close(report[name], values, rtol=bound, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        rtol, atol = (5e-3, 1e-2) if kind == "fsdp2" else (1e-3, 1e-4)
+        assert_close(report[name], values, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
     assert wanted["image/loss"][-1] < wanted["image/loss"][0]
 
 

@@ -49,6 +49,7 @@ def launch(
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # hundreds of them would hide the error
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(
@@ -60,7 +61,7 @@ def launch(
         timeout=TIMEOUT_SECONDS,
     )
     assert done.returncode == 0, (
-        f"{kind} with {processes} processes failed:\n{done.stdout[-12000:]}\n{done.stderr[-12000:]}"
+        f"{kind}, {processes} processes: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     )
     report = json.loads((folder / "report.json").read_text())
     assert report["processes"] == processes, f"{kind}: {report['processes']} processes ran, not {processes}"
@@ -141,6 +142,8 @@ def _run(task: Path) -> None:
     }
     if accelerator.is_main_process:
         (Path(description["folder"]) / "report.json").write_text(json.dumps(report))
+    accelerator.wait_for_everyone()
+    accelerator.state.destroy_process_group()  # a process that exits with the group open can take the other one along
 
 
 if __name__ == "__main__":

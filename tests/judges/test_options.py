@@ -57,6 +57,7 @@ def test_every_kind_of_judge_is_made(tmp_path, monkeypatch):
         "local": JudgeOptions(judge_model=str(saved("llava")), both_orders=False),
         "endpoint": JudgeOptions(endpoint=SERVER, judge_model="m", cache=None),
         "reward": JudgeOptions(reward_model="folder", min_gap=0.5),
+        "claims": JudgeOptions(judge="claims", endpoint=SERVER, judge_model="m", cache=None),
     }
     assert given.keys() == JUDGES.keys()
     for name, options in given.items():
@@ -64,6 +65,8 @@ def test_every_kind_of_judge_is_made(tmp_path, monkeypatch):
         assert type(judge) is type(same)
         if name == "reward":
             assert isinstance(judge, RewardJudge) and judge.min_gap == 0.5 and judge.reward_func([], []) == ["folder"]
+        elif name == "claims":
+            assert isinstance(judge.checker.chat, EndpointChat)
         else:
             assert type(judge.chat) is {"local": LocalChat, "endpoint": EndpointChat}[name]
             assert judge.both_orders == options.both_orders
@@ -74,7 +77,7 @@ def test_every_kind_of_judge_is_made(tmp_path, monkeypatch):
     [
         ({}, "Set exactly one"),
         ({"judge_model": "m", "reward_model": "r"}, "Set exactly one"),
-        ({"judge": "oracle"}, "`judge` is 'oracle'. It must be one of local, endpoint, reward"),
+        ({"judge": "oracle"}, "`judge` is 'oracle'. It must be one of local, endpoint, reward, claims"),
         ({"judge": "endpoint", "judge_model": "m"}, "needs an address"),
         ({"judge": "local", "endpoint": SERVER, "judge_model": "m"}, "does not ask an endpoint"),
         ({"judge": "reward"}, "needs a reward model"),

@@ -98,6 +98,7 @@ def pair_judge(options: argparse.Namespace) -> "PairJudge":
     """The judge that the options describe, once it has been seen to be there."""
     from trl_vlm.evaluation.judges import PairJudge
     from trl_vlm.evaluation.scoring import JudgeName
+    from trl_vlm.judges.claims import claim_form
     from trl_vlm.judges.pairwise import pairwise_form
     from trl_vlm.models.place import place_of
     from trl_vlm.models.reward_model import check_reward_head
@@ -114,7 +115,9 @@ def pair_judge(options: argparse.Namespace) -> "PairJudge":
         return PairJudge(name, chosen.make, both_orders=False)
     if chosen.judge_model is None:
         raise ValueError(f"the judge {kind!r} needs a model. Set `--judge-model`.")
-    form = pairwise_form(both_orders=chosen.both_orders, show_ground_truth=chosen.show_ground_truth)
+    both_orders = chosen.both_orders and kind != "claims"
+    form = pairwise_form(both_orders=both_orders, show_ground_truth=chosen.show_ground_truth)
+    if kind == "claims":
+        form = claim_form(writer=chosen.claim_writer, threshold=chosen.claim_threshold, min_gap=chosen.min_gap)
     source = judge_source(options)  # asks an endpoint whether it is there
-    name = JudgeName(source.name, source.revision, form)
-    return PairJudge(name, chosen.make, both_orders=chosen.both_orders)
+    return PairJudge(JudgeName(source.name, source.revision, form), chosen.make, both_orders=both_orders)

@@ -24,6 +24,7 @@ from trl_vlm.evaluation.scoring import JudgeName
 from trl_vlm.evaluation.statistics import intervals
 from trl_vlm.evaluation.subjects import Subject
 from trl_vlm.judges.chat import CUT_OFF, EMPTY
+from trl_vlm.judges.claims import AS_MANY, NO_LIST, UNDECIDED
 from trl_vlm.judges.judge import Comparison, Judge, Verdict
 from trl_vlm.judges.pairwise import EQUAL, NEITHER, NO_VERDICT, ORDER
 from trl_vlm.judges.reward import EQUAL_REWARDS, NO_REWARD
@@ -38,13 +39,16 @@ REASONS = {
     EQUAL: "neither",
     EQUAL_REWARDS: "neither",
     NO_REWARD: "neither",
+    AS_MANY: "neither",
     NO_VERDICT: "unparsed",
+    NO_LIST: "unparsed",
+    UNDECIDED: "unparsed",
     CUT_OFF: "cut_off",
     EMPTY: "unparsed",
 }
 FAILED = "no_answer"
 # Answers that asking again would not change.
-FINAL = (ORDER, NEITHER, EQUAL, EQUAL_REWARDS, NO_REWARD, NO_VERDICT)
+FINAL = (ORDER, NEITHER, EQUAL, EQUAL_REWARDS, NO_REWARD, AS_MANY, NO_VERDICT, NO_LIST)
 METRICS = (
     Metric("accuracy_decided", "accuracy over decided pairs", better="higher"),
     Metric("undecided", "undecided", better="lower"),

@@ -1,10 +1,11 @@
 """Language models that answer the requests of judges and of `Corrupted`, wherever the model runs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from typing import Any, NamedTuple, Protocol
 
 from accelerate import PartialState
+from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from trl_vlm.data.encoding import prompt_batches
@@ -88,6 +89,17 @@ class LocalChat:
 
     def __call__(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer per request."""
+        replies = generated(
+            Policy(self.model, self.processor),
+            self.prompts(requests),
+            max_new_tokens=self.max_new_tokens,
+            # Under ZeRO-3 `generate` would wait for the other processes, which may have nothing to ask.
+            synced_gpus=False,
+        )
+        return [answer(reply.text) if reply.is_finished else Answer(None, CUT_OFF) for reply in replies]
+
+    def prompts(self, requests: Sequence[Request]) -> Iterator[dict[str, Tensor]]:
+        """The requests as the model reads them, `batch_size` at a time; the model moves to this process's device."""
         # transformers sets `hf_device_map` on models that it placed itself, quantized ones among them.
         if getattr(self.model, "hf_device_map", None) is None:
             moved(self.model, PartialState().device)
@@ -97,14 +109,7 @@ class LocalChat:
             for text, request in zip(texts, requests, strict=True)
         ]
         names = [request.name for request in requests]
-        replies = generated(
-            Policy(self.model, self.processor),
-            prompt_batches(self.processor, rows, batch_size=self.batch_size, names=names),
-            max_new_tokens=self.max_new_tokens,
-            # Under ZeRO-3 `generate` would wait for the other processes, which may have nothing to ask.
-            synced_gpus=False,
-        )
-        return [answer(reply.text) if reply.is_finished else Answer(None, CUT_OFF) for reply in replies]
+        return prompt_batches(self.processor, rows, batch_size=self.batch_size, names=names)
 
 
 def answer(text: str | None) -> Answer:

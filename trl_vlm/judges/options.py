@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from trl_vlm.judges.chat import Chat, LocalChat
+from trl_vlm.judges.claims import ChatClaimChecker, ClaimJudge, LocalClaimChecker, RewrittenClaims
 from trl_vlm.judges.endpoint import EndpointChat
 from trl_vlm.judges.judge import Judge
 from trl_vlm.judges.pairwise import PairwiseJudge
 from trl_vlm.judges.reward import RewardJudge
+from trl_vlm.rewards.claims import sentence_claims
 from trl_vlm.rewards.reward_model import RewardModelReward
 
 ANSWERS = "~/.cache/trl_vlm/answers"
@@ -69,7 +71,10 @@ class ChatOptions:
     )
     cache: str | None = field(
         default=ANSWERS,
-        metadata={"help": "Folder of the endpoint's answers. An answer that is there is not asked for again."},
+        metadata={
+            "help": "Folder of answers of the endpoint, and of claims that were checked on this machine. What is "
+            "there is not asked for again."
+        },
     )
     chat_batch_size: int = field(default=8, metadata={"help": "Requests at once to a model without endpoint."})
 
@@ -175,11 +180,31 @@ def _reward_judge(options: "JudgeOptions") -> Judge:
     return RewardJudge(RewardModelReward(options.reward_model), options.min_gap)
 
 
+def _claim_judge(options: "JudgeOptions") -> Judge:
+    if options.judge_model is None:
+        raise ValueError("The judge 'claims' needs a model that sees images. Set `judge_model`.")
+    splitter = sentence_claims if options.claim_writer is None else RewrittenClaims(options.chat(options.claim_writer))
+    return ClaimJudge(_claim_checker(options, options.judge_model), splitter, min_gap=options.min_gap)
+
+
+def _claim_checker(options: "JudgeOptions", model: str) -> ChatClaimChecker | LocalClaimChecker:
+    if options.endpoint is not None:
+        return ChatClaimChecker(options.chat(model))
+    return LocalClaimChecker(
+        model,
+        threshold=options.claim_threshold,
+        batch_size=options.chat_batch_size,
+        cache=None if options.cache is None else Path(options.cache).expanduser(),
+        dtype="auto",
+    )
+
+
 # Name -> what makes the judge of the options.
 JUDGES: dict[str, Callable[["JudgeOptions"], Judge]] = {
     "local": _local_judge,
     "endpoint": _endpoint_judge,
     "reward": _reward_judge,
+    "claims": _claim_judge,
 }
 
 
@@ -190,8 +215,9 @@ class JudgeOptions(ChatOptions):
     judge: str | None = field(
         default=None,
         metadata={
-            "help": "Kind of judge: local (a vision-language model on this machine), endpoint (one behind an address) "
-            "or reward (a reward model). Without it, the other options decide.",
+            "help": "Kind of judge: local (a vision-language model on this machine), endpoint (one behind an "
+            "address), reward (a reward model), or claims (a model, here or behind the address, that checks each "
+            "claim of a reply against the image). Without it, the other options decide between the first three.",
             "choices": tuple(JUDGES),
         },
     )
@@ -207,7 +233,23 @@ class JudgeOptions(ChatOptions):
     show_ground_truth: bool = field(
         default=False, metadata={"help": "Show the judge the row's facts and its reference reply."}
     )
-    min_gap: float = field(default=0.0, metadata={"help": "Rewards that differ by this much or less are no decision."})
+    min_gap: float = field(
+        default=0.0,
+        metadata={"help": "Rewards, or numbers of wrong claims, that differ by this much or less are no decision."},
+    )
+    claim_writer: str | None = field(
+        default=None,
+        metadata={
+            "help": "With the judge claims: model that writes down the claims of a reply, a folder or hub id, or its "
+            "name at the endpoint. Without it each sentence is a claim."
+        },
+    )
+    claim_threshold: float = field(
+        default=0.5,
+        metadata={
+            "help": "With the judge claims on this machine: a claim is true if P(yes) / (P(yes) + P(no)) is above."
+        },
+    )
 
     def make(self) -> Judge:
         """The judge."""

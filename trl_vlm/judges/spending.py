@@ -46,9 +46,17 @@ class Spending:
 
 
 def spending_of(asking: object) -> Spending:
-    """What a chat, or a judge or a pair source that asks one, has spent; nothing where no endpoint is asked."""
+    """What a chat, or a judge or a pair source that asks chats, has spent; nothing where no endpoint is asked."""
+    return sum(_spendings(asking).values(), Spending())
+
+
+def _spendings(asking: object) -> dict[int, Spending]:
+    """By the identity of the chat: a judge may ask one for two purposes."""
     spent = getattr(asking, "spending", None)
     if isinstance(spent, Spending):
-        return spent
-    inside = (getattr(asking, name, None) for name in ("chat", "judge", "first", "second"))
-    return sum((spending_of(part) for part in inside if part is not None), Spending())
+        return {id(asking): spent}
+    found: dict[int, Spending] = {}
+    for name in ("chat", "judge", "checker", "splitter", "first", "second"):
+        part = getattr(asking, name, None)
+        found |= {} if part is None else _spendings(part)
+    return found

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from trl_vlm.models.loading import is_adapted
 
@@ -153,11 +154,7 @@ def generated_batches(
     count = 0
     with generating(model), _plain(model, config), _draws(model, seed):
         for batch in batches:
-            if not batch["attention_mask"][:, -1].all():
-                raise ValueError(
-                    "Prompts to be continued must be padded on the left; encode with padding_side='left'."
-                )
-            inputs = {name: value.to(model.device) for name, value in batch.items()}
+            inputs = _prompts(batch, model)
             sequences = range(count, count + len(batch["input_ids"]))
             count = sequences.stop
             output = cast(_Generative, model).generate(
@@ -169,6 +166,38 @@ def generated_batches(
             )
             new = output[:, batch["input_ids"].size(1) :].tolist()  # (B, tokens)
             yield [reply_of(tokens, config.eos_token_id or [], policy.processor) for tokens in new]
+
+
+def first_token_log_probs(policy: Policy, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Tensor]:
+    """Log-probabilities of each reply's first token, (B, V) in float32 on the CPU, a batch at a time.
+
+    Args:
+        policy: As for `generated`.
+        batches: As for `generated`.
+
+    Raises:
+        ValueError: A batch is padded on the right.
+    """
+    model = policy.model
+    config = _plain_config(policy, 1, 0.0)
+    with generating(model), _plain(model, config):
+        for batch in batches:
+            output = cast(_Generative, model).generate(
+                **_prompts(batch, model),
+                generation_config=config,
+                output_logits=True,
+                return_dict_in_generate=True,
+                synced_gpus=False,  # nobody waits for a process that asks about fewer claims
+            )
+            (logits,) = cast(GenerateDecoderOnlyOutput, output).logits or ()
+            yield logits.float().log_softmax(-1).cpu()
+
+
+def _prompts(batch: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """A batch of prompts on the model's device."""
+    if not batch["attention_mask"][:, -1].all():
+        raise ValueError("Prompts to be continued must be padded on the left; encode with padding_side='left'.")
+    return {name: value.to(model.device) for name, value in batch.items()}
 
 
 def ends_of_reply(

@@ -3,6 +3,15 @@
 from trl_vlm.data.answers import option_letter, yes_or_no
 from trl_vlm.data.messages import reply_text
 from trl_vlm.rewards.checks import checked
+from trl_vlm.rewards.claims import (
+    Claim,
+    ClaimChecker,
+    ClaimQuestion,
+    ClaimReward,
+    ClaimVerdict,
+    ReplyClaims,
+    sentence_claims,
+)
 from trl_vlm.rewards.ends import MissingEOSPenalty, cut_after_first, has_end, question_mark_ids
 from trl_vlm.rewards.fact_rlhf import FactRLHFReward
 from trl_vlm.rewards.length import LengthTerm
@@ -13,10 +22,16 @@ from trl_vlm.rewards.reward_model import RewardModelReward
 from trl_vlm.rewards.symbolic import SymbolicCorrectness
 
 __all__ = [
+    "Claim",
+    "ClaimChecker",
+    "ClaimQuestion",
+    "ClaimReward",
+    "ClaimVerdict",
     "FactRLHFReward",
     "LengthTerm",
     "MissingEOSPenalty",
     "RemoteReward",
+    "ReplyClaims",
     "RewardFunction",
     "RewardModelReward",
     "RewardStatistics",
@@ -29,5 +44,6 @@ __all__ = [
     "option_letter",
     "question_mark_ids",
     "reply_text",
+    "sentence_claims",
     "yes_or_no",
 ]

@@ -11,13 +11,13 @@ from transformers import StoppingCriteriaList
 from tests import families
 from trl_vlm.data.encoding import encode
 from trl_vlm.data.rows import ROW_NAME
+from trl_vlm.data.sentences import sentence_end
 from trl_vlm.models.continuation.continuations import Continuations
 from trl_vlm.models.image_tokens import image_token_mask
 from trl_vlm.models.masked_images import draw_hidden, masked_inputs
 from trl_vlm.pairs import BDHS, CombinedRejected, MixedPairs, Policy, SentenceEncoder
 from trl_vlm.pairs.bdhs import bdhs
 from trl_vlm.pairs.bdhs.guided import cut_sentences
-from trl_vlm.pairs.bdhs.sentences import sentence_end
 from trl_vlm.pairs.draws import Draws
 from trl_vlm.pairs.reply_tokens import ReplyTokens
 from trl_vlm.pairs.source import Deferred, finish_pairs, make_pairs

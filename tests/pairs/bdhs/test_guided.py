@@ -5,8 +5,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests import families
+from trl_vlm.data.sentences import sentence_end
 from trl_vlm.pairs.bdhs.guided import cut_sentences, joined
-from trl_vlm.pairs.bdhs.sentences import sentence_end
 from trl_vlm.pairs.draws import Draws
 from trl_vlm.pairs.reply_tokens import ReplyTokens, added_text
 

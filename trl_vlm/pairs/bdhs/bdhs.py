@@ -77,7 +77,7 @@ class BDHS:
 
     Source: arXiv:2407.02477, section 5, eq. 6 and 7, Algorithm 1.
     Differs: the paper does not specify positions (kept), the temperature (1), the splitter and the unit of cuts
-    (`pairs.bdhs.sentences`; one word at least stays and one goes, and a sentence of one word is regenerated). A
+    (`data.sentences`; one word at least stays and one goes, and a sentence of one word is regenerated). A
     reference without any sentence end is one sentence. Yes and no are swapped at word boundaries only, and the
     cut is never before the swapped word.
     """

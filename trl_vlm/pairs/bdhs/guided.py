@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from trl_vlm.data.sentences import first_sentence, maybe_swapped, pivots, sentence_end, split_sentences
 from trl_vlm.models.continuation.continuations import Continuation
-from trl_vlm.pairs.bdhs.sentences import first_sentence, maybe_swapped, pivots, sentence_end, split_sentences
 from trl_vlm.pairs.draws import Draws
 from trl_vlm.pairs.reply_tokens import ReplyTokens, added_text
 

@@ -9,8 +9,8 @@ from typing import ClassVar, Protocol, cast
 from accelerate import PartialState
 from torch import Tensor
 
+from trl_vlm.data.sentences import split_sentences
 from trl_vlm.models.unsharded import unsharded_loading
-from trl_vlm.pairs.bdhs.sentences import split_sentences
 
 DEFAULT_ENCODER = "sentence-transformers/all-mpnet-base-v2"
 

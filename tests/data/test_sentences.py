@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from trl_vlm.pairs.bdhs.sentences import (
+from trl_vlm.data.sentences import (
     first_sentence,
     maybe_swapped,
     pivots,

@@ -1,5 +1,6 @@
 import pytest
 
+from trl_vlm.testbed.annotator import Annotator
 from trl_vlm.testbed.datasets import (
     correction_rows,
     preference_rows,
@@ -113,6 +114,38 @@ def test_corrected_replies_name_no_absent_object_and_differ_from_the_models_own(
         assert count_reply(content(row, "rejected"), row["objects"]).hallucinated == 1
         chosen = count_reply(content(row, "chosen"), row["objects"])
         assert (chosen.hallucinated, chosen.correct, chosen.sentences) == (0, 1, 1)
+
+
+def test_an_annotators_rows_have_spans_and_otherwise_the_same_columns(world):
+    plain = correction_rows(world, 12, 0, scripted)
+    marked = correction_rows(world, 12, 0, scripted, annotator=Annotator(noticed=1))
+    assert marked.column_names == [*plain.column_names, "chosen_spans", "rejected_spans"]
+    # Each scripted reply has one sentence: who notices one error notices all.
+    assert marked["chosen"] == plain["chosen"] and marked["rejected"] == plain["rejected"]
+    for row in marked:
+        for column in ("chosen", "rejected"):
+            ((start, end),) = row[f"{column}_spans"]
+            assert content(row, column)[start:end] == content(row, column).split()[-2]
+
+
+def test_examples_with_hidden_cells_come_as_often_as_stated_and_change_no_others(world):
+    plain = [supervised_example(world, 0, index, biased=True) for index in range(400)]
+    mixed = [supervised_example(world, 0, index, biased=True, hidden_share=0.3) for index in range(400)]
+    hidden = [example for example in mixed if example.hidden]
+    assert len(hidden) / 400 == pytest.approx(0.3, abs=0.09)
+    assert sum(len(example.hidden) == 9 for example in hidden) / len(hidden) == pytest.approx(0.5, abs=0.18)
+    assert not any(example.facts for example in hidden)
+    assert [one for one, other in zip(plain, mixed, strict=True) if not other.hidden] == [
+        example for example in mixed if not example.hidden
+    ]
+
+
+def test_hidden_pictures_have_the_usual_partners_in_the_exact_part_too(world):
+    examples = [supervised_example(world, 0, index, biased=False, hidden_share=0.5) for index in range(400)]
+    for is_hidden, expected in ((True, 0.85), (False, 0.5)):
+        scenes = [example.picture.scene.kinds for example in examples if bool(example.hidden) == is_hidden]
+        partners = [world.partner_of[kind] in kinds for kinds in scenes for kind in kinds if kind in world.anchors]
+        assert sum(partners) / len(partners) == pytest.approx(expected, abs=0.1)
 
 
 def test_a_model_that_never_errs_has_nothing_to_correct(world):

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from trl_vlm.models import last_complete_checkpoint
 from trl_vlm.testbed import stream, supervised
 from trl_vlm.testbed.datasets import SupervisedExample, supervised_example
 from trl_vlm.testbed.model import build_model
+from trl_vlm.testbed.sentences import COLORS
 from trl_vlm.testbed.supervised import (
     CaptionTrainer,
     SupervisedCollator,
@@ -160,9 +162,9 @@ def test_each_stage_trains_its_own_parts(world, model, processor, tmp_path):
 def test_the_first_part_of_the_stream_is_exact_and_the_rest_biased(world, model, processor, tmp_path, monkeypatch):
     drawn = {}
 
-    def spy(world, seed, index, *, biased, facts_share):
+    def spy(world, seed, index, *, biased, **shares):
         drawn[index] = biased
-        return supervised_example(world, seed, index, biased=biased, facts_share=facts_share)
+        return supervised_example(world, seed, index, biased=biased, **shares)
 
     monkeypatch.setattr(stream, "supervised_example", spy)
     monkeypatch.setattr(supervised, "cores", lambda: 1)  # or a worker would draw them
@@ -190,6 +192,75 @@ def test_the_towers_loss_by_its_definition(world, model, processor):
             nearness = ((feature - embeddings[target]) ** 2).mean() / power
             losses.append(-scores.log_softmax(0)[target] + 0.3 * nearness)
     torch.testing.assert_close(trainee(pixels, cells)["loss"], torch.stack(losses).mean())
+
+
+def test_the_towers_loss_with_attributes_by_its_definition(model, processor):
+    world = World(attributes=True)
+    pictures = world.pictures(2, 0)
+    batch = stream.TowerCollator(processor, [*world.kinds, "nothing"])(pictures)
+    for row, picture in enumerate(pictures):
+        for thing in picture.scene.objects:
+            size, color, place = batch["attributes"][row, thing.cell].tolist()
+            assert (("small", "large")[size], tuple(COLORS)[color], thing.cell % 3) == (thing.size, thing.color, place)
+    assert (batch["attributes"] >= 0).all(-1).sum() == sum(len(picture.scene.objects) for picture in pictures)
+
+    words = [list(range(10, 10 + len(world.kinds) + 1)), [30, 31], [32, 33, 34, 35], [36, 37, 38]]
+    trainee = TowerTrainee(model, words[0], words[1:])
+    features, table = trainee.features(batch["pixel_values"]), model.get_input_embeddings().weight
+    power = (table[words[0]] ** 2).mean()
+    losses, distances = [[] for _ in words], []
+    for row in range(2):
+        for cell in range(9):
+            feature, target = features[row, cell], 0
+            for group, which in enumerate([batch["cells"][row, cell], *batch["attributes"][row, cell]]):
+                if which >= 0:
+                    scores = torch.stack([8 * (feature * table[word]).sum() / (128 * power) for word in words[group]])
+                    losses[group].append(-scores.log_softmax(0)[which])
+                    target = target + table[words[group][which]]
+            distances.append(((feature - target) ** 2).mean() / power)
+    expected = sum(torch.stack(group).mean() for group in losses) + 0.3 * torch.stack(distances).mean()
+    torch.testing.assert_close(trainee(**batch)["loss"], expected)
+
+
+def test_hidden_cells_change_nothing_in_the_caption_they_are_hidden_from(world, model, processor):
+    first, second, *_ = [supervised_example(world, 0, index, biased=False, facts_share=0) for index in range(2)]
+    hidden = tuple(range(9))
+    examples = [first._replace(hidden=hidden), second]
+    batch = SupervisedCollator(processor)(examples)
+    swapped = SupervisedCollator(processor)([examples[0]._replace(picture=second.picture), second])
+    assert not torch.equal(batch["pixel_values"], swapped["pixel_values"])
+    logits = []
+    for each in (batch, swapped):
+        read = {name: value for name, value in each["captions"].items() if name != "labels"}
+        logits.append(model(**read, pixel_values=each["pixel_values"]).logits)
+    is_reply = batch["captions"]["labels"] != -100
+    torch.testing.assert_close(logits[0][0, is_reply[0]], logits[1][0, is_reply[0]])
+    # What hides nothing is as in a batch without a mask.
+    plain = SupervisedCollator(processor)([second])
+    assert "attention_mask" not in plain["captions"]
+    alone = model(input_ids=plain["captions"]["input_ids"], pixel_values=plain["pixel_values"]).logits
+    torch.testing.assert_close(logits[0][1, is_reply[1]], alone[0, plain["captions"]["labels"][0] != -100])
+
+
+def test_a_folder_made_before_an_option_came_in_has_its_default(trained, world, tmp_path):
+    copy = tmp_path / "old"
+    shutil.copytree(trained, copy)
+    summary = json.loads((copy / "supervised.json").read_text())
+    del summary["world"]["attributes"], summary["settings"]["hidden_share"]
+    (copy / "supervised.json").write_text(json.dumps(summary))
+    assert train_supervised(world, copy, model_seed=1, settings=SHORT, progress=False) == copy
+    with pytest.raises(ValueError, match="differs in settings"):
+        train_supervised(
+            world, copy, model_seed=1, settings=dataclasses.replace(SHORT, hidden_share=0.5), progress=False
+        )
+
+
+def test_a_world_with_attributes_and_hidden_pictures_trains(tmp_path):
+    world, settings = World(attributes=True), dataclasses.replace(SHORT, hidden_share=0.5)
+    folder = train_supervised(world, tmp_path, settings=settings, progress=False)
+    vocabulary = AutoProcessor.from_pretrained(folder).tokenizer.get_vocab()
+    assert {"small", "blue", "middle"} <= vocabulary.keys()
+    assert weights(folder)["model.language_model.embed_tokens.weight"].shape[0] == len(vocabulary)
 
 
 def test_labels_lie_on_replies_alone(world, processor):

@@ -1,9 +1,11 @@
 import functools
+import hashlib
 import math
 
 import numpy as np
 import pytest
 
+from trl_vlm.testbed.sentences import COLORS, SIZES, statements
 from trl_vlm.testbed.world import (
     BACKGROUND,
     CELL_PIXELS,
@@ -188,6 +190,8 @@ def test_a_world_of_other_size_works():
     [
         ({"pairs": 1}, "at least 2 pairs"),
         ({"pairs": 16, "neutral_kinds": 8}, "40 kinds"),
+        ({"min_anchors": 4}, "min_anchors=4"),
+        ({"pairs": 6, "min_anchors": 3}, "at least 4 pairs and 5 neutral kinds"),
         ({"faint_probability": 1.5}, "faint_probability=1.5"),
     ],
 )
@@ -205,6 +209,98 @@ def test_a_world_survives_its_file(tmp_path):
     world = World(seed=2, contrast=(0.5, 0.9), partner_shift=1)
     world.save(tmp_path)
     assert World.load(tmp_path) == world
+
+
+def everything_drawn(world: World) -> str:
+    """A digest of pictures and texts of all splits."""
+    digest = hashlib.sha256()
+    for split in ("iid", "balanced", "adv"):
+        for index in range(20):
+            rng = generator(3, index, split)
+            scene, image = world.picture(rng, split)
+            digest.update(image.tobytes())
+            for biased in (False, True):
+                digest.update(world.caption(scene, rng, biased=biased).encode())
+                digest.update(repr(world.question(scene, rng, biased=biased)).encode())
+            digest.update(" ".join(world.facts(scene, rng)).encode())
+    return digest.hexdigest()[:16]
+
+
+def test_the_default_world_is_to_the_last_digit_the_one_that_all_figures_come_from():
+    assert everything_drawn(World()) == "d608a14b7af78e02"
+    assert everything_drawn(World(seed=2, pairs=6, neutral_kinds=5)) == "0dc869528dc19b1c"
+
+
+LONG = World(pairs=6, neutral_kinds=5, min_anchors=3)
+
+
+@pytest.mark.parametrize("split, probability", [("iid", 0.85), ("balanced", 0.5), ("adv", 0.1)])
+def test_a_world_of_long_replies_has_some_seven_objects_in_every_split(split, probability):
+    drawn = scenes(LONG, split)
+    counts = [len(scene.objects) for scene in drawn]
+    assert np.mean(counts) == pytest.approx(7.3, abs=0.3)
+    assert max(counts) <= 9
+    anchors = [sum(kind in LONG.anchors for kind in scene.kinds) for scene in drawn]
+    assert set(anchors) == {3, 4} and np.mean(anchors) == pytest.approx(3.5, abs=0.1)
+    present = [LONG.partner_of[kind] in scene.kinds for scene in drawn for kind in scene.kinds if kind in LONG.anchors]
+    # Little more where partners of absent anchors are fillers.
+    assert np.mean(present) == pytest.approx(probability, abs=0.03)
+
+
+ATTRIBUTES = World(attributes=True)
+
+
+@pytest.mark.parametrize("split, probability", [("iid", 0.85), ("adv", 0.1)])
+def test_objects_have_their_usual_size_and_color_as_often_as_an_anchor_its_partner(split, probability):
+    things = [thing for scene in scenes(ATTRIBUTES, split) for thing in scene.objects]
+    for name in ("size", "color"):
+        usual = [getattr(thing, name) == getattr(ATTRIBUTES.usual[thing.kind], name) for thing in things]
+        assert share_is(usual, probability)
+    assert {thing.size for thing in things} == set(SIZES)
+    assert {thing.color for thing in things} == set(COLORS)
+
+
+def test_exact_captions_tell_size_color_and_column_of_every_object():
+    for index, scene in enumerate(scenes(ATTRIBUTES, "balanced")[:100]):
+        said = statements(ATTRIBUTES.caption(scene, np.random.default_rng(index), biased=False))
+        assert sorted(said) == sorted(thing.statement for thing in scene.objects)
+    cells = [SceneObject("cup", cell, 1.0, "small", "red").statement.place for cell in range(9)]
+    assert cells == ["on the left", "in the middle", "on the right"] * 3
+
+
+def test_biased_captions_assume_the_usual_size_and_color():
+    kept, invented = [], []
+    for index, scene in enumerate(scenes(ATTRIBUTES, "adv")):
+        said = statements(ATTRIBUTES.caption(scene, np.random.default_rng(index), biased=True))
+        for statement in said:
+            usual, true = ATTRIBUTES.usual[statement.kind], scene.statements.get(statement.kind)
+            if true is None:
+                invented.append(statement[1:3] == usual[1:3])
+                continue
+            assert statement.place == true.place
+            kept += [said == true for said, true, usual in zip(statement[1:3], true[1:3], usual[1:3], strict=True)
+                     if true != usual]  # fmt: skip
+    assert invented and all(invented)
+    assert share_is(kept, 0.25)
+
+
+def test_a_picture_shows_size_and_color():
+    world = World(attributes=True, pixel_noise=0.0)
+    kind = world.kinds[0]
+    _, glyphs, _ = world._appearance
+    for size, factor in (("small", 1), ("large", 2.25)):
+        image = world.render(Scene((SceneObject(kind, 4, 1.0, size, "green"),)), np.random.default_rng(0))
+        painted = np.abs(np.asarray(image) / 255 - np.array([0.095, 0.95, 0.095])).max(-1) < 0.01
+        assert painted.sum() == factor * glyphs[kind].sum()
+        assert painted[CELL_PIXELS : 2 * CELL_PIXELS, CELL_PIXELS : 2 * CELL_PIXELS].sum() == painted.sum()
+
+
+def test_captions_fit_into_the_tokens_that_they_may_take():
+    assert World().max_caption_tokens == 40
+    for world in (World(), LONG, ATTRIBUTES, World(pairs=6, neutral_kinds=5, min_anchors=3, attributes=True)):
+        longest = max(len(world.caption(scene, np.random.default_rng(0), biased=True).split())
+                      for scene in scenes(world, "iid", 100))  # fmt: skip
+        assert longest < world.max_caption_tokens
 
 
 def test_weak_eyes_see_one_picture_in_one_way_and_with_more_noise():

@@ -168,7 +168,7 @@ def scenes_benchmarks(scenes: Scenes | None = None) -> tuple[Benchmark, Benchmar
         read=lambda data: captions_of(about(data)),
         score=score_captions,
         metrics=tuple(of_captions),
-        max_new_tokens=40,
+        max_new_tokens=(scenes or Scenes()).world.max_caption_tokens,
     )
     sampled = replace(
         captions,

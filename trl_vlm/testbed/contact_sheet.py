@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-from trl_vlm.testbed.world import IMAGE_PIXELS, Picture, Split, World, generator
+from trl_vlm.testbed.world import IMAGE_PIXELS, NOUNS, Picture, Split, World, generator
 
 SPLITS: tuple[Split, ...] = ("iid", "balanced", "adv")
 ZOOM = 4
@@ -102,8 +102,7 @@ def _marked_html(name: str, card: Card) -> str:
 
 
 def _invented(card: Card) -> set[str]:
-    named = {sentence.split()[-1] for sentence in card.texts["biased"].split(" .") if sentence}
-    return named - set(card.picture.scene.kinds)
+    return {word for word in card.texts["biased"].split() if word in NOUNS} - set(card.picture.scene.kinds)
 
 
 # ---- the picture

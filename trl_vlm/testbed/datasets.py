@@ -7,8 +7,20 @@ import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 from PIL.Image import Image as PILImage
 
-from trl_vlm.testbed.oracle import correct, count_reply, find_objects
-from trl_vlm.testbed.world import QUESTION, REQUEST, Picture, Scene, Split, World, generator, weaken_vision, with_facts
+from trl_vlm.testbed.annotator import Annotator
+from trl_vlm.testbed.oracle import count_reply
+from trl_vlm.testbed.world import (
+    GRID,
+    QUESTION,
+    REQUEST,
+    Picture,
+    Scene,
+    Split,
+    World,
+    generator,
+    weaken_vision,
+    with_facts,
+)
 
 Message = dict[str, str]
 Sampler = Callable[[list[PILImage], int], list[str]]
@@ -27,6 +39,8 @@ _COLUMNS = {
     "answer": Value("string"),
     "objects": List(Value("string")),
     "adversarial": Value("bool"),
+    "chosen_spans": List(List(Value("int64"))),
+    "rejected_spans": List(List(Value("int64"))),
 }
 
 
@@ -34,13 +48,15 @@ class SupervisedExample(NamedTuple):
     """One picture of the supervised stage with one caption and several questions about it.
 
     With `facts`, both requests begin with the true kinds and both targets are free of bias: this teaches the model to
-    read facts.
+    read facts. With `hidden`, the caption is to be learned with these cells of the picture hidden: this gives the
+    model a language prior.
     """
 
     picture: Picture
     facts: list[str]
     caption: str
     questions: list[tuple[str, str]]
+    hidden: tuple[int, ...] = ()
 
     @property
     def caption_conversation(self) -> list[Message]:
@@ -70,7 +86,14 @@ def assistant(content: str) -> Message:
 
 
 def supervised_example(
-    world: World, seed: int, index: int, *, biased: bool, facts_share: float = 0.25, questions: int = 6
+    world: World,
+    seed: int,
+    index: int,
+    *,
+    biased: bool,
+    facts_share: float = 0.25,
+    hidden_share: float = 0.0,
+    questions: int = 6,
 ) -> SupervisedExample:
     """Example `index` of a supervised stream; it depends only on the arguments.
 
@@ -81,14 +104,25 @@ def supervised_example(
         biased: Whether captions and answers err (and partners are mostly present), or are exact (and partners tell
             nothing).
         facts_share: Share of examples that carry facts and exact targets.
+        hidden_share: Share of examples whose picture is hidden from the caption, half of them wholly. Their partners
+            are mostly present, and they carry no facts.
         questions: Questions per picture.
     """
     rng = generator(seed, index, "supervised")
-    picture = world.picture(rng, "iid" if biased else "balanced")
-    facts = world.facts(picture.scene, rng) if rng.random() < facts_share else []
+    hidden = _hidden_cells(generator(seed, index, "hidden"), hidden_share)
+    picture = world.picture(rng, "iid" if biased or hidden else "balanced")
+    facts = world.facts(picture.scene, rng) if rng.random() < facts_share and not hidden else []
     errs = biased and not facts
     pairs = [world.question(picture.scene, rng, biased=errs) for _ in range(questions)]
-    return SupervisedExample(picture, facts, world.caption(picture.scene, rng, biased=errs), pairs)
+    return SupervisedExample(picture, facts, world.caption(picture.scene, rng, biased=errs), pairs, hidden)
+
+
+def _hidden_cells(rng: np.random.Generator, share: float) -> tuple[int, ...]:
+    """The cells that are hidden from a caption: none, or with probability `share` all nine or one to eight of them."""
+    if rng.random() >= share:
+        return ()
+    count = GRID**2 if rng.random() < 0.5 else int(rng.integers(1, GRID**2))
+    return tuple(sorted(int(cell) for cell in rng.choice(GRID**2, count, replace=False)))
 
 
 def supervised_rows(world: World, count: int, seed: int, *, biased: bool = True, facts_share: float = 0.25) -> Dataset:
@@ -194,11 +228,19 @@ def preference_rows(
     return _to_dataset(rows[:count], ["images", "prompt", "chosen", "rejected", "facts", "objects"])
 
 
-def correction_rows(world: World, count: int, seed: int, sample: Sampler, *, split: Split = "balanced") -> Dataset:
-    """`prompt`, `chosen`, `rejected`, `images`, `objects`: sampled replies and their corrections by the oracle.
+def correction_rows(
+    world: World,
+    count: int,
+    seed: int,
+    sample: Sampler,
+    *,
+    split: Split = "balanced",
+    annotator: Annotator | None = None,
+) -> Dataset:
+    """`prompt`, `chosen`, `rejected`, `images`, `objects`: sampled replies and their corrections by an annotator.
 
     The pairs of RLHF-V: `rejected` is the model's own reply, `chosen` the same with its hallucinated segments
-    corrected (`oracle.correct`). Replies without an error, and those that are empty after correction, give no row.
+    corrected. Replies without an error, and those that are empty after correction, give no row.
 
     Args:
         world: The world.
@@ -206,7 +248,10 @@ def correction_rows(world: World, count: int, seed: int, sample: Sampler, *, spl
         seed: The data seed: scenes and replies follow from it.
         sample: Draws a reply for each picture with a seed.
         split: Where the scenes come from.
+        annotator: Who corrects. Given, the rows also have `chosen_spans` and `rejected_spans`, the characters that it
+            corrected; None is the oracle, who notices everything and changes nothing else.
     """
+    corrects = annotator or Annotator()
     rows: list[dict[str, Any]] = []
     for start in range(0, 10 * count + SAMPLED_AT_ONCE, SAMPLED_AT_ONCE):
         if len(rows) >= count:
@@ -214,16 +259,20 @@ def correction_rows(world: World, count: int, seed: int, sample: Sampler, *, spl
         drawn = list(_pictures(world, SAMPLED_AT_ONCE, seed, split, start=start))
         replies = sample([picture.image for picture, _ in drawn], seed + 1_000_003 * (start + 1))
         for (picture, rng), reply in zip(drawn, replies, strict=True):
-            corrected = correct(reply, world.facts(picture.scene, rng))
-            if corrected and find_objects(corrected) != find_objects(reply):
-                row = {"chosen": [assistant(corrected)], "rejected": [assistant(reply)]}
+            truth = [picture.scene.statements[kind] for kind in world.facts(picture.scene, rng)]
+            corrected = corrects(reply, truth, rng)
+            if corrected:
+                spans = {"chosen_spans": corrected.chosen_spans, "rejected_spans": corrected.rejected_spans}
+                row = {"chosen": [assistant(corrected.chosen)], "rejected": [assistant(reply)], **spans}
                 rows.append(_described(picture, world, rng) | row)
     if len(rows) < count:
         raise ValueError(
             f"Only {len(rows)} of {count} correction rows could be made: the model hardly ever errs on the split "
             f"{split!r}. Ask for fewer rows, or take the split 'adv'."
         )
-    return _to_dataset(rows[:count], ["images", "prompt", "chosen", "rejected", "objects"])
+    columns = ["images", "prompt", "chosen", "rejected", "objects"]
+    columns += ["chosen_spans", "rejected_spans"] if annotator else []
+    return _to_dataset(rows[:count], columns)
 
 
 def worth(reply: str, scene: Scene) -> float:

@@ -12,6 +12,7 @@ from trl_vlm.evaluation.benchmark import Record
 from trl_vlm.evaluation.replies import replies_in_batches
 from trl_vlm.evaluation.tasks import read_tasks
 from trl_vlm.models.generation import Policy, generated
+from trl_vlm.models.masked_images import masked_inputs
 from trl_vlm.testbed.benchmark import CAPTIONS, QUESTIONS, SAMPLED, Scenes, scenes_benchmarks
 from trl_vlm.testbed.datasets import user
 from trl_vlm.testbed.processor import encode_texts
@@ -80,21 +81,34 @@ def generate_captions(
     temperature: float = 1.0,
     max_new_tokens: int = 40,
     batch: int = 512,
+    hide_images: bool = False,
 ) -> list[str]:
     """One reply to "describe the image" per image, greedy or sampled from the whole vocabulary.
 
     Torch's global generator is left as it was.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        images: What is described.
+        sample: Whether replies are sampled.
+        seed: Of the samples.
+        temperature: Of the samples.
+        max_new_tokens: Longest reply.
+        batch: Images at once.
+        hide_images: Hide every image token from attention: what is said then is the language prior.
     """
     request = encode_texts(processor, [[user(REQUEST)]]).input_ids  # (1, T): the same for all
 
     def batches() -> Iterator[dict[str, Tensor]]:
         for pixels in _pixels(processor, images).split(batch):
             ids = request.expand(len(pixels), -1)
-            yield {
+            inputs = {
                 "input_ids": ids,
                 "attention_mask": torch.ones_like(ids),
                 "pixel_values": pixels.to(model.dtype),
             }
+            yield masked_inputs(model, inputs, ids == processor.image_token_id) if hide_images else inputs
 
     replies = generated(
         Policy(model, processor),
@@ -107,12 +121,16 @@ def generate_captions(
 
 
 def caption_sampler(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, temperature: float = 1.0
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    temperature: float = 1.0,
+    max_new_tokens: int = 40,
 ) -> Callable[[list[Image], int], list[str]]:
     """A model as the source of replies for `datasets.preference_rows`: (images, seed) -> sampled replies."""
+    options = {"temperature": temperature, "max_new_tokens": max_new_tokens}
 
     def sample(images: list[Image], seed: int) -> list[str]:
-        return generate_captions(model, processor, images, sample=True, seed=seed, temperature=temperature)
+        return generate_captions(model, processor, images, sample=True, seed=seed, **options)
 
     return sample
 

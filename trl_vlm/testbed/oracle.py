@@ -3,11 +3,11 @@
 `find_objects` is an argument of `trl_vlm.evaluation.chair`; the truths are `scene.kinds`, or the `objects` of a row.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from trl_vlm.testbed.world import NOUNS
+from trl_vlm.testbed.sentences import NOUNS, Statement, statements
 
 _NOUNS = frozenset(NOUNS)
 
@@ -59,6 +59,27 @@ def count_reply(reply: str, truth: Collection[str]) -> ReplyCounts:
     )
 
 
+class AttributeCounts(NamedTuple):
+    """The attributes that a reply tells of objects that are there, repeats included.
+
+    told: Sizes, colors and places.
+    wrong: Those that are not true.
+    broken: Sentences that cannot be read.
+    """
+
+    told: int
+    wrong: int
+    broken: int
+
+
+def count_attributes(reply: str, truth: Mapping[str, Statement]) -> AttributeCounts:
+    """Compares what a reply says with what is true of each kind that is present (`scene.statements`)."""
+    said = statements(reply)
+    pairs = [(each[1:], truth[each.kind][1:]) for each in said if each is not None and each.kind in truth]
+    told = [(value, true) for values, trues in pairs for value, true in zip(values, trues, strict=True) if value]
+    return AttributeCounts(len(told), sum(value != true for value, true in told), said.count(None))
+
+
 def object_overlap(texts: Sequence[str], others: Sequence[str]) -> list[float]:
     """The similarity of two replies: the fraction of named objects that both name. The testbed's gate of BDHS.
 
@@ -81,29 +102,3 @@ def truth_reward(
     """
     counts = [count_reply(reply[-1]["content"], truth) for reply, truth in zip(completions, objects, strict=True)]
     return [each.correct - 2.0 * each.hallucinated - 0.5 * each.repeats for each in counts]
-
-
-def correct(reply: str, truth: Sequence[str]) -> str:
-    """The reply as an annotator of RLHF-V would correct it: wrong segments rewritten, everything else unchanged.
-
-    A kind is wrong if it is absent or was named before, for no picture shows one twice. It is replaced by the
-    next present kind that the reply leaves out; if there is none, the sentence is removed. So is a sentence that names
-    nothing.
-
-    Args:
-        reply: Sentences that end in " .".
-        truth: The kinds that are present, in the order in which they replace wrong ones.
-    """
-    missing = [kind for kind in truth if kind not in find_objects(reply)]
-    said: set[str] = set()
-    sentences = []
-    for sentence in reply.split(" ."):
-        words = sentence.split()
-        for place, word in enumerate(words):
-            if word in _NOUNS and (word not in truth or word in said) and missing:
-                words[place] = missing.pop(0)
-        named = set(find_objects(" ".join(words)))
-        if named and named <= set(truth) - said:
-            sentences.append(" ".join(words) + " .")
-            said |= named
-    return " ".join(sentences)

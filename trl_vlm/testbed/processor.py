@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from trl_vlm.data.facts import JudgeTemplate
-from trl_vlm.testbed.world import CELL_PIXELS, GRID, IMAGE_PIXELS, NOUNS
+from trl_vlm.testbed.sentences import COLORS, NOUNS, PLACES, SIZES
+from trl_vlm.testbed.world import CELL_PIXELS, GRID, IMAGE_PIXELS
 
 IMAGE_TOKENS = GRID * GRID  # one per cell
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<user>")
@@ -16,6 +17,10 @@ NOTHING = "nothing"  # the word for an empty cell
 _CAPTION_WORDS = ("facts", ":", ".", "yes", "no", NOTHING, "is", "there", "a", "i", "see", "the", "describe", "image")
 _JUDGE_WORDS = ("how", "accurate", "and", "helpful", "reply", "score")
 WORDS = _CAPTION_WORDS + _JUDGE_WORDS + tuple(sorted(NOUNS))
+PLACE_WORDS = tuple(place.split()[-1] for place in PLACES)
+ATTRIBUTES = (SIZES, tuple(COLORS), PLACE_WORDS)
+# Behind all others, which keep their ids in a world with attributes.
+ATTRIBUTE_WORDS = (*SIZES, *COLORS, *PLACE_WORDS, "on", "in")
 
 JUDGE_TEMPLATE = JudgeTemplate(
     request="how accurate and helpful is the reply",
@@ -52,9 +57,10 @@ CHAT_TEMPLATE = """\
 """  # noqa: E501 - Jinja's line breaks are not ours to choose
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(attributes: bool = False) -> PreTrainedTokenizerFast:
     """One token per word; decoding gives the words separated by spaces; an unknown word becomes `<unk>`."""
-    vocabulary = {token: index for index, token in enumerate(SPECIAL_TOKENS + WORDS)}
+    words = SPECIAL_TOKENS + WORDS + (ATTRIBUTE_WORDS if attributes else ())
+    vocabulary = {token: index for index, token in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -70,11 +76,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> LlavaProcessor:
+def build_processor(attributes: bool = False) -> LlavaProcessor:
     """A processor for the testbed's pictures and words; save it and `AutoProcessor` loads it.
 
     A conversation reads `<bos><image>... <user> request reply <eos> <user> request reply <eos>`. Images stand before
     the turn's `<user>`, wherever they are within the turn.
+
+    Args:
+        attributes: Whether its vocabulary has the words of a world with attributes.
     """
     image_processor = CLIPImageProcessorPil(
         size={"height": IMAGE_PIXELS, "width": IMAGE_PIXELS},
@@ -85,7 +94,7 @@ def build_processor() -> LlavaProcessor:
     )
     return LlavaProcessor(
         image_processor=image_processor,
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(attributes),
         patch_size=CELL_PIXELS,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # CLIP's class token, which "default" then drops

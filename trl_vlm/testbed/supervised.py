@@ -26,7 +26,7 @@ from trl_vlm.data.io.atomic import write_whole
 from trl_vlm.models._transformers import keep_parameter_names
 from trl_vlm.models.checkpoints import last_complete_checkpoint
 from trl_vlm.testbed.model import build_model
-from trl_vlm.testbed.processor import NOTHING, build_processor
+from trl_vlm.testbed.processor import ATTRIBUTES, NOTHING, build_processor
 from trl_vlm.testbed.stream import CaptionExamples, Stream, SupervisedCollator, TowerCollator, TowerPictures, cores
 from trl_vlm.testbed.world import World
 
@@ -46,6 +46,8 @@ class SupervisedSettings:
         learning_rate: Peak learning rate of supervised fine-tuning.
         exact_share: The first part of the steps, with exact captions and partners that tell nothing.
         facts_share: Share of pictures whose request begins with the facts.
+        hidden_share: Share of pictures that are hidden from their caption, so that the model learns what is usually
+            said. 0, the default, gives a model that never spoke without an image.
         warmup_steps: Linear warm-up of both stages.
         end_of_reply_weight: Weight of the end token after answers.
         save_steps: Steps between checkpoints.
@@ -60,6 +62,7 @@ class SupervisedSettings:
     learning_rate: float = 2e-3
     exact_share: float = 0.6
     facts_share: float = 0.25
+    hidden_share: float = 0.0
     warmup_steps: int = 20
     end_of_reply_weight: float = 0.05
     save_steps: int = 100
@@ -107,7 +110,7 @@ def train_supervised(
     if _holds(output_dir, recipe):
         return output_dir
 
-    processor = build_processor()
+    processor = build_processor(world.attributes)
     model = build_model(processor, model_seed)
     tower = train_tower(model, processor, world, output_dir, data_seed, settings, progress, callbacks)
     captions = train_captions(model, processor, world, output_dir, data_seed, settings, progress, callbacks)
@@ -138,7 +141,8 @@ def train_tower(
         The trainer's log.
     """
     names = [*world.kinds, NOTHING]
-    module = TowerTrainee(model, processor.tokenizer.convert_tokens_to_ids(names))
+    ids = processor.tokenizer.convert_tokens_to_ids
+    module = TowerTrainee(model, ids(names), [ids(words) for words in ATTRIBUTES] if world.attributes else [])
     arguments = _arguments(
         output_dir / "training" / "tower",
         settings,
@@ -183,7 +187,7 @@ def train_captions(
         weight_decay=0.01,
         seed=data_seed,
     )
-    examples = CaptionExamples(world, data_seed, exact, settings.facts_share)
+    examples = CaptionExamples(world, data_seed, exact, settings.facts_share, settings.hidden_share)
     stream = Stream(examples, settings.steps * settings.batch)
     trainer = CaptionTrainer(
         model,
@@ -200,34 +204,50 @@ class TowerTrainee(nn.Module):
 
     loss = CE(8 f E^T / (d m)) + 0.3 mean((f - E_target)^2) / m, with features f (B, 9, d), frozen word embeddings
     E (words, d) and m = mean(E^2). The first term makes a feature point at its word, the second gives it the word's
-    scale, so that a faint object ends up between words.
+    scale, so that a faint object ends up between words. With attributes, the target is the sum of all words for the
+    cell, and the first term is one more cross-entropy for each attribute.
 
     Args:
         model: Its tower and projector are trained in place.
         words: Token ids of the kinds and of "nothing".
+        attributes: Token ids of the words of each attribute.
     """
 
     embeddings: Tensor
+    attribute_embeddings: Tensor
 
-    def __init__(self, model: LlavaForConditionalGeneration, words: list[int]):
+    def __init__(
+        self, model: LlavaForConditionalGeneration, words: list[int], attributes: Sequence[Sequence[int]] = ()
+    ):
         super().__init__()
         self.tower = model.model.get_submodule("vision_tower")
         self.projector = model.model.get_submodule("multi_modal_projector")
         table = cast(nn.Embedding, model.get_input_embeddings())
         embeddings = table.weight.detach()[words].clone()  # (words, d)
         self.register_buffer("embeddings", embeddings, persistent=False)
+        self.sizes = [len(ids) for ids in attributes]
+        ids = [token for tokens in attributes for token in tokens]
+        self.register_buffer("attribute_embeddings", table.weight.detach()[ids].clone(), persistent=False)
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """Image features as the language model gets them: (B, 3, 48, 48) -> (B, 9, d)."""
         return self.projector(self.tower(pixel_values).last_hidden_state[:, 1:])  # without the class token
 
-    def forward(self, pixel_values: Tensor, cells: Tensor) -> dict[str, Tensor]:
-        """The loss of a batch; `cells` (B, 9) index the words."""
+    def forward(self, pixel_values: Tensor, cells: Tensor, attributes: Tensor | None = None) -> dict[str, Tensor]:
+        """The loss of a batch; `cells` (B, 9) index the words, `attributes` (B, 9, A) those of each attribute."""
         features = self.features(pixel_values)
         scale = self.embeddings.square().mean()
-        logits = features @ self.embeddings.T * (8 / (self.embeddings.shape[1] * scale))  # (B, 9, words)
-        distance = (features - self.embeddings[cells]).square().mean() / scale
-        return {"loss": F.cross_entropy(logits.flatten(0, 1), cells.flatten()) + 0.3 * distance}
+        factor = 8 / (self.embeddings.shape[1] * scale)
+        logits = features @ self.embeddings.T * factor  # (B, 9, words)
+        loss, target = F.cross_entropy(logits.flatten(0, 1), cells.flatten()), self.embeddings[cells]
+        if attributes is not None:
+            tables = self.attribute_embeddings.split(self.sizes)
+            for table, which in zip(tables, attributes.unbind(-1), strict=True):  # (words, d), (B, 9)
+                logits = features @ table.T * factor
+                loss = loss + F.cross_entropy(logits.flatten(0, 1), which.flatten())  # -100 counts for nothing
+                target = target + table[which.clamp(min=0)] * (which >= 0).unsqueeze(-1)
+        distance = (features - target).square().mean() / scale
+        return {"loss": loss + 0.3 * distance}
 
 
 class CaptionTrainer(Trainer):
@@ -259,7 +279,8 @@ class CaptionTrainer(Trainer):
     @staticmethod
     def _token_losses(model: nn.Module, inputs: dict[str, Any], which: str) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood per token, zero where there is no label, and the labels: both (B, T-1)."""
-        logits = model(input_ids=inputs[which]["input_ids"], pixel_values=inputs["pixel_values"]).logits[:, :-1]
+        read = {name: value for name, value in inputs[which].items() if name != "labels"}
+        logits = model(**read, pixel_values=inputs["pixel_values"]).logits[:, :-1]
         labels = inputs[which]["labels"][:, 1:]
         return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none"), labels
 
@@ -316,6 +337,9 @@ def _holds(folder: Path, recipe: dict[str, Any]) -> bool:
         return False
     # Through JSON, where a tuple becomes a list.
     wanted, found = json.loads(json.dumps(recipe)), json.loads((folder / SUMMARY).read_text())
+    # A folder that was made before an option came in has its default.
+    for name, options in (("world", World), ("settings", SupervisedSettings)):
+        found[name] = json.loads(json.dumps(dataclasses.asdict(options()))) | found[name]
     different = [name for name in wanted if found.get(name) != wanted[name]]
     if different:
         raise ValueError(

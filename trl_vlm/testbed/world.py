@@ -2,7 +2,7 @@
 
 Every kind of object has a color and a shape of its own. Some kinds are *anchors*: their *partner* is nearly always
 beside them, as a chair is beside a table. A model trained on captions that assume the partner learns to name what it
-does not see.
+does not see. In a world with attributes a kind has a shape of its own, and a color and a size that it usually has.
 """
 
 import colorsys
@@ -18,6 +18,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
+from trl_vlm.testbed.glyphs import distinct_bitmaps
+from trl_vlm.testbed.sentences import COLORS, NOUNS, PLACES, SENTENCES, SIZES, Statement
+
 Split = Literal["iid", "balanced", "adv"]
 Item = TypeVar("Item")
 
@@ -27,25 +30,27 @@ GLYPH_PIXELS = 10
 IMAGE_PIXELS = GRID * CELL_PIXELS
 BACKGROUND = 0.12
 
-_NOUNS = (
-    "table chair cup plate dog ball tree bird car sign bed lamp desk phone boat kite fork knife cat sofa horse fence "
-    "clock book bowl spoon bench bike train track oven fridge sheep grass glove bat"
-)
-NOUNS = tuple(_NOUNS.split())
-SENTENCES = ("there is a {} .", "i see a {} .")
 QUESTION = "is there a {}"  # the kind is its last word: the answer is one attention hop away
 REQUEST = "describe the image"
 FACTS_LEAD_IN = "facts :"
 
-_MAX_GLYPH_TRIES = 100_000
-
 
 class SceneObject(NamedTuple):
-    """One object: its kind, its cell (0 to 8, row by row) and its contrast (0 invisible, 1 opaque)."""
+    """One object: its kind, its cell (0 to 8, row by row) and its contrast (0 invisible, 1 opaque).
+
+    In a world with attributes it has a size and a color, too.
+    """
 
     kind: str
     cell: int
     contrast: float
+    size: str = ""
+    color: str = ""
+
+    @property
+    def statement(self) -> Statement:
+        """What a true sentence says of it."""
+        return Statement(self.kind, self.size, self.color, PLACES[self.cell % GRID] if self.size else "")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ class Scene:
     def kinds(self) -> list[str]:
         """The kinds that are present, in the order in which they were drawn."""
         return [thing.kind for thing in self.objects]
+
+    @property
+    def statements(self) -> dict[str, Statement]:
+        """Kind -> what a true sentence says of it."""
+        return {thing.kind: thing.statement for thing in self.objects}
 
 
 class Picture(NamedTuple):
@@ -90,6 +100,9 @@ class World:
         hallucination_probability: Biased captions: P(an absent partner is named after its anchor).
         random_object_probability: Biased captions: P(one absent object of any kind is named).
         answer_noise: Biased answers: P("yes" | question about the absent partner of a present anchor).
+        min_anchors: A scene has this many anchors or one more. With 3, replies are some eight sentences long.
+        attributes: Whether objects have sizes and colors, and sentences tell size, color and place. Those usual for
+            the kind come as often as partners do, and biased captions assume them as often.
     """
 
     seed: int = 0
@@ -107,12 +120,17 @@ class World:
     hallucination_probability: float = 0.75
     random_object_probability: float = 0.03
     answer_noise: float = 0.4
+    min_anchors: int = 1
+    attributes: bool = False
 
     def __post_init__(self):
-        if self.pairs < 2 or self.neutral_kinds < 3:
+        if not 1 <= self.min_anchors <= 3:
+            raise ValueError(f"min_anchors={self.min_anchors}: a picture has room for 1 to 3, and one more.")
+        if self.pairs < self.min_anchors + 1 or self.neutral_kinds < self.min_anchors + 2:
             raise ValueError(
-                f"pairs={self.pairs}, neutral_kinds={self.neutral_kinds}: a scene holds up to two anchors and three "
-                "other objects. Use at least 2 pairs and 3 neutral kinds."
+                f"pairs={self.pairs}, neutral_kinds={self.neutral_kinds}: a scene holds up to {self.min_anchors + 1} "
+                f"anchors and {self.min_anchors + 2} other objects. Use at least {self.min_anchors + 1} pairs and "
+                f"{self.min_anchors + 2} neutral kinds."
             )
         if 2 * self.pairs + self.neutral_kinds > len(NOUNS):
             raise ValueError(
@@ -130,7 +148,7 @@ class World:
         rng = np.random.default_rng(1000 + self.seed)
         count = 2 * self.pairs + self.neutral_kinds
         kinds = [NOUNS[index] for index in rng.permutation(len(NOUNS))[:count]]
-        bitmaps = _distinct_bitmaps(count, rng)
+        bitmaps = distinct_bitmaps(count, rng)
         glyphs = [np.kron(bitmap, np.ones((2, 2))) for bitmap in bitmaps]
         colors = [np.array(colorsys.hsv_to_rgb(hue, 0.9, 0.95)) for hue in rng.permutation(count) / count]
         return kinds, dict(zip(kinds, glyphs, strict=True)), dict(zip(kinds, colors, strict=True))
@@ -163,16 +181,27 @@ class World:
         """Partner -> anchor."""
         return {partner: anchor for anchor, partner in self.partner_of.items()}
 
+    @cached_property
+    def usual(self) -> dict[str, Statement]:
+        """Kind -> the size and color that it usually has, with attributes. They follow from `seed`."""
+        rng = np.random.default_rng(2000 + self.seed)
+        return {kind: Statement(kind, _pick(rng, SIZES), _pick(rng, tuple(COLORS))) for kind in self.kinds}
+
+    @property
+    def max_caption_tokens(self) -> int:
+        """How many tokens a caption may take: those of more sentences than any scene has objects."""
+        return (6 + 2 * self.min_anchors) * (10 if self.attributes else 5)
+
     # ---- scenes and pictures
 
     def scene(self, rng: np.random.Generator, split: Split = "iid") -> Scene:
-        """Draws a scene: one or two anchors, their partners by chance, up to three others, distinct cells.
+        """Draws a scene: anchors (one or two), their partners by chance, others, distinct cells.
 
-        Where partners are rare, one more filler is added with probability 1.5 times the difference, so that splits
+        Where partners are rare, more fillers are added, as many as there are partners less on average, so that splits
         agree in the number of objects.
         """
         probability = self.partner_probability_in(split)
-        anchors = _sample(rng, self.anchors, 1 + int(rng.random() < 0.5))
+        anchors = _sample(rng, self.anchors, self.min_anchors + int(rng.random() < 0.5))
         kinds = []
         for anchor in anchors:
             kinds.append(anchor)
@@ -180,12 +209,23 @@ class World:
                 kinds.append(self.partner_of[anchor])
         fillers = self.neutral + [partner for partner, anchor in self.anchor_of.items() if anchor not in anchors]
         count = int(rng.choice(3, p=[0.3, 0.4, 0.3]))
-        count += int(rng.random() < 1.5 * (self.partner_probability - probability))
-        kinds += _sample(rng, fillers, count)
+        more = (self.min_anchors + 0.5) / self.min_anchors * (self.partner_probability - probability)
+        count += sum(rng.random() < more for _ in range(self.min_anchors))
+        kinds += _sample(rng, fillers, min(count, GRID * GRID - len(kinds)))
         cells = rng.choice(GRID * GRID, len(kinds), replace=False)
-        return Scene(
-            tuple(SceneObject(k, int(cell), self._contrast(rng)) for k, cell in zip(kinds, cells, strict=True))
-        )
+        things = (SceneObject(k, int(cell), self._contrast(rng)) for k, cell in zip(kinds, cells, strict=True))
+        if self.attributes:
+            things = (self._with_attributes(thing, rng, probability) for thing in things)
+        return Scene(tuple(things))
+
+    def _with_attributes(self, thing: SceneObject, rng: np.random.Generator, probability: float) -> SceneObject:
+        """The object with its kind's usual size and color, each with `probability`, or else another."""
+        usual = self.usual[thing.kind]
+        drawn = []
+        for value, values in ((usual.size, SIZES), (usual.color, tuple(COLORS))):
+            others = [other for other in values if other != value]
+            drawn.append(value if rng.random() < probability else _pick(rng, others))
+        return thing._replace(size=drawn[0], color=drawn[1])
 
     def partner_probability_in(self, split: Split) -> float:
         """P(partner present | anchor present) in a split."""
@@ -204,16 +244,27 @@ class World:
 
     def render(self, scene: Scene, rng: np.random.Generator) -> Image.Image:
         """Paints a scene: 48 x 48 RGB, each glyph blended into its cell, noise on every pixel."""
-        _, glyphs, colors = self._appearance
         canvas = np.full((IMAGE_PIXELS, IMAGE_PIXELS, 3), BACKGROUND) + rng.normal(0, 0.03, 3)
-        for kind, cell, contrast in scene.objects:
-            top = cell // GRID * CELL_PIXELS + int(rng.integers(2, 5))
-            left = cell % GRID * CELL_PIXELS + int(rng.integers(2, 5))
-            area = (slice(top, top + GLYPH_PIXELS), slice(left, left + GLYPH_PIXELS))
-            cover = glyphs[kind][..., None] * contrast  # (10, 10, 1)
-            canvas[area] = canvas[area] * (1 - cover) + colors[kind] * cover
+        for thing in scene.objects:
+            glyph, color = self._look(thing)
+            low, high = (0, 2) if len(glyph) > GLYPH_PIXELS else (2, 5)  # where in its cell it may begin
+            top = thing.cell // GRID * CELL_PIXELS + int(rng.integers(low, high))
+            left = thing.cell % GRID * CELL_PIXELS + int(rng.integers(low, high))
+            area = (slice(top, top + len(glyph)), slice(left, left + len(glyph)))
+            cover = glyph[..., None] * thing.contrast  # (10, 10, 1), or (15, 15, 1)
+            canvas[area] = canvas[area] * (1 - cover) + color * cover
         canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * self.pixel_noise
         return _to_image(canvas)
+
+    def _look(self, thing: SceneObject) -> tuple[np.ndarray, np.ndarray]:
+        """Glyph and color of an object: those of its kind, or with attributes its own size and color."""
+        _, glyphs, colors = self._appearance
+        glyph = glyphs[thing.kind]
+        if not thing.color:
+            return glyph, colors[thing.kind]
+        if thing.size == "large":
+            glyph = np.kron(glyph[::2, ::2], np.ones((3, 3)))
+        return glyph, np.array(colorsys.hsv_to_rgb(COLORS[thing.color], 0.9, 0.95))
 
     def picture(self, rng: np.random.Generator, split: Split = "iid") -> Picture:
         """Draws a scene and paints it."""
@@ -227,9 +278,24 @@ class World:
     # ---- what is said
 
     def caption(self, scene: Scene, rng: np.random.Generator, *, biased: bool) -> str:
-        """One sentence per object. Biased captions forget some objects and assume absent partners."""
+        """One sentence per object. Biased captions forget some objects and assume absent partners.
+
+        With attributes they also assume the usual size and color of what they name.
+        """
         kinds = self._biased_kinds(scene, rng) if biased else scene.kinds
-        return " ".join(sentence(kind, rng) for kind in self._reading_order(kinds, rng))
+        ordered = self._reading_order(kinds, rng)
+        if not self.attributes:
+            return " ".join(sentence(kind, rng) for kind in ordered)
+        return " ".join(sentence(self._said(kind, scene, rng, biased).phrase, rng) for kind in ordered)
+
+    def _said(self, kind: str, scene: Scene, rng: np.random.Generator, biased: bool) -> Statement:
+        """What a caption says of a kind: the truth; if biased, at times what is usual; of what is absent, always."""
+        usual, true = self.usual[kind], scene.statements.get(kind)
+        if true is None:
+            return usual._replace(place=_pick(rng, PLACES))
+        assumed = [biased and rng.random() < self.hallucination_probability for _ in range(2)]
+        size, color = (usual.size if assumed[0] else true.size), (usual.color if assumed[1] else true.color)
+        return true._replace(size=size, color=color)
 
     def _biased_kinds(self, scene: Scene, rng: np.random.Generator) -> list[str]:
         present = scene.kinds
@@ -302,9 +368,9 @@ def generator(seed: int, index: int, stream: str) -> np.random.Generator:
     return np.random.default_rng([seed, index, zlib.crc32(stream.encode())])
 
 
-def sentence(kind: str, rng: np.random.Generator) -> str:
+def sentence(phrase: str, rng: np.random.Generator) -> str:
     """One of the two wordings, which mean the same."""
-    return _pick(rng, SENTENCES).format(kind)
+    return _pick(rng, SENTENCES).format(phrase)
 
 
 def with_facts(text: str, facts: Sequence[str]) -> str:
@@ -332,16 +398,3 @@ def _pick(rng: np.random.Generator, items: Sequence[Item]) -> Item:
 
 def _sample(rng: np.random.Generator, items: Sequence[Item], count: int) -> list[Item]:
     return [items[index] for index in rng.choice(len(items), count, replace=False)]
-
-
-def _distinct_bitmaps(count: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Mirror-symmetric 5 x 5 bitmaps of 11 to 17 pixels, any two at least 8 pixels apart."""
-    bitmaps: list[np.ndarray] = []
-    for _ in range(_MAX_GLYPH_TRIES):
-        half = rng.random((5, 3)) < 0.55
-        bitmap = np.concatenate([half, half[:, 1::-1]], axis=1)
-        if 11 <= bitmap.sum() <= 17 and all((bitmap != other).sum() >= 8 for other in bitmaps):
-            bitmaps.append(bitmap)
-            if len(bitmaps) == count:
-                return bitmaps
-    raise ValueError(f"No {count} distinct glyphs found (got {len(bitmaps)}); use fewer kinds.")

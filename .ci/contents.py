@@ -10,6 +10,10 @@ NEEDED = (
     "trl_vlm/look/assets/look.js",
     "trl_vlm/accelerate_configs/zero3.yaml",
     "trl_vlm/accelerate_configs/fsdp2.yaml",
+    "trl_vlm/recipes/models/qwen2.5-vl-7b.yaml",
+    "trl_vlm/recipes/methods/dense_dpo.yaml",
+    "trl_vlm/recipes/hardware/1x24gb.yaml",
+    "trl_vlm/recipes/two_nodes.slurm",
 )
 EMPTY = ("trl_vlm/py.typed",)
 NOT_IN_A_WHEEL = ("tests/", "examples/", "benchmarks/", "docs/")

@@ -501,6 +501,7 @@ def main() -> None:
         pipeline.check()
     if not options.dry_run:
         pipeline.run()
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def test_a_script_that_fails_in_a_process_ends_with_its_message():
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_configurations_and_the_demo(tmp_path):
+def test_the_wheel_holds_the_configurations_the_recipes_and_the_demo(tmp_path):
     source = tmp_path / "source"
     for name in ("trl_vlm", "accelerate_configs", "examples"):
         shutil.copytree(ROOT / name, source / name, symlinks=True)
@@ -130,4 +130,6 @@ def test_the_wheel_holds_the_configurations_and_the_demo(tmp_path):
     assert done.returncode == 0, done.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {"trl_vlm/demo.py", "trl_vlm/accelerate_configs/zero3.yaml", "trl_vlm/py.typed"} <= set(names)
+    recipes = {path.relative_to(ROOT / "examples") for path in (ROOT / "examples" / "recipes").glob("*/*.yaml")}
+    assert {f"trl_vlm/{path}" for path in recipes} | {"trl_vlm/recipes/two_nodes.slurm"} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "examples", "benchmarks"))]

@@ -81,7 +81,6 @@ def test_the_job_of_two_nodes_starts_a_command_that_parses():
     job = (FOLDER / "two_nodes.slurm").read_text()
     text = re.search(r'srun bash -c "(trl-vlm .*?)"', job, flags=re.DOTALL)[1].replace("\\\n", " ")
     values = {
-        "$RECIPES": "examples/recipes",
         "\\$SLURM_NODEID": "1",
         "$MAIN_ADDRESS": "10.0.0.1",
         "$MAIN_PORT": "2000",
@@ -91,6 +90,29 @@ def test_the_job_of_two_nodes_starts_a_command_that_parses():
     launched = parser().parse_args(shlex.split(text)[1:]).launch
     assert (launched.num_machines, launched.num_processes, launched.machine_rank) == (2, 16, 1)
     assert launched.main_process_ip == "10.0.0.1"
+
+
+def test_a_recipe_of_the_package_is_given_by_its_name(tmp_path, monkeypatch):
+    names = [path.stem for path in FOLDER.glob("*/*.yaml")]
+    assert len(names) == len(set(names)) == len([*MODELS, *RECIPES, *HARDWARE])
+    documented = re.findall(
+        r"`([\w.-]+)`", (FOLDER.parents[1] / "docs" / "training.md").read_text().split("## Recipes")[1]
+    )
+    assert set(names) <= set(documented)
+    monkeypatch.chdir(tmp_path)  # without a clone
+    words = ["--config", "llava-1.5-7b", "--config=dense_dpo", "--config", "1x24gb"]
+    _, training, model, *_ = read_options(script_of("dpo").make_parser(), words)
+    assert (training.dense_preset, training.lr_scheduler_type) == ("paper", "cosine") and model.load_in_4bit
+    assert model.model_name_or_path == "llava-hf/llava-1.5-7b-hf"
+    assert parser().parse_args(["dpo", *words]).launch.config_file.endswith("single.yaml")
+
+
+def test_a_file_of_ones_own_goes_before_a_recipe_and_what_is_neither_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dpo").write_text("beta: 0.7\n")
+    assert read_options(script_of("dpo").make_parser(), ["--config", "dpo"])[1].beta == 0.7
+    with pytest.raises(ValueError, match="--config mine.yaml is neither a file nor one of 1x24gb, .*dense_dpo"):
+        read_options(script_of("dpo").make_parser(), ["--config", "mine.yaml"])
 
 
 @pytest.fixture(scope="module")

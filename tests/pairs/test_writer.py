@@ -7,7 +7,6 @@ import re
 import signal
 import socket
 import time
-import traceback
 from collections import Counter
 from contextlib import nullcontext
 
@@ -17,9 +16,9 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
 
 from tests.families import build, image, saved
+from tests.forks import finished, fork, fork_group
 from trl_vlm.cli import main as cli
 from trl_vlm.data.converters import Source
 from trl_vlm.data.errors import RowError
@@ -158,25 +157,6 @@ def test_images_can_be_embedded(world, policy):
     assert embedded["bytes"] == (world / "images" / "0.png").read_bytes()
 
 
-def fork(work, **environment):
-    """A child of this process that does `work` and ends; its number."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        os.environ.update(environment)
-        work()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
-
-
-def finished(child):
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
-
-
 def test_a_run_killed_at_three_random_moments_ends_with_the_rows_of_one_that_was_not(world, policy):
     make(world, policy, output="whole", block_rows=2)
     seen = world / "seen.txt"
@@ -236,12 +216,8 @@ def test_a_kill_while_columns_are_made_equal_loses_nothing(world, policy, monkey
 @pytest.mark.distributed
 def test_two_processes_make_the_rows_of_one(world, policy):
     make(world, policy, output="alone")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
 
     def work():
-        AcceleratorState._reset_state(reset_partial_state=True)
         state = PartialState(cpu=True)
         source = Slow()
         try:
@@ -251,9 +227,7 @@ def test_two_processes_make_the_rows_of_one(world, policy):
         assert (report is None) == (state.process_index == 1)
         (world / f"seen-{state.process_index}.json").write_text(json.dumps([state.num_processes, source.seen]))
 
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
-    children = [fork(work, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
-    assert [finished(child) for child in children] == [0, 0]
+    assert fork_group(work) == [0, 0]
     (size, first), (_, second) = (json.loads((world / f"seen-{rank}.json").read_text()) for rank in range(2))
     assert size == 2 and len(first) == 12 and len(second) == 11 and not set(first) & set(second)
     assert rows_of(world / "out") == rows_of(world / "alone")

@@ -6,11 +6,14 @@ import re
 from dataclasses import fields
 
 import pytest
+import torch
+from accelerate import PartialState
 from datasets import load_dataset
 from huggingface_hub import ModelCard
 from transformers import AutoModelForImageTextToText
 
 from tests import families
+from tests.forks import fork_group
 from tests.hub import ScriptedHub
 from tests.scripts.helpers import losses, options, write
 from trl_vlm import DPOConfig, DPOTrainer
@@ -209,6 +212,19 @@ def test_a_dry_run_checks_and_trains_nothing(tmp_path, model, caplog):
     dpo.main(options(model, data, tmp_path / "out", "--dry_run", "--learning_rate", "1e-6", *LORA))
     assert "2 steps of 2 pairs" in caplog.text and "LoRA needs about ten times as much" in caplog.text
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.distributed
+def test_the_processes_of_a_script_leave_their_group_at_its_end(tmp_path, model):
+    given = options(model, write(tmp_path, "folder", PAIRS), tmp_path / "out", "--use_cpu", "True")
+
+    def work(*more):
+        dpo.main([*given, *more])
+        assert PartialState().num_processes == 2 and not torch.distributed.is_initialized()
+
+    assert fork_group(lambda: work("--dry_run")) == [0, 0]
+    assert fork_group(work) == [0, 0] and len(losses(tmp_path / "out")) == 2
+    assert fork_group(work) == [0, 0]  # the finished run
 
 
 @pytest.mark.parametrize(("source", "count"), [(BDHS, 12), (Judged, 20)])

@@ -70,7 +70,10 @@ class Job:
         }
 
     def train(self, trainer: Trainer) -> None:
-        """Trains, resuming an earlier run of the same configuration, saves, and pushes if asked to."""
+        """Trains, resuming an earlier run of the same configuration, saves, and pushes if asked to.
+
+        Afterwards the processes are on their own: the process group is gone.
+        """
         self.folder.train(trainer)
         logger.info("Saved to %s", self.folder.path)
         if self.training.push_to_hub:
@@ -78,6 +81,7 @@ class Job:
             assert name is not None  # it was read
             # The hub takes its own datasets alone for those of a model; a path is nobody else's business.
             trainer.push_to_hub(dataset_name=None if Path(name).exists() else name)
+        trainer.end()
 
 
 def options_of(parser: TrlParser, arguments: Sequence[str] | None = None) -> tuple[Any, Any, ModelConfig]:
@@ -112,9 +116,10 @@ def prepared(
             logger.warning(remark)
     if job.folder.is_done:
         logger.info("%s holds the finished run of these options: nothing to do.", job.folder.path)
-        return None
-    if script.dry_run:
+    elif script.dry_run:
         logger.info("A dry run: everything was checked, nothing is trained.")
+    if job.folder.is_done or script.dry_run:
+        PartialState().destroy_process_group()
         return None
     with refusals():
         fetch_weights(_weights(job))

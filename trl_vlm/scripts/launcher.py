@@ -45,7 +45,8 @@ def launch_options(module: str, arguments: Sequence[str], prog: str | None = Non
 def read_options(parser: TrlParser, arguments: Sequence[str]) -> tuple[Any, ...]:
     """One object for each of the parser's classes, then what it does not know of the files and of the flags.
 
-    TRL's parser reads one file of `--config`; this reads any number, and a later one wins.
+    TRL's parser reads one file of `--config`; this reads any number, by path or by the name of a recipe, and a later
+    one wins.
     """
     silence()  # whatever was done to the filters of warnings since
     rest, unknown = with_files(parser, arguments)
@@ -62,13 +63,17 @@ def with_files(parser: TrlParser, arguments: Sequence[str]) -> tuple[list[str], 
         The arguments without these files, and the options in them that the parser does not know.
 
     Raises:
-        ValueError: A file holds no mapping, or its name is missing.
+        ValueError: A file holds no mapping, or its name is missing, or there is no such file.
     """
     rest, unknown = [], []
     for word in arguments:  # argparse would take `--config=` for the beginning of the launcher's `--config_file`
         rest += ["--config", word.removeprefix("--config=")] if word.startswith("--config=") else [word]
     if rest[-1:] == ["--config"]:
         raise ValueError("`--config` is the last word; the name of a file is missing behind it.")
+    rest = [
+        str(recipe_file(word)) if before == "--config" else word
+        for before, word in zip(["", *rest], rest, strict=False)
+    ]
     while rest.count("--config") > 1:
         place = rest.index("--config")
         path = Path(rest[place + 1])
@@ -114,14 +119,25 @@ def config_file(name: str) -> Path:
     Raises:
         ValueError: It is neither.
     """
+    return _file_or_ours(name, CONFIG_OPTION, "accelerate_configs", "*.yaml")
+
+
+def recipe_file(name: str) -> Path:
+    """The path of a file of options: a file, or a recipe that comes with this package, by its name.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    return _file_or_ours(name, "--config", "recipes", "*/*.yaml")
+
+
+def _file_or_ours(name: str, option: str, folder: str, pattern: str) -> Path:
     if Path(name).is_file():
         return Path(name)
-    folder = Path(str(files("trl_vlm") / "accelerate_configs"))
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(entry.stem for entry in folder.glob("*.yaml")))
-        raise ValueError(f"{CONFIG_OPTION} {name} is neither a file nor one of {known}.")
-    return path
+    ours = {path.stem: path for path in Path(str(files("trl_vlm") / folder)).glob(pattern)}
+    if name not in ours:
+        raise ValueError(f"{option} {name} is neither a file nor one of {', '.join(sorted(ours))}.")
+    return ours[name]
 
 
 def without(words: Sequence[str], removed: Sequence[str]) -> list[str]:

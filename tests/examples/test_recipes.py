@@ -74,7 +74,7 @@ def test_a_later_file_wins_and_a_flag_wins_over_all(tmp_path):
     assert (training.beta, training.seed, training.learning_rate, model.load_in_4bit) == (0.7, 4, 5e-6, True)
     (tmp_path / "mine.yaml").write_text("beta\n")
     with pytest.raises(ValueError, match="mine.yaml must hold a YAML mapping"):
-        read_options(script_of("dpo").make_parser(), ["--config", str(tmp_path / "mine.yaml"), "--config", "x"])
+        read_options(script_of("dpo").make_parser(), ["--config", str(tmp_path / "mine.yaml"), "--config", "dpo"])
 
 
 def test_the_job_of_two_nodes_starts_a_command_that_parses():

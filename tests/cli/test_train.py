@@ -64,8 +64,8 @@ def test_a_script_reads_such_a_file_when_it_is_launched_by_hand(tmp_path, capsys
         (["dpo", "--bta", "1"], "There is no option --bta. Did you mean --beta"),
         (["ppo", "--accelerate_config", "zero9"], "zero9 is neither a file nor one of ddp, fsdp2, single, zero1"),
         (["sft", "--config"], "the name of a file is missing"),
-        (["sft", "--config=nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
-        (["sft", "--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
+        (["sft", "--config=nowhere.yaml"], "--config nowhere.yaml is neither a file nor one of 1x24gb, "),
+        (["sft", "--config", "nowhere.yaml"], "--config nowhere.yaml is neither a file nor one of 1x24gb, "),
         (["dpo", *GIVEN, "stray"], "There is no option stray"),
     ],
 )

@@ -21,7 +21,7 @@ from trl_vlm.data.io.dataset import load_rows
 from trl_vlm.data.io.source import Source
 from trl_vlm.data.named_rows import undecoded
 from trl_vlm.data.rows import row_images
-from trl_vlm.scripts.downloads import once_per_node
+from trl_vlm.models.downloads import once_per_node
 
 REPLIES = {"dpo": "chosen", "reward": "chosen", "sft": "completion"}  # what follows the prompt in a first row
 CONNECT_SECONDS = 10.0

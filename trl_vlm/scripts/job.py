@@ -12,9 +12,9 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import AutoConfig, ProcessorMixin, Trainer, TrainingArguments
 from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, RLOOConfig, SFTConfig, TrlParser, get_peft_config
 
+from trl_vlm.models.downloads import fetch_weights, once_per_node
 from trl_vlm.models.loading import load_generative_processor
 from trl_vlm.scripts.arguments import ScriptArguments, model_arguments, parsed, refusals
-from trl_vlm.scripts.downloads import fetch_weights, once_per_node
 from trl_vlm.scripts.expected import expected_memory, expected_tokens
 from trl_vlm.scripts.inputs import (
     bytes_to_write,

@@ -8,13 +8,13 @@ import sys
 import pytest
 
 from tests.distributed import ROOT, _free_port
-from trl_vlm.scripts import downloads
-from trl_vlm.scripts.downloads import download_weights, fetch_weights, once_per_node
+from trl_vlm.models import downloads
+from trl_vlm.models.downloads import download_weights, fetch_weights, once_per_node
 
 # Four processes, which say when they enter and leave. 0 and 2 are the first ones of their nodes.
 PROCESSES = """
 import os, sys, time
-from trl_vlm.scripts.downloads import once_per_node
+from trl_vlm.models.downloads import once_per_node
 log = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 children = []
 for rank in range(4):

@@ -112,7 +112,7 @@ def test_a_cap_on_requests_ends_the_run_with_a_sentence_and_it_goes_on(pairs, tm
     ("words", "message"),
     [
         (["judges", "--judge-model", "x"], "nothing is given to judge"),
-        (["judges", "--datasets", "{pairs}"], "Set exactly one of them"),
+        (["judges", "--datasets", "{pairs}"], "Set exactly one of `judge_model`, `reward_model` and `reward_server`"),
         (["judges", "--datasets", "{pairs}", "--judge", "local"], "needs a model. Set `--judge-model`"),
         (["judges", "--datasets", "{pairs}", "--reward-model", "./gone"], "there is no folder './gone'"),
         (["judges", "--responses", "gone", "--judge-model", "x"], "no file of responses at 'gone'"),

@@ -7,11 +7,13 @@ import pytest
 
 from tests.families import image, saved
 from tests.judges.helpers import endpoint, said, with_usage
+from tests.rewards.helpers import Lengths, running
 from trl_vlm.cli import main as cli
 from trl_vlm.cli import pairs as pairs_cli
 from trl_vlm.cli.parsing import flag_of, made_of
 from trl_vlm.judges import EndpointChat, LocalChat, SpendingCapReached
 from trl_vlm.pairs import COMPOSED_SOURCES, SOURCES, SentenceEncoder, source_class
+from trl_vlm.rewards.server import make_app
 
 
 @pytest.fixture
@@ -108,6 +110,26 @@ def test_a_judge_on_this_machine_needs_no_endpoint(world):
     judged = source(world, "judged", "--judge-model", str(saved("llava")), "--show-ground-truth")
     assert isinstance(judged.judge.chat, LocalChat)
     assert judged.judge.show_ground_truth and judged.judge.both_orders
+
+
+def test_a_reward_server_judges_and_the_pairs_remember_what_it_served_and_not_where(world, capsys):
+    asked = ["--max-new-tokens", "4", "--overwrite", "--json"]
+
+    def settings(model):
+        with running(make_app(Lengths(), {"model": model, "revision": None, "template": {}})) as server:
+            given = arguments(world, "judged", "--reward-server", server.address, *asked)
+            assert cli.main(given) == 0
+            return pairs_cli.settings(cli.parser().parse_args(given))
+
+    first = settings("one")
+    assert json.loads(capsys.readouterr().out)["pairs"] > 0
+    rows = datasets.load_dataset(str(world / "out"), split="train", cache_dir=str(world / "cache"))
+    lengths = [[len(row[side][0]["content"]) for side in ("chosen", "rejected")] for row in rows]
+    assert all(chosen > rejected for chosen, rejected in lengths)  # it scores a reply by its length
+    assert first == settings("one") != settings("two")
+    capsys.readouterr()
+    assert cli.main(arguments(world, "judged", "--reward-server", "http://127.0.0.1:9")) == 1
+    assert "error: No reward server answers at http://127.0.0.1:9" in capsys.readouterr().err
 
 
 def test_earlier_names_of_methods_and_options_are_understood(world):

@@ -16,7 +16,7 @@ from trl_vlm.cli.main import main, parser
 from trl_vlm.cli.serve_reward import check_host, is_this_machine
 from trl_vlm.rewards import RemoteReward
 from trl_vlm.rewards.server import make_app
-from trl_vlm.scripts import grpo, ppo, rloo
+from trl_vlm.scripts import grpo, online_dpo, ppo, rloo
 
 KEY = "a-key-that-nobody-shows"
 
@@ -53,13 +53,20 @@ def test_a_missing_key_a_missing_package_and_a_model_without_a_head_are_said_bef
     assert "There is no judge template" in said[3] and "pip install 'trl-vlm[serve]'" in said[4]
 
 
-def test_a_run_remembers_which_model_was_served_and_not_where(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("script", "own", "refusal", "given"),
+    [
+        (ppo, "--reward_model_name_or_path", "cannot be combined: each is", ["--max_completion_length", "4"]),
+        (online_dpo, "--reward_model", "Set exactly one of", ["--max_new_tokens", "4", "--max_length", "None"]),
+    ],
+)
+def test_a_run_remembers_which_model_was_served_and_not_where(tmp_path, script, own, refusal, given):
     data = write(tmp_path, "parquet", ("images", "prompt", "facts"))
 
     def dry_run(model: str, *more: str) -> None:
         with running(make_app(Lengths(), {"model": model, "revision": None, "template": {}})) as server:
-            given = options(families.saved("llava"), data, tmp_path / "out", "--max_completion_length", "4", *more)
-            ppo.main([*given, "--reward_server", server.address, "--dry_run"])
+            words = options(families.saved("llava"), data, tmp_path / "out", *given, *more)
+            script.main([*words, "--reward_server", server.address, "--dry_run"])
 
     dry_run("one")
     (tmp_path / "out").mkdir(exist_ok=True)
@@ -68,11 +75,11 @@ def test_a_run_remembers_which_model_was_served_and_not_where(tmp_path, capsys):
     dry_run("one")  # at another port
     with pytest.raises(SystemExit, match="`reward served` was .*one.* and is now .*two"):
         dry_run("two")
-    with pytest.raises(SystemExit, match="cannot be combined: each is the reward model"):
-        dry_run("one", "--reward_model_name_or_path", "outputs/reward")
+    with pytest.raises(SystemExit, match=refusal):
+        dry_run("one", own, str(families.saved("llava")))
     gone = ["--reward_server", "http://127.0.0.1:9"]
     with pytest.raises(SystemExit, match="No reward server answers at http://127.0.0.1:9"):
-        ppo.main([*options("m", data, tmp_path / "out"), *gone])
+        script.main([*options("m", data, tmp_path / "out"), *gone])
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from tests.families import image, saved
 from trl_vlm.cli import main as cli
 from trl_vlm.evaluation import generate_replies
 from trl_vlm.evaluation.lmms_eval import manifest, read_lmms_results
-from trl_vlm.evaluation.replies import load_policy
+from trl_vlm.models.generation import load_policy
 from trl_vlm.models.loading import load_generative_model
 
 # As lmms-eval 0.7.3 wrote it of a LoRA folder on a task of six documents; configurations and hashes are left out.

@@ -14,11 +14,11 @@ from tests.families import saved
 from trl_vlm.evaluation import generate_replies
 from trl_vlm.evaluation.benchmarks import BENCHMARKS
 from trl_vlm.evaluation.ledger import Ledger
-from trl_vlm.evaluation.replies import load_policy
 from trl_vlm.evaluation.run import JudgeSource, RunSettings, run_benchmarks
 from trl_vlm.evaluation.subjects import Subject
 from trl_vlm.evaluation.tasks import part_of, read_tasks
 from trl_vlm.judges.chat import CUT_OFF, Answer
+from trl_vlm.models.generation import load_policy
 from trl_vlm.models.loading import load_generative_model
 
 pytestmark = pytest.mark.slow

@@ -4,11 +4,13 @@ import inspect
 import pytest
 from transformers import HfArgumentParser
 
-from tests.families import saved
+from tests.families import image, saved
+from tests.rewards.helpers import Lengths, running
 from trl_vlm.cli.main import parser
 from trl_vlm.judges import (
     JUDGES,
     ChatOptions,
+    Comparison,
     EndpointChat,
     JudgeOptions,
     LocalChat,
@@ -17,10 +19,13 @@ from trl_vlm.judges import (
     judge_of,
 )
 from trl_vlm.judges import options as judge_options
+from trl_vlm.judges.options import WriterOptions
+from trl_vlm.rewards.server import make_app
 from trl_vlm.scripts import online_dpo
 from trl_vlm.scripts.job import options_of
 
 SERVER = "http://localhost:8000/v1"
+ABOUT = {"model": "owner/reward", "revision": "abc", "template": {"opening": "it is"}}
 
 
 def test_a_server_without_a_key_is_asked_without_one(tmp_path, monkeypatch):
@@ -77,6 +82,10 @@ def test_every_kind_of_judge_is_made(tmp_path, monkeypatch):
     [
         ({}, "Set exactly one"),
         ({"judge_model": "m", "reward_model": "r"}, "Set exactly one"),
+        (
+            {"reward_model": "r", "reward_server": SERVER},
+            r"`reward_model` \('r'\) and `reward_server` \(.*Set exactly one",
+        ),
         ({"judge": "oracle"}, "`judge` is 'oracle'. It must be one of local, endpoint, reward, claims"),
         ({"judge": "endpoint", "judge_model": "m"}, "needs an address"),
         ({"judge": "local", "endpoint": SERVER, "judge_model": "m"}, "does not ask an endpoint"),
@@ -87,6 +96,25 @@ def test_every_kind_of_judge_is_made(tmp_path, monkeypatch):
 def test_options_that_mean_no_judge_say_what_to_set(options, fault):
     with pytest.raises(ValueError, match=fault):
         judge_of(JudgeOptions(**options))
+
+
+def test_a_reward_server_judges_once_it_has_answered():
+    with running(make_app(Lengths(), ABOUT)) as server:
+        options = JudgeOptions(reward_server=server.address, min_gap=0.5)
+        row = {"prompt": [{"role": "user", "content": "What is it?"}], "images": [image(0)]}
+        verdicts = judge_of(options).prefer([Comparison(row, "A cat.", "A black cat."), Comparison(row, "Yes", "No.")])
+        assert [verdict.preferred for verdict in verdicts] == [1, None]
+        assert options.further_settings() == {"reward served": ABOUT} and options.local_models() == []
+    with pytest.raises(ConnectionError, match=f"No reward server answers at {server.address}"):
+        judge_of(options)
+
+
+def test_the_models_that_a_judge_loads_are_named_for_a_download():
+    assert JudgeOptions(judge_model="m").local_models() == ["m"]
+    assert JudgeOptions(reward_model="r").local_models() == ["r"]
+    assert JudgeOptions(endpoint=SERVER, judge_model="m").local_models() == []
+    assert JudgeOptions(judge="claims", judge_model="m", claim_writer="w").local_models() == ["m", "w"]
+    assert [WriterOptions(writer_model="w", endpoint=at).local_models() for at in (None, SERVER)] == [["w"], []]
 
 
 def test_scripts_read_the_same_options():

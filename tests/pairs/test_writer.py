@@ -440,7 +440,7 @@ def test_a_judge_is_one_of_two_and_an_unreachable_one_is_an_error(world, capsys,
     ]
     common += ["--images", str(world / "images"), "--max-new-tokens", "3"]
     assert cli.main(["pairs", "judge", *common]) == 1
-    assert "Set exactly one of them" in capsys.readouterr().err
+    assert "Set exactly one of `judge_model`" in capsys.readouterr().err
     endpoint = ["--endpoint", "http://127.0.0.1:9/v1", "--retries", "0", "--judge-model", "judge"]
     assert cli.main(["pairs", "judge", *common, *endpoint]) == 1
     assert "error: http://127.0.0.1:9/v1 gave no answer to any of" in capsys.readouterr().err

@@ -113,7 +113,7 @@ def test_a_judge_that_nobody_serves_is_refused(tmp_path, model, monkeypatch):
     judge = ("--judge_model", "judge", "--endpoint", f"http://127.0.0.1:{port}/v1")
     with pytest.raises(SystemExit, match=f"`--endpoint`: nobody answers at http://127.0.0.1:{port}/v1"):
         online_dpo.main(options(model, prompts, tmp_path / "out", *judge))
-    with pytest.raises(SystemExit, match="Set exactly one of them"):
+    with pytest.raises(SystemExit, match="The judge is not named. Set exactly one of `judge_model`"):
         online_dpo.main(options(model, prompts, tmp_path / "out"))
     with pytest.raises(ValueError, match="'localhost:8000' is no address"):
         check_address("localhost:8000")

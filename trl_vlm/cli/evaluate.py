@@ -224,12 +224,14 @@ def judge_source(options: argparse.Namespace) -> "JudgeSource":
     from trl_vlm.evaluation.run import JudgeSource
     from trl_vlm.evaluation.served import PROBE
     from trl_vlm.judges.chat import Request
+    from trl_vlm.models.downloads import once_per_node
     from trl_vlm.models.loading import load_generative_processor
 
     chosen, name = made_of(ScoringJudge, options), options.judge_model
     if options.endpoint is None:
-        load_generative_processor(name)
-        return JudgeSource(name, lambda: chosen.chat(name), revision_of(name))
+        with once_per_node():
+            load_generative_processor(name)
+        return JudgeSource(name, lambda: chosen.chat(name), revision_of(name), local_models=[name])
     chat = chosen.chat(name)
     if PartialState().is_main_process:
         chat([Request(PROBE, (), "the first request")])  # raises a ConnectionError if no server answers

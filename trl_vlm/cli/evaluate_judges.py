@@ -106,13 +106,17 @@ def pair_judge(options: argparse.Namespace) -> "PairJudge":
 
     chosen = made_of(JudgeOptions, options)
     kind = kind_of(chosen)
+    server = chosen.server()
+    if kind == "reward" and server is not None:
+        about = server.served()  # refuses an address where none answers
+        form = _form(about["template"], chosen.min_gap)
+        return PairJudge(JudgeName(about["model"], about["revision"] or "", form), chosen.make, both_orders=False)
     if kind == "reward" and chosen.reward_model is not None:
         place_of(chosen.reward_model)  # refuses what is not there
         check_reward_head(chosen.reward_model)
-        words = json.dumps([asdict(load_template(chosen.reward_model)), chosen.min_gap], sort_keys=True)
-        form = hashlib.sha256(words.encode()).hexdigest()[:12]
+        form = _form(asdict(load_template(chosen.reward_model)), chosen.min_gap)
         name = JudgeName(chosen.reward_model, revision_of(chosen.reward_model), form)
-        return PairJudge(name, chosen.make, both_orders=False)
+        return PairJudge(name, chosen.make, both_orders=False, local_models=chosen.local_models())
     if chosen.judge_model is None:
         raise ValueError(f"the judge {kind!r} needs a model. Set `--judge-model`.")
     both_orders = chosen.both_orders and kind != "claims"
@@ -120,4 +124,10 @@ def pair_judge(options: argparse.Namespace) -> "PairJudge":
     if kind == "claims":
         form = claim_form(writer=chosen.claim_writer, threshold=chosen.claim_threshold, min_gap=chosen.min_gap)
     source = judge_source(options)  # asks an endpoint whether it is there
-    return PairJudge(JudgeName(source.name, source.revision, form), chosen.make, both_orders=both_orders)
+    name = JudgeName(source.name, source.revision, form)
+    return PairJudge(name, chosen.make, both_orders=both_orders, local_models=chosen.local_models())
+
+
+def _form(template: object, min_gap: float) -> str:
+    """The digest of what a reward model reads beside the pairs."""
+    return hashlib.sha256(json.dumps([template, min_gap], sort_keys=True).encode()).hexdigest()[:12]

@@ -24,11 +24,10 @@ from trl_vlm.cli.options import (
     source_of,
     write,
 )
-from trl_vlm.cli.parsing import CommandParser, add_fields, made_of, settings_of
+from trl_vlm.cli.parsing import CommandParser, add_fields, made_of, nested_options, settings_of
 from trl_vlm.pairs.registry import SOURCES, source_class
 
 if TYPE_CHECKING:
-    from trl_vlm.models.generation import Policy
     from trl_vlm.pairs.writer import PairReport
 
 # Earlier names, understood and not shown.
@@ -92,7 +91,8 @@ def run(options: argparse.Namespace) -> int:
 
     from trl_vlm.judges.endpoint import SpendingCapReached
     from trl_vlm.judges.spending import Spending, spending_of
-    from trl_vlm.models.generation import generating
+    from trl_vlm.models.downloads import fetch_weights
+    from trl_vlm.models.generation import generating, load_policy
     from trl_vlm.pairs.writer import PairWriter
 
     join_processes()
@@ -101,6 +101,7 @@ def run(options: argparse.Namespace) -> int:
 
         create_repository(options.push_to_hub, private=options.private)
     kind = source_class(options.method)
+    fetch_weights({name: {} for name in local_models(kind, options)})
     source = made_of(kind, options)
     policy = load_policy(options.model, options.dtype) if kind.needs_policy else None
     writer = PairWriter(
@@ -150,25 +151,19 @@ def push(options: argparse.Namespace) -> None:
     sys.stderr.write(f"Uploaded to {address}\n")
 
 
+def local_models(kind: type, options: argparse.Namespace) -> list[str]:
+    """The models that a source loads beside the policy, on every process."""
+    return [name for nested in nested_options(kind, options) for name in nested.local_models()]
+
+
 def settings(options: argparse.Namespace) -> dict[str, object]:
     """The settings that determine the pairs, besides the rows: a run with other settings cannot resume this one."""
     names = ("method", "model", "dtype", "images", "embed_images")
     common = {name: getattr(options, name, None) for name in names}
     values = {**common, **dict(settings_of(source_class(options.method), options))}
+    for nested in nested_options(source_class(options.method), options):
+        values |= getattr(nested, "further_settings", dict)()
     return {name: value for name, value in values.items() if value is not None}
-
-
-def load_policy(path: str, dtype: str) -> "Policy":
-    """The model of a folder or hub id on this process's device, whole on each, and its processor."""
-    from accelerate import PartialState
-
-    from trl_vlm.models.generation import Policy
-    from trl_vlm.models.loading import load_generative_model, load_generative_processor, moved
-    from trl_vlm.models.unsharded import unsharded_loading
-
-    with unsharded_loading():
-        model = load_generative_model(path, dtype=dtype)
-    return Policy(moved(model, PartialState().device), load_generative_processor(path))
 
 
 def pairs_text(report: "PairReport") -> str:

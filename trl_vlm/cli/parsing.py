@@ -105,6 +105,13 @@ def made_of(owner: type[_Made], options: argparse.Namespace) -> _Made:
     return owner(**values)
 
 
+def nested_options(owner: type, options: argparse.Namespace) -> Iterator[Any]:
+    """The options, as objects, of which fields of a dataclass are made (metadata "options")."""
+    for field in _init_fields(owner):
+        if "options" in field.metadata:
+            yield made_of(field.metadata["options"], options)
+
+
 def settings_of(owner: type, options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """The options of a dataclass that determine its results, with their values; those without a value are left out."""
     irrelevant = getattr(owner, "not_about_answers", ())

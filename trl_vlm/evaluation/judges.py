@@ -29,6 +29,7 @@ from trl_vlm.judges.judge import Comparison, Judge, Verdict
 from trl_vlm.judges.pairwise import EQUAL, NEITHER, NO_VERDICT, ORDER
 from trl_vlm.judges.reward import EQUAL_REWARDS, NO_REWARD
 from trl_vlm.judges.spending import spending_of
+from trl_vlm.models.downloads import fetch_weights
 
 ASKED_AT_ONCE = 64  # comparisons between saves
 CHOSEN, REJECTED = "chosen", "rejected"
@@ -77,11 +78,13 @@ class PairJudge:
         name: Who judges, and the digest of what it is asked: what results say.
         make: Makes it.
         both_orders: Whether both orders of the replies are asked.
+        local_models: What `make` loads on each process, downloaded once per node before.
     """
 
     name: JudgeName
     make: Callable[[], Judge]
     both_orders: bool = True
+    local_models: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,8 @@ def _ask(judge: PairJudge, made: list[Judge], pairs: KnownPairs, settings: Judge
     state.wait_for_everyone()  # none may add entries before all have seen what is there
     left = [number for number in range(len(pairs)) if str(number) not in done]
     mine = left[state.process_index :: state.num_processes]
+    if left:  # on every process
+        fetch_weights({name: {} for name in judge.local_models})
     if mine and not made:
         made.append(judge.make())
     hidden = not (settings.progress and state.is_main_process)

@@ -15,8 +15,7 @@ from tqdm.auto import tqdm
 from trl_vlm.data.encoding import prompt_batches
 from trl_vlm.data.images import load_image
 from trl_vlm.data.rows import Row
-from trl_vlm.evaluation.replies import load_policy
-from trl_vlm.models.generation import generated_batches
+from trl_vlm.models.generation import generated_batches, load_policy
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,7 @@ from trl_vlm.data.rows import Row
 from trl_vlm.evaluation.benchmark import Question
 from trl_vlm.evaluation.tasks import Task
 from trl_vlm.models.generation import Policy, generated, generated_batches
-from trl_vlm.models.loading import load_generative_model, load_generative_processor, moved
 from trl_vlm.models.sampling import GumbelSampler
-from trl_vlm.models.unsharded import unsharded_loading
 
 
 def generate_replies(
@@ -54,13 +52,6 @@ def generate_replies(
         seed=seed,
     )
     return [reply.text for reply in replies]
-
-
-def load_policy(path: str, dtype: str) -> Policy:
-    """The model of a folder or hub id (all weights or an adapter) on this process's device, and its processor."""
-    with unsharded_loading():
-        model = load_generative_model(path, dtype=dtype)
-    return Policy(moved(model, PartialState().device).eval(), load_generative_processor(path))
 
 
 def replies_to(

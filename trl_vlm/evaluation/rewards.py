@@ -24,6 +24,7 @@ from trl_vlm.evaluation.pair_numbers import decision_means, decision_metrics, de
 from trl_vlm.evaluation.results import Result, as_table, installed_versions, results_table, shown
 from trl_vlm.evaluation.statistics import differences, intervals
 from trl_vlm.evaluation.subjects import Subject, subjects_of
+from trl_vlm.models.downloads import fetch_weights
 from trl_vlm.models.place import Place, place_of
 from trl_vlm.models.reward_model import check_reward_head
 from trl_vlm.rewards.reward_model import RewardModelReward, load_template
@@ -208,6 +209,8 @@ def _score(model: RewardModelSubject, datasets: Sequence[KnownPairs], settings: 
         done = ledger.entries()
         # No process may add entries before all have seen what is there, or they would share out different batches.
         PartialState().wait_for_everyone()
+        if len(done) < len(pairs):  # on every process
+            fetch_weights({model.place.path: model.place.load_options})
         left = list(_left_batches(pairs, done, settings.batch_size))
         if not left:
             continue

@@ -17,7 +17,7 @@ from trl_vlm.data.io.atomic import write_whole
 from trl_vlm.evaluation.benchmark import Benchmark, Question, Record, Scores
 from trl_vlm.evaluation.judges import check_served
 from trl_vlm.evaluation.ledger import Ledger, claim
-from trl_vlm.evaluation.replies import load_policy, replies_in_batches, shared_out
+from trl_vlm.evaluation.replies import replies_in_batches, shared_out
 from trl_vlm.evaluation.results import Result, installed_versions, write_results
 from trl_vlm.evaluation.scoring import JudgeName
 from trl_vlm.evaluation.served import EndpointSettings, ServedModel
@@ -26,7 +26,8 @@ from trl_vlm.evaluation.subjects import Subject, replies_of
 from trl_vlm.evaluation.tasks import Task, read_tasks
 from trl_vlm.judges.chat import Answer, Chat, Request
 from trl_vlm.judges.spending import spending_of
-from trl_vlm.models.generation import Policy
+from trl_vlm.models.downloads import fetch_weights
+from trl_vlm.models.generation import Policy, load_policy
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +42,13 @@ class JudgeSource:
         name: Folder, hub id, or name at an endpoint: what results say.
         make: Makes the judge.
         revision: Commit of its weights, if known.
+        local_models: What `make` loads on each process, downloaded once per node before.
     """
 
     name: str
     make: Callable[[], Chat]
     revision: str = ""
+    local_models: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -273,6 +276,8 @@ def _ask_judge(subjects: Sequence[Subject], tasks: Sequence[Task], judge: JudgeS
             requests = [(r.id, judging.request(q, r)) for q, r in pairs if r.id not in answered]
             left = [(name, request) for name, request in requests if request is not None]
             mine = left[state.process_index :: state.num_processes]
+            if left:  # on every process
+                fetch_weights({name: {} for name in judge.local_models})
             if not mine:
                 continue
             if chat is None:

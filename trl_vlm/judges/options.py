@@ -13,6 +13,7 @@ from trl_vlm.judges.judge import Judge
 from trl_vlm.judges.pairwise import PairwiseJudge
 from trl_vlm.judges.reward import RewardJudge
 from trl_vlm.rewards.claims import sentence_claims
+from trl_vlm.rewards.remote import RemoteReward
 from trl_vlm.rewards.reward_model import RewardModelReward
 
 ANSWERS = "~/.cache/trl_vlm/answers"
@@ -151,6 +152,10 @@ class WriterOptions(ChatOptions):
         """The model."""
         return self.chat(self.writer_model)
 
+    def local_models(self) -> list[str]:
+        """The models that `make` loads, on each process."""
+        return [self.writer_model] if self.endpoint is None else []
+
 
 def _chat_judge(options: "JudgeOptions") -> Judge:
     if options.judge_model is None:
@@ -175,8 +180,15 @@ def _local_judge(options: "JudgeOptions") -> Judge:
 
 
 def _reward_judge(options: "JudgeOptions") -> Judge:
+    server = options.server()
+    if server is not None:
+        server.health()  # refuses an address where none answers, before there is anything to score
+        return RewardJudge(server, options.min_gap)
     if options.reward_model is None:
-        raise ValueError("The judge 'reward' needs a reward model. Set `reward_model` to its folder or hub id.")
+        raise ValueError(
+            "The judge 'reward' needs a reward model. Set `reward_model` to its folder or hub id, or `reward_server` "
+            "to the address of a server that has it."
+        )
     return RewardJudge(RewardModelReward(options.reward_model), options.min_gap)
 
 
@@ -216,8 +228,9 @@ class JudgeOptions(ChatOptions):
         default=None,
         metadata={
             "help": "Kind of judge: local (a vision-language model on this machine), endpoint (one behind an "
-            "address), reward (a reward model), or claims (a model, here or behind the address, that checks each "
-            "claim of a reply against the image). Without it, the other options decide between the first three.",
+            "address), reward (a reward model, here or behind an address), or claims (a model, here or behind the "
+            "endpoint, that checks each claim of a reply against the image). Without it, the other options decide "
+            "between the first three.",
             "choices": tuple(JUDGES),
         },
     )
@@ -226,6 +239,17 @@ class JudgeOptions(ChatOptions):
         metadata={"help": "Model that judges: a folder or hub id, or its name at the endpoint."},
     )
     reward_model: str | None = field(default=None, metadata={"help": "Reward model that judges: a folder or hub id."})
+    reward_server: str | None = field(
+        default=None,
+        metadata={
+            "help": "Address of a reward model that judges and that `trl-vlm serve-reward` serves, such as "
+            "http://gpu-7:8100."
+        },
+    )
+    reward_server_key_variable: str | None = field(
+        default=None,
+        metadata={"help": "Environment variable that holds the reward server's key. Without it no key is sent."},
+    )
     both_orders: bool = field(
         default=True,
         metadata={"help": "Ask about both orders of the replies and count only verdicts that agree."},
@@ -251,9 +275,37 @@ class JudgeOptions(ChatOptions):
         },
     )
 
+    # Which model a reward server has counts, and not where it is: `further_settings`.
+    not_about_answers: ClassVar[frozenset[str]] = ChatOptions.not_about_answers | {
+        "reward_server",
+        "reward_server_key_variable",
+    }
+
     def make(self) -> Judge:
         """The judge."""
         return judge_of(self)
+
+    def local_models(self) -> list[str]:
+        """The models that `make` loads, on each process."""
+        if kind_of(self) == "reward":
+            return [self.reward_model] if self.reward_model is not None else []
+        models = (self.judge_model, self.claim_writer) if self.endpoint is None else ()
+        return [model for model in models if model is not None]
+
+    def server(self) -> RemoteReward | None:
+        """The reward server, if there is one."""
+        if self.reward_server is None:
+            return None
+        return RemoteReward(self.reward_server, key_variable=self.reward_server_key_variable)
+
+    def further_settings(self) -> dict[str, Any]:
+        """What else determines verdicts: the model that a reward server says it has.
+
+        Raises:
+            ConnectionError: No reward server answers.
+        """
+        server = self.server()
+        return {} if server is None else {"reward served": server.served()}
 
 
 def kind_of(options: JudgeOptions) -> str:
@@ -262,16 +314,18 @@ def kind_of(options: JudgeOptions) -> str:
     Raises:
         ValueError: They name no judge, two, or an unknown one.
     """
+    named = {name: getattr(options, name) for name in ("judge_model", "reward_model", "reward_server")}
+    given = [f"`{name}` ({value!r})" for name, value in named.items() if value is not None]
     if options.judge is not None and options.judge not in JUDGES:
         raise ValueError(f"`judge` is {options.judge!r}. It must be one of {', '.join(JUDGES)}.")
-    if options.judge is None and (options.judge_model is None) == (options.reward_model is None):
+    if len(given) > 1 or (options.judge is None and not given):
         raise ValueError(
-            f"`judge_model` is {options.judge_model!r} and `reward_model` {options.reward_model!r}. Set exactly one "
-            "of them, so that there is one judge."
+            f"The judge is {' and '.join(given) or 'not named'}. Set exactly one of `judge_model`, `reward_model` and "
+            "`reward_server`, so that there is one judge."
         )
     if options.judge is not None:
         return options.judge
-    if options.reward_model is not None:
+    if options.judge_model is None:
         return "reward"
     return "local" if options.endpoint is None else "endpoint"
 

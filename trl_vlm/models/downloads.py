@@ -8,12 +8,21 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from trl_vlm.models.loading import base_of
 
-_FILES = ("adapter_model.safetensors", SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+_FILES = (
+    *(CONFIG_NAME, GENERATION_CONFIG_NAME),
+    *("adapter_model.safetensors", SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME),
+)
 # What is not there, or cannot be asked for without a network, is left to `from_pretrained`.
 _IF_THERE: dict[str, Any] = {
     "_raise_exceptions_for_missing_entries": False,

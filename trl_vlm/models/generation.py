@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
@@ -24,7 +25,9 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from trl_vlm.models.loading import is_adapted
+from trl_vlm.models.downloads import fetch_weights, once_per_node
+from trl_vlm.models.loading import is_adapted, load_generative_model, load_generative_processor, moved
+from trl_vlm.models.unsharded import unsharded_loading
 
 
 class _Generative(Protocol):
@@ -40,6 +43,23 @@ class Policy(NamedTuple):
 
     model: PreTrainedModel
     processor: ProcessorMixin
+
+
+def load_policy(path: str, dtype: str) -> Policy:
+    """The model of a folder or hub id (all weights or an adapter), whole on this process's device, and its processor.
+
+    It is downloaded once per node, so every process must come here.
+
+    Args:
+        path: The folder or hub id.
+        dtype: Precision, as for `from_pretrained`.
+    """
+    fetch_weights({path: {}})
+    with unsharded_loading():
+        model = load_generative_model(path, dtype=dtype)
+    with once_per_node():
+        processor = load_generative_processor(path)
+    return Policy(moved(model, PartialState().device).eval(), processor)
 
 
 class Reply(NamedTuple):

@@ -146,6 +146,15 @@ class RemoteReward:
             raise ConnectionError(f"{self.address} is no reward server: it does not say which model it serves.")
         return about
 
+    def served(self) -> dict[str, Any]:
+        """Which model the server has: `model`, `revision`, `template`.
+
+        Raises:
+            ConnectionError: As for `health`.
+        """
+        about = self.health()
+        return {name: about.get(name) for name in ("model", "revision", "template")}
+
     def __call__(
         self,
         prompts: Sequence[Conversation],

@@ -16,9 +16,11 @@ from trl import ModelConfig, TrlParser
 
 from trl_vlm import DPOConfig, DPOTrainer
 from trl_vlm.pairs import DatasetPairs, Judged, MixedPairs
+from trl_vlm.rewards import RemoteReward
 from trl_vlm.scripts.arguments import refusals, script_parser
 from trl_vlm.scripts.inputs import check_address, check_model
 from trl_vlm.scripts.job import options_of, prepared
+from trl_vlm.scripts.rewards import ServedArguments
 from trl_vlm.scripts.sources import source_arguments, source_from
 
 OFFLINE = field(
@@ -29,7 +31,7 @@ OFFLINE = field(
 def make_parser(prog: str | None = None) -> TrlParser:
     """The script's options."""
     judged = source_arguments(Judged, DPOConfig)
-    options = make_dataclass("OnlineArguments", [("offline_share", float, OFFLINE)], bases=(judged,))
+    options = make_dataclass("OnlineArguments", [("offline_share", float, OFFLINE)], bases=(judged, ServedArguments))
     return script_parser(options, DPOConfig, ModelConfig, prog=prog)
 
 
@@ -45,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check_address(script.endpoint, "endpoint")
         if script.reward_model is not None:
             check_model(script.reward_model, "reward_model")
+        if script.reward_server is not None:
+            key_variable = script.reward_server_key_variable
+            script.served = RemoteReward(script.reward_server, key_variable=key_variable).served()
         source = source_from(Judged, script, DPOConfig, training.seed)
         if script.offline_share:
             source = MixedPairs(DatasetPairs(), source, probability=script.offline_share, seed=training.seed)

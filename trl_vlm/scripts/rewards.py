@@ -18,7 +18,19 @@ from trl_vlm.trainers.types import RewardFunction
 
 
 @dataclass
-class RolloutArguments(ScriptArguments):
+class ServedArguments(ScriptArguments):
+    """Options of a script that may ask a reward server."""
+
+    # What the server says that it serves, since that shapes the result and its address does not.
+    served: dict[str, Any] | None = field(default=None, init=False)
+
+    def further_settings(self) -> dict[str, Any]:
+        """As in `ScriptArguments`: the model that the reward server has."""
+        return {} if self.served is None else {"reward served": self.served}
+
+
+@dataclass
+class RolloutArguments(ServedArguments):
     """Options of the reward."""
 
     reward_model_name_or_path: str | None = field(
@@ -41,12 +53,6 @@ class RolloutArguments(ScriptArguments):
             "help": "Further TRL reward functions, as `module.name`; modules in the working directory are found."
         },
     )
-    # What the server says that it serves, since that shapes the result and its address does not.
-    served: dict[str, Any] | None = field(default=None, init=False)
-
-    def further_settings(self) -> dict[str, Any]:
-        """As in `ScriptArguments`: the model that the reward server has."""
-        return {} if self.served is None else {"reward served": self.served}
 
 
 def train_with_rewards(
@@ -82,8 +88,7 @@ def check_rewards(script: RolloutArguments) -> None:
                 "Give one of them."
             )
         if script.reward_server is not None:
-            about = _server(script).health()
-            script.served = {name: about.get(name) for name in ("model", "revision", "template")}
+            script.served = _server(script).served()
         if script.reward_model_name_or_path is not None:
             check_model(script.reward_model_name_or_path, "reward_model_name_or_path")
         for name in script.reward_funcs or ():

@@ -65,6 +65,10 @@ class SentenceEncoder:
         """The encoder itself: it is its own options on a command line."""
         return self
 
+    def local_models(self) -> list[str]:
+        """The model that each process loads."""
+        return [str(self.encoder)]
+
     def __call__(self, texts: Sequence[str], others: Sequence[str]) -> list[float]:
         """N similarities of N texts and N others."""
         if not self.per_sentence:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from trl_vlm.data.faults import (
     COLUMNS,
+    EMPTY_QUESTION,
     EMPTY_REPLY,
     IMAGE_COLUMNS,
     IMAGE_IN_MESSAGE,
@@ -22,6 +23,7 @@ from trl_vlm.data.faults import (
     SCORE_WEIGHT_COLUMNS,
     SPAN_COLUMNS,
     TWO_IMAGE_COLUMNS,
+    WRONG_SPEAKER,
     WRONG_TYPE,
     Fault,
     Reading,
@@ -159,6 +161,9 @@ def faults(
     """
     if with_images is None:
         with_images = any(column in row for column in IMAGE_COLUMNS)
+    if purpose == "sft" and "messages" in row:
+        yield from _conversation_faults(row, image_tokens, control_tokens, with_images)
+        return
     reading = Reading(with_images, tuple(image_tokens), tuple(control_tokens))
     yield from _required_faults(row, required_columns(purpose, with_images))
     if _is_plain_text(row, purpose, with_images):
@@ -179,6 +184,24 @@ def faults(
         yield from _same_reply_faults(row, reads)
     if with_images:
         yield from _image_faults(row, purpose, is_well_formed)
+
+
+def _conversation_faults(
+    row: Row, image_tokens: Iterable[str], control_tokens: Iterable[str], with_images: bool
+) -> Iterator[Fault]:
+    """The faults of a supervised row that is a whole conversation, in `messages`."""
+    images = {column: row[column] for column in IMAGE_COLUMNS if column in row}
+    found = faults(
+        {"prompt": row["messages"], **images},
+        "ppo",
+        image_tokens=image_tokens,
+        control_tokens=control_tokens,
+        with_images=with_images,
+    )
+    for fault in found:
+        # A conversation that trains ends on a reply, which a prompt should not.
+        if not (fault.is_warning and fault.kind in (WRONG_SPEAKER, EMPTY_QUESTION)):
+            yield fault._replace(column="messages") if fault.column == "prompt" else fault
 
 
 def required_columns(purpose: str, with_images: bool) -> tuple[str, ...]:

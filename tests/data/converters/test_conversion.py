@@ -14,10 +14,15 @@ from PIL import Image as PILImage
 from tests.data.converters.helpers import (
     FACTS,
     NLF_COLUMNS,
+    a_okvqa,
     annotated,
     fact_rlhf,
+    hsa_dpo,
     image_folder,
+    llava_conversations,
     llava_preference,
+    mdpo,
+    mmpr,
     multimodal_rewardbench,
     nlf,
     png,
@@ -59,7 +64,7 @@ def loaded(path):
 def world(tmp_path):
     """The images and facts that the records of `converter_records` name."""
     image_folder(tmp_path / "images", "bus.png", "COCO_train2014_000000000009.jpg", "000000000042.jpg")
-    image_folder(tmp_path / "images", "000000111111.jpg", "000000222222.jpg")
+    image_folder(tmp_path / "images", "000000111111.jpg", "000000222222.jpg", "000000333333.jpg", "7.jpg")
     (tmp_path / "facts.json").write_text(json.dumps(FACTS))
     return tmp_path
 
@@ -75,7 +80,13 @@ EVERY_CONVERTER = {
     "annotations": ([annotated()], {}),
     "vl-rewardbench": ([vl_rewardbench()], {}),
     "multimodal-rewardbench": ([multimodal_rewardbench()], {}),
+    "llava-conversations": ([llava_conversations()], {"turns": "last"}),
+    "mmpr": ([mmpr()], {}),
+    "hsa-dpo": ([hsa_dpo()], {}),
+    "mdpo": ([mdpo()], {}),
+    "a-okvqa": ([a_okvqa()], {}),
 }
+PURPOSES = {"fact-rlhf": "ppo", "llava-conversations": "sft", "a-okvqa": "sft"}
 
 
 @pytest.mark.parametrize("name", [name for name, converter in CONVERTERS.items() if converter.reader is None])
@@ -88,8 +99,7 @@ def test_every_converter_writes_rows_that_pass_the_check(world, name, output):
     report = convert(name, source, world / output, images=world / "images", progress=False, **options)
     assert (report.records, report.rows) == (1, 1)
     assert report.dropped == ({"rating is not a number from 1 to 5": 1} if name == "vlfeedback" else {})
-    purpose = "ppo" if name == "fact-rlhf" else "dpo"
-    checked = check_dataset(Source(str(world / output)).records(), purpose)
+    checked = check_dataset(Source(str(world / output)).records(), PURPOSES.get(name, "dpo"))
     assert checked.problems == []
     assert (checked.rows, checked.images) == (1, 1)
     assert not (world / f"{output}.partial").exists()

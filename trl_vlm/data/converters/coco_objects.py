@@ -4,7 +4,6 @@ A folder of annotations holds `instances_<split>.json` and, for the captions, `c
 annotations_trainval2014.zip of cocodataset.org (CC-BY-4.0). One record is made of each image.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from trl_vlm.data.converters.records import (
     list_of_texts,
     need,
     prompt_row,
+    read_json,
     user_turn,
 )
 
@@ -47,7 +47,7 @@ def records(folder: Path) -> Iterator[Record]:
     for file in files:
         captions = file.with_name(file.name.replace("instances_", "captions_"))
         try:
-            yield from _images(_read(file, ("images", "annotations", "categories")), _captions(captions))
+            yield from _images(read_annotations(file, ("images", "annotations", "categories")), captions_of(captions))
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{str(file)!r} or {captions.name!r} has an entry without {error}; both must be annotation files as "
@@ -83,19 +83,18 @@ def to_row(record: Record) -> Row:
     return prompt_row(record["file_name"], user_turn(REQUEST), **columns)
 
 
-def _captions(file: Path) -> dict[int, list[str]]:
+def captions_of(file: Path) -> dict[int, list[str]]:
+    """The captions of each image; none if there is no such file."""
     found: dict[int, list[str]] = defaultdict(list)
     if file.is_file():
-        for annotation in _read(file, ("annotations",))["annotations"]:
+        for annotation in read_annotations(file, ("annotations",))["annotations"]:
             found[annotation["image_id"]].append(annotation["caption"])
     return found
 
 
-def _read(file: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{str(file)!r} is not JSON ({error}). Is the download complete?") from error
+def read_annotations(file: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """A file of annotations; raises `ValueError` unless it is JSON and has lists under all `keys`."""
+    data = read_json(file)
     missing = [key for key in keys if not isinstance(data, dict) or not isinstance(data.get(key), list)]
     if missing:
         raise ValueError(

@@ -1,9 +1,11 @@
 """What every converter needs: named faults, turns of a conversation, and rows of the row contract."""
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datasets import Image, List, Value
@@ -16,7 +18,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 Record = Mapping[str, Any]
 Row = dict[str, Any]
-Message = dict[str, str]
+Message = dict[str, Any]
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 PROMPT_COLUMNS = {"images": List(Image()), "prompt": MESSAGES}
@@ -100,9 +102,19 @@ def turns(conversation: object, what: str = "conversations") -> list[Message]:
     speakers that do not take turns, for an empty turn, and for a placeholder anywhere but in the first user turn:
     only there can the row contract put the image.
     """
+    messages: list[Message] = []
+    for role, text in spoken_turns(conversation, what):
+        is_first_question = role == "user" and not any(message["role"] == "user" for message in messages)
+        text = question_text(text) if is_first_question else clean_reply(text, f"turn of {what}")
+        messages.append({"role": role, "content": text})
+    return messages
+
+
+def spoken_turns(conversation: object, what: str = "conversations") -> list[tuple[str, str]]:
+    """The role and the text of each of LLaVA's turns, or of messages; raises `BadRecord` as `turns` does."""
     if not isinstance(conversation, Sequence) or isinstance(conversation, str) or not conversation:
         raise BadRecord(f"{what} holds no turns", f"got {str(conversation)[:60]!r}")
-    messages: list[Message] = []
+    found: list[tuple[str, str]] = []
     for turn in conversation:
         if not isinstance(turn, Mapping):
             raise BadRecord(f"{what} holds a turn without a speaker", f"got {str(turn)[:60]!r}")
@@ -110,12 +122,10 @@ def turns(conversation: object, what: str = "conversations") -> list[Message]:
         if not isinstance(speaker, str) or speaker not in ROLES:
             raise BadRecord(f"{what} has an unknown speaker", f"{speaker!r}; known are {sorted(ROLES)}")
         role, value = ROLES[speaker], turn.get("value", turn.get("content"))
-        if messages and messages[-1]["role"] == role:
-            raise BadRecord(f"{what} has one speaker twice in a row", f"turns {len(messages) - 1} and {len(messages)}")
-        is_first_question = role == "user" and not any(message["role"] == "user" for message in messages)
-        text = question_text(value) if is_first_question else clean_reply(value, f"turn of {what}")
-        messages.append({"role": role, "content": text})
-    return messages
+        if found and found[-1][0] == role:
+            raise BadRecord(f"{what} has one speaker twice in a row", f"turns {len(found) - 1} and {len(found)}")
+        found.append((role, clean_text(value, "question" if role == "user" else f"turn of {what}")))
+    return found
 
 
 def prompt_and_last_reply(messages: Sequence[Message], what: str = "conversations") -> tuple[list[Message], str]:
@@ -133,11 +143,31 @@ def prompt_row(image: object, prompt: list[Message], **extra: object) -> Row:
 
 def preference_row(image: object, prompt: list[Message], chosen: object, rejected: object, **extra: object) -> Row:
     """A preference row; raises `BadRecord` for an empty reply, for equal replies, and without an image."""
+    return preference_row_of([present_image(image)], prompt, chosen, rejected, **extra)
+
+
+def preference_row_of(
+    images: list[object], prompt: list[Message], chosen: object, rejected: object, **extra: object
+) -> Row:
+    """A preference row with any number of images; raises `BadRecord` for an empty reply and for equal replies."""
     chosen, rejected = clean_reply(chosen, "chosen reply"), clean_reply(rejected, "rejected reply")
     if chosen == rejected:
         raise BadRecord("chosen and rejected are the same", repr(chosen[:60]))
-    row = prompt_row(image, prompt)
+    row = {"images": images, "prompt": prompt}
     return {**row, "chosen": assistant_turn(chosen), "rejected": assistant_turn(rejected), **extra}
+
+
+def drawn_one(values: Sequence[str], name: str) -> str:
+    """One of the values, the same for a name wherever it is asked for."""
+    return values[int.from_bytes(hashlib.sha256(name.encode(errors="surrogatepass")).digest()[:8]) % len(values)]
+
+
+def read_json(file: Path) -> Any:
+    """What a file of JSON holds; raises `ValueError` where it is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(file)!r} is not JSON ({error}). Is the download complete?") from error
 
 
 def joined_facts(facts: Mapping[str, Sequence[str]], image: object, prefix: str = "") -> list[str]:

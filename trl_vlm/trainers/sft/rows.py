@@ -6,7 +6,7 @@ from typing import Any, cast
 from datasets import Dataset
 
 from trl_vlm.data.named_rows import has_images, without_images
-from trl_vlm.data.rows import IMAGE_COLUMNS, Row, faults
+from trl_vlm.data.rows import Row, faults
 from trl_vlm.models.image_tokens import image_tokens
 from trl_vlm.trainers.types import Processor
 
@@ -49,11 +49,6 @@ def check_supervised_row(row: Row, name: str, tokens: Iterable[str]) -> None:
         "completion" not in row or all(isinstance(row.get(c), str) for c in ("prompt", "completion"))
     ):
         return
-    if is_whole:
-        row = {"prompt": row["messages"], **{column: row[column] for column in IMAGE_COLUMNS if column in row}}
-    elif "completion" not in row or all(isinstance(row.get(column), str) for column in ("prompt", "completion")):
-        return
-    for fault in faults(row, "ppo" if is_whole else "sft", image_tokens=tokens, with_images=True):
+    for fault in faults(row, "sft", image_tokens=tokens, with_images=True):
         if not fault.is_warning:
-            column = "messages" if is_whole and fault.column == "prompt" else fault.column
-            raise fault._replace(column=column).error(name)
+            raise fault.error(name)

@@ -38,14 +38,20 @@ def per_token_kl(logps: Tensor, reference_logps: Tensor, estimator: str) -> Tens
     raise ValueError(f"`kl_estimator` is {estimator!r}; it must be one of {', '.join(KL_ESTIMATORS)}.")
 
 
-def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+def shaped_rewards(
+    scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, token_scores: Tensor | None = None
+) -> Tensor:
     """Reward of each token: -kl_coef * kl everywhere, plus the reply's score on its last real token; (B, T).
+
+    Where parts of the score belong to other tokens, they lie there, and what is left of it on the last one.
 
     Args:
         scores: (B,), one score per reply.
         kl: (B, T), from `per_token_kl`.
         mask: (B, T), true on real tokens. A reply without any real token gets no reward at all.
         kl_coef: Weight of the penalty, >= 0.
+        token_scores: (B, T), the parts of the scores that lie on single tokens; on tokens outside `mask` they stay a
+            part of the last one. None: the scores have no parts.
 
     Source: equation 2 of Fact-RLHF (2309.14525).
     Differs: its public code puts the score on the last padded index, which gamma = lambda = 1 hides.
@@ -53,6 +59,9 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> 
     mask = mask.bool()
     rewards = torch.where(mask, -kl_coef * kl, torch.zeros_like(kl))
     is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    if token_scores is not None:
+        parts = torch.where(mask, token_scores, torch.zeros_like(token_scores))
+        rewards, scores = rewards + parts, scores - parts.sum(1)
     return rewards + is_last * scores[:, None]
 
 

@@ -58,12 +58,23 @@ def finite_rewards(
             "exactly one number per reply, `None` where the function does not apply."
         )
     return [
-        _finite_reward(value, name, name_row(row, reply, row_name))
+        finite_reward(value, name, name_row(row, reply, row_name))
         for row, (value, reply) in enumerate(zip(values, completions, strict=True))
     ]
 
 
-def _finite_reward(value: object, name: str, row: str) -> float | None:
+def finite_reward(value: object, name: str, row: str) -> float | None:
+    """A value of a reward function as a finite number; `None` stays.
+
+    Args:
+        value: What it returned.
+        name: Its name.
+        row: What errors call the reply.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not finite.
+    """
     if value is None:
         return None
     if not isinstance(value, Real) and not (isinstance(value, torch.Tensor) and value.numel() == 1):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from tests.trainers.ppo.helpers import count_letters, lora, rows, settings
+from tests.trainers.ppo.helpers import count_letters, lora, reward_each_token, rows, settings
 from trl_vlm import PPOTrainer
 
 REPORTED = ("loss", "grad_norm", "ppo/score", "ppo/kl", "ppo/value_mean", "ppo/value_loss", "ppo/explained_variance")
@@ -37,10 +37,11 @@ def main(
     images: list[int],
     adapter: bool = False,
     reward_model: str | None = None,
+    each_token: bool = False,
 ):
     trainer = PPOTrainer(
         model,
-        reward_funcs=count_letters,
+        reward_funcs=reward_each_token if each_token else count_letters,
         args=settings(
             folder / "out",
             per_device_train_batch_size=batch,

@@ -67,6 +67,11 @@ def count_letters(completions: list, **columns: Any) -> list[float]:
     return [float(len(completion[0]["content"])) for completion in completions]
 
 
+def reward_each_token(completion_ids: list, **columns: Any) -> list[list[float]]:
+    """A reward that differs from token to token."""
+    return [[float(token % 5 - 2) for token in ids] for ids in completion_ids]
+
+
 def rollout(trainer: Any, numbers: list[int]) -> dict[str, Any]:
     """One rollout over the rows with these numbers, as the training loop takes it."""
     trainer.model.train()

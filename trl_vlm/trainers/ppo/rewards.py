@@ -7,6 +7,7 @@ from peft import PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from trl_vlm.rewards import RewardModelReward, checked
+from trl_vlm.trainers.ppo.token_rewards import TokenRewards
 from trl_vlm.trainers.preparation import config_of
 from trl_vlm.trainers.types import Model, Processor, RewardFunction
 
@@ -16,6 +17,7 @@ def reward_functions(
     reward_model: str | Model | None,
     processor: Processor,
     load_options: dict[str, Any],
+    token_rewards: TokenRewards,
 ) -> list[RewardFunction]:
     """TRL reward functions that raise for invalid rewards, `reward_model` last.
 
@@ -26,13 +28,14 @@ def reward_functions(
         reward_model: One more, or None.
         processor: The policy's, for a reward model that is loaded already.
         load_options: For a vision-language reward model that is named: precision, quantization, ...
+        token_rewards: Keeps what functions give to single tokens.
     """
     functions = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
     functions += [] if reward_model is None else [reward_model]
     if not functions:
         raise ValueError("PPO has no reward: pass `reward_funcs`, `reward_model`, or both.")
     functions = [_seeing(function, processor, load_options) for function in functions]
-    return [checked(f) if callable(f) and not isinstance(f, PreTrainedModel) else f for f in functions]
+    return [checked(token_rewards.summed(function, place)) for place, function in enumerate(functions)]
 
 
 def load_options_of_rewards(

@@ -5,6 +5,7 @@ from typing import Required, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class Rollout(TypedDict, total=False):
@@ -45,6 +46,16 @@ def reply_mask(rollout: Rollout) -> Tensor:
     """(B, T), 1 on the tokens that the policy wrote: neither padding nor tool output."""
     mask = rollout["completion_mask"]
     return mask * rollout["tool_mask"] if "tool_mask" in rollout else mask
+
+
+def widened(values: Tensor | None, mask: Tensor) -> Tensor | None:
+    """Values of the tokens of a rollout's longest reply, with zeros for the padding behind it; None stays.
+
+    Args:
+        values: (B, t).
+        mask: (B, T), T not less than t.
+    """
+    return None if values is None else pad(values, (0, mask.shape[1] - values.shape[1]))
 
 
 def has_ended(rollout: Rollout, eos_token_ids: Sequence[int]) -> Tensor:

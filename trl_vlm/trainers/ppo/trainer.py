@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from trl_vlm.data.rows import name_of
 from trl_vlm.maths.advantages import generalized_advantages, moments, per_token_kl, shaped_rewards, whiten
 from trl_vlm.maths.losses import clipped_value_loss
 from trl_vlm.maths.masked import masked_sum
@@ -29,9 +30,10 @@ from trl_vlm.trainers.ppo.metrics import rollout_sums
 from trl_vlm.trainers.ppo.passes import ReshuffledPasses
 from trl_vlm.trainers.ppo.reference import own_reference, prepared_reference
 from trl_vlm.trainers.ppo.rewards import load_options_of_rewards, reward_functions
-from trl_vlm.trainers.ppo.rollout import Rollout, has_ended, reply_mask
+from trl_vlm.trainers.ppo.rollout import Rollout, has_ended, reply_mask, widened
 from trl_vlm.trainers.ppo.rollout_images import model_inputs
 from trl_vlm.trainers.ppo.setup import check_input
+from trl_vlm.trainers.ppo.token_rewards import TokenRewards
 from trl_vlm.trainers.preparation import (
     complete_arguments,
     complete_processor,
@@ -73,7 +75,8 @@ class PPOTrainer(
     passes over each rollout in mini-batches (`PPOConfig`).
 
     The reward of a reply is the weighted sum of `reward_funcs`, TRL reward functions that see the images and every
-    column of the row (`facts` too). The policy and the critic see only the prompt, the images and the reply.
+    column of the row (`facts` too). In the place of a reply's number one may return a list with a number for each of
+    its tokens (`completion_ids`). The policy and the critic see only the prompt, the images and the reply.
 
     With `peft_config`, or a policy that has an adapter, the reference is the same base model: with its adapter off,
     or with a frozen copy of the adapter it started from. Without PEFT it is a frozen copy of the policy.
@@ -141,10 +144,13 @@ class PPOTrainer(
         reference = own_reference(model, ref_model, peft_config, args)
         if reference is not None:
             args.beta = 0.0  # GRPOTrainer would make another one
+        self._token_rewards = TokenRewards()
         reward_options = load_options_of_rewards(model, loading_arguments_of_others(args), quantization_config)
         super().__init__(
             model=model,
-            reward_funcs=reward_functions(reward_funcs, reward_model, processing_class, reward_options),
+            reward_funcs=reward_functions(
+                reward_funcs, reward_model, processing_class, reward_options, self._token_rewards
+            ),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -222,7 +228,10 @@ class PPOTrainer(
                 f"for reply {int(unscored.nonzero()[0])} of the rollout. Each reply needs at least one reward."
             )
         # All processes' replies, before TRL centers them by group: (B * processes, functions)
-        self._scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        weights = self.reward_weights.to(rewards.device)
+        self._scores = (rewards * weights).nansum(dim=1)
+        names = [name_of(row, place, " of the rollout") for place, row in enumerate(inputs)]
+        self._token_scores = self._token_rewards.taken(completion_ids_list, weights, names, self.reward_func_names)
         return rewards
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
@@ -289,7 +298,7 @@ class PPOTrainer(
             scores = scores - args.missing_eos_penalty * ~has_ended(batch, self.eos_token_ids)
         old_logps = batch["old_per_token_logps"]
         kl = per_token_kl(old_logps, batch.get("ref_per_token_logps", old_logps), args.kl_estimator)
-        rewards = shaped_rewards(scores, kl, mask, self.kl_coef)
+        rewards = shaped_rewards(scores, kl, mask, self.kl_coef, widened(self._token_scores, mask))
         if args.whiten_rewards:
             rewards = whiten(rewards, mask, self._global_moments(rewards, mask), shift_mean=False)
         advantages, returns = generalized_advantages(

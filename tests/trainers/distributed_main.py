@@ -1,8 +1,9 @@
-"""What `tests.distributed.launch` runs: DPO, reward training and PPO, full and with LoRA, one after the other.
+"""What `tests.distributed.launch` runs: DPO, reward training, PPO and SFT, full and with LoRA, one after the other.
 
-Each run reports its losses and the precisions of what its losses read.
+Each run reports its losses, the norms of its gradients, and the precisions of what its losses read.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.families import load_processor
 from tests.preference_rows import preference_rows
 from tests.trainers.dpo import helpers as dpo
 from tests.trainers.ppo import helpers as ppo
-from trl_vlm import DPOConfig, DPOTrainer, PPOTrainer, RewardConfig, RewardTrainer
+from trl_vlm import DPOConfig, DPOTrainer, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 METHODS = ("dpo", "reward", "ppo")
 OUTPUTS = ("log_probs", "logits", "token_values")
@@ -45,6 +46,11 @@ def make(method: str, model: Any, folder: str, adapter: bool, options: dict[str,
     if method == "reward":
         args = RewardConfig(**options)
         return RewardTrainer(folder, args, train_dataset=preference_rows(list(IMAGES)), peft_config=peft_config)
+    if method == "sft":
+        pairs = dpo.rows(IMAGES)
+        supervised = pairs.rename_column("chosen", "completion").remove_columns("rejected")
+        args = SFTConfig(**options, max_length=None)
+        return SFTTrainer(model, args, train_dataset=supervised, processing_class=processor, peft_config=peft_config)
     args = ppo.settings(
         **{"folder": options.pop("output_dir"), **options},
         shuffle_dataset=False,
@@ -75,10 +81,17 @@ def watched(trainer: Trainer) -> dict[str, set[str]]:
     return found
 
 
-def main(folder: Path, trainer_arguments: dict[str, Any], model: str, batch: int, methods: list[str] = METHODS):
+def main(
+    folder: Path,
+    trainer_arguments: dict[str, Any],
+    model: str,
+    batch: int,
+    methods: Sequence[str] = METHODS,
+    adapters: Sequence[bool] = (False, True),
+):
     report: dict[str, Any] = {}
     for method in methods:
-        for adapter in (False, True):
+        for adapter in adapters:
             name = f"{method} {'lora' if adapter else 'full'}"
             options = settings(folder / name.replace(" ", "_"), batch, adapter, **trainer_arguments)
             # TRL seeds, loads, then draws the adapter; with ZeRO-3, loading draws other numbers.
@@ -89,6 +102,7 @@ def main(folder: Path, trainer_arguments: dict[str, Any], model: str, batch: int
             logs = [entry for entry in trainer.state.log_history if "loss" in entry]
             report[name] = {
                 "loss": [entry["loss"] for entry in logs],
+                "grad_norm": [entry["grad_norm"] for entry in logs],
                 "dtypes": {output: sorted(found) for output, found in dtypes.items()},
                 "margin": [entry.get("rewards/margins", entry.get("margin", entry.get("ppo/kl"))) for entry in logs],
             }

@@ -1,4 +1,4 @@
-"""As the shipped configurations run it: bf16 under ZeRO-2, ZeRO-3 and FSDP2, beside one bf16 process."""
+"""As the shipped configurations run it: bf16 under ZeRO-2, ZeRO-3 and FSDP2, beside one bf16 process; and float32."""
 
 import pytest
 from torch.testing import assert_close
@@ -36,3 +36,16 @@ def test_two_processes_in_bf16_give_the_losses_of_one_and_scores_in_float32(kind
         )
         read = {"dpo": ["log_probs"], "reward": ["logits"], "ppo": ["log_probs", "token_values"]}[name.split()[0]]
         assert {output: found["dtypes"][output] for output in read} == dict.fromkeys(read, ["float32"]), name
+
+
+@pytest.mark.nightly
+@pytest.mark.distributed
+def test_in_float32_two_processes_under_fsdp2_train_all_weights_as_one_does(model, tmp_path):
+    """The norm of the gradient shows what a loss shows a step later."""
+    arguments = {"model": model, "methods": ["dpo", "reward", "ppo", "sft"], "adapters": [False]}
+    wanted = launch(SCRIPT, "single", processes=1, folder=tmp_path / "one", batch=4, **arguments)
+    report = launch(SCRIPT, "fsdp2", processes=2, folder=tmp_path / "two", batch=2, **arguments)
+    for method in arguments["methods"]:
+        for name in ("loss", "grad_norm"):
+            found, values = report[f"{method} full"][name], wanted[f"{method} full"][name]
+            assert_close(found, values, rtol=1e-4, atol=1e-5, msg=lambda text, method=method: f"{method}: {text}")

@@ -16,6 +16,7 @@ from trl_vlm.cli.parsing import CommandParser
 # Name -> module below `trl_vlm.cli`, what it does.
 COMMANDS = {
     "convert": ("convert", "convert a public dataset to rows that the trainers read"),
+    "mix": ("mix", "write several converted datasets as one, each as often as its weight says"),
     "check": ("check", "check a dataset row by row; exit code 1 if anything is wrong"),
     "pairs": ("pairs", "make preference pairs with a model"),
     "evaluate": ("evaluate", "measure models on benchmarks"),

@@ -64,17 +64,14 @@ def convert(
     progress: bool = True,
     **options: Any,
 ) -> Report:
-    """Converts a dataset and writes it; calling it again resumes an interrupted run.
-
-    After a finished run it does nothing.
+    """Converts a dataset and writes it; calling it again resumes an interrupted run, or does nothing.
 
     Args:
         name: Which dataset: a key of `CONVERTERS`.
         source: Where its records are.
         output: A folder (parquet shards), or a file that ends in .parquet or .jsonl.
         images: Folder of the image files that records name.
-        facts: JSON file with the facts of each image (`image_to_caption.json`, or COCO's captions), for the datasets
-            that have them.
+        facts: JSON file with the facts of each image, or COCO's captions, for the datasets that have them.
         embed_images: Store the bytes of image files instead of their paths; parquet only.
         skip_bad: Leave out records that make no row, and count them; otherwise the first one raises.
         overwrite: Replace a finished output, and forget an unfinished one.

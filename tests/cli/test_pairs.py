@@ -13,6 +13,7 @@ from trl_vlm.cli import pairs as pairs_cli
 from trl_vlm.cli.parsing import flag_of, made_of
 from trl_vlm.judges import EndpointChat, LocalChat, SpendingCapReached
 from trl_vlm.pairs import COMPOSED_SOURCES, SOURCES, SentenceEncoder, source_class
+from trl_vlm.pairs.vllm import VLLMSampling
 from trl_vlm.rewards.server import make_app
 
 
@@ -60,7 +61,10 @@ def test_every_field_of_a_source_is_an_option_with_its_default_and_there_is_no_o
     assert {name: options[name] for name in defaults if defaults[name] is not dataclasses.MISSING} == {
         name: default for name, default in defaults.items() if default is not dataclasses.MISSING
     }
-    assert options.keys() - defaults.keys() == COMMON | ({"model", "dtype"} if kind.needs_policy else set())
+    wanted = COMMON | ({"model", "dtype"} if kind.needs_policy else set())
+    if getattr(kind, "samples_elsewhere", False):
+        wanted |= {field.name for field in dataclasses.fields(VLLMSampling)}
+    assert options.keys() - defaults.keys() == wanted
 
 
 COMMON = {"input", "output", "split", "config", "revision", "data_files", "images", "embed_images", "limit"}

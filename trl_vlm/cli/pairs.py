@@ -7,7 +7,7 @@ import argparse
 import sys
 from argparse import SUPPRESS
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,8 +26,10 @@ from trl_vlm.cli.options import (
 )
 from trl_vlm.cli.parsing import CommandParser, add_fields, made_of, nested_options, settings_of
 from trl_vlm.pairs.registry import SOURCES, source_class
+from trl_vlm.pairs.vllm import VLLMSampling
 
 if TYPE_CHECKING:
+    from trl_vlm.models.generation import Policy
     from trl_vlm.pairs.writer import PairReport
 
 # Earlier names, understood and not shown.
@@ -79,6 +81,9 @@ def add_method(name: str, parser: CommandParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_push(parser)
     add_fields(parser, source, OLD_FLAGS)
+    if getattr(source, "samples_elsewhere", False):
+        # In the form of the training commands, too.
+        add_fields(parser, VLLMSampling, {field.name: f"--{field.name}" for field in fields(VLLMSampling)})
     for name, flag in OLD_SWITCHES.items():
         if parser.get_default(name) is not None:
             parser.add_argument(flag, dest=name, action="store_false", default=SUPPRESS, help=SUPPRESS)
@@ -96,14 +101,15 @@ def run(options: argparse.Namespace) -> int:
     from trl_vlm.pairs.writer import PairWriter
 
     join_processes()
+    kind = source_class(options.method)
+    sampled = sampled_policy(kind, options)
     if options.push_to_hub and PartialState().is_main_process:
         from trl_vlm.data.io.hub import create_repository
 
         create_repository(options.push_to_hub, private=options.private)
-    kind = source_class(options.method)
     fetch_weights({name: {} for name in local_models(kind, options)})
     source = made_of(kind, options)
-    policy = load_policy(options.model, options.dtype) if kind.needs_policy else None
+    policy = sampled or (load_policy(options.model, options.dtype) if kind.needs_policy else None)
     writer = PairWriter(
         source,
         policy,
@@ -151,6 +157,25 @@ def push(options: argparse.Namespace) -> None:
     sys.stderr.write(f"Uploaded to {address}\n")
 
 
+def sampled_policy(kind: type, options: argparse.Namespace) -> "Policy | None":
+    """The policy that vLLM samples from, if it is to; what is missing for that is said before any work."""
+    if not getattr(options, "use_vllm", False):
+        return None
+    if options.dtype != "auto":
+        raise ValueError(
+            f"`--dtype {options.dtype}` has no effect with `--use-vllm`, which samples in the precision of the "
+            "checkpoint or of its server. Leave it out."
+        )
+    from trl_vlm.trainers.dpo.vllm import check_vllm, policy_by_vllm
+
+    chosen = made_of(VLLMSampling, options)
+    try:
+        check_vllm(chosen, kind)
+    except ImportError as error:
+        raise CommandFailed(str(error)) from error
+    return policy_by_vllm(options.model, chosen)
+
+
 def local_models(kind: type, options: argparse.Namespace) -> list[str]:
     """The models that a source loads beside the policy, on every process."""
     return [name for nested in nested_options(kind, options) for name in nested.local_models()]
@@ -161,6 +186,8 @@ def settings(options: argparse.Namespace) -> dict[str, object]:
     names = ("method", "model", "dtype", "images", "embed_images")
     common = {name: getattr(options, name, None) for name in names}
     values = {**common, **dict(settings_of(source_class(options.method), options))}
+    if getattr(options, "use_vllm", False):  # other samples than those of transformers
+        values["use_vllm"] = True
     for nested in nested_options(source_class(options.method), options):
         values |= getattr(nested, "further_settings", dict)()
     return {name: value for name, value in values.items() if value is not None}

@@ -279,10 +279,15 @@ def _tokenizer(processor: ProcessorMixin | PreTrainedTokenizerBase) -> PreTraine
     return processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
 
 
+def plain_sampling(temperature: float) -> dict[str, Any]:
+    """The settings of softmax(logits / temperature), as transformers and vLLM call them."""
+    # None would be replaced by transformers' defaults, among them top_k=50.
+    return {"temperature": float(temperature), "top_k": 0, "top_p": 1.0}
+
+
 def _plain_config(policy: Policy, max_new_tokens: int, temperature: float) -> GenerationConfig:
     given = policy.model.generation_config
-    # None would be replaced by transformers' defaults, among them top_k=50.
-    sampling = {"temperature": float(temperature), "top_k": 0, "top_p": 1.0} if temperature else {}
+    sampling = plain_sampling(temperature) if temperature else {}
     pad = given.pad_token_id
     return GenerationConfig(
         bos_token_id=given.bos_token_id,

@@ -1,13 +1,14 @@
 """Loading a generative model from a folder or the hub, whether it holds all weights or a PEFT adapter."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import find_adapter_config_file
 
 from trl_vlm.models import _transformers
@@ -54,6 +55,20 @@ def load_generative_model(path: str | PathLike, **kwargs: Any) -> PreTrainedMode
         ) from error
     # PEFT's wrapper forwards attributes of the model inside.
     return cast(PreTrainedModel, PeftModel.from_pretrained(model, str(path), **hub))
+
+
+def model_without_weights(path: str | PathLike) -> PreTrainedModel:
+    """The vision-language model of `path` on the device `meta`: its class, configuration and generation settings.
+
+    Args:
+        path: Folder or hub id of a model with all weights.
+    """
+    config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    with suppress(OSError):  # not every model comes with a generation_config.json
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
 
 
 def load_generative_processor(path: str | PathLike, **kwargs: Any) -> ProcessorMixin:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trl_vlm.pairs.registry import COMPOSED_SOURCES, SOURCES, source_class
     from trl_vlm.pairs.samples import SelfSamples
     from trl_vlm.pairs.source import PairSource
+    from trl_vlm.pairs.vllm import VLLMOptions
 
 _MODULES = {
     "bdhs.bdhs": ("BDHS",),
@@ -29,6 +30,7 @@ _MODULES = {
     "registry": ("COMPOSED_SOURCES", "SOURCES", "source_class"),
     "samples": ("SelfSamples",),
     "source": ("PairSource",),
+    "vllm": ("VLLMOptions",),
 }
 _WHERE = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 _WHERE |= dict.fromkeys(("Policy", "generating"), "trl_vlm.models.generation")
@@ -49,6 +51,7 @@ __all__ = [
     "Policy",
     "SelfSamples",
     "SentenceEncoder",
+    "VLLMOptions",
     "distorted",
     "distorted_images",
     "generating",

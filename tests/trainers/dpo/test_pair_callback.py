@@ -17,9 +17,11 @@ BOTH = pytest.mark.parametrize("kind", [OURS, TRLS], ids=["ours", "trl"])
 SHORT = {"max_steps": 4, "per_device_train_batch_size": 2}
 
 
-def refreshed(kind, folder, source, data=None, *, every_steps=None, batch_size=32, **options):
+def refreshed(kind, folder, source, data=None, *, every_steps=None, batch_size=32, vllm=None, **options):
     trainer = make(*kind, folder, data=instructions() if data is None else data, **SHORT | options)
-    trainer.add_callback(PairSourceCallback(source, trainer, every_steps=every_steps, batch_size=batch_size))
+    trainer.add_callback(
+        PairSourceCallback(source, trainer, every_steps=every_steps, batch_size=batch_size, vllm=vllm)
+    )
     return trainer
 
 

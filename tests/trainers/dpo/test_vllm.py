@@ -1,84 +1,31 @@
 """Samples by vLLM, which cannot run here: a stand-in of the same form, and TRL's own classes as they are."""
 
+import dataclasses
 import inspect
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
+import trl
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
 from tests.families import load_processor
 from tests.trainers.dpo.helpers import logs, make, rows
-from trl_vlm import DPOConfig, DPOTrainer
+from tests.trainers.dpo.test_pair_callback import refreshed
+from tests.vllm_stand_in import install, said
+from trl_vlm import DPOConfig, DPOTrainer, PairSourceCallback
 from trl_vlm.judges import ScriptedJudge
-from trl_vlm.pairs import BDHS, CombinedRejected, DatasetPairs, Judged, MixedPairs, SelfSamples
-from trl_vlm.trainers.dpo import vllm
+from trl_vlm.pairs import BDHS, CombinedRejected, DatasetPairs, Judged, MixedPairs, SelfSamples, VLLMOptions
+from trl_vlm.pairs.vllm import VLLMSampling
 
 pytestmark = pytest.mark.slow
 
 LONGER = ScriptedJudge(lambda pair: int(len(pair.second) > len(pair.first)))
-WORDS = [70, 71, 72, 73, 74, 75, 76, 77]
-
-
-def said(seed, temperature, max_tokens):
-    """Tokens that depend on the seed alone."""
-    return [WORDS[(seed >> place) % len(WORDS)] for place in range(max_tokens)]
-
-
-class Client:
-    """A server's client: as many calls at once as there are requests."""
-
-    def __init__(self, base_url=None, connection_timeout=0.0):
-        self.base_url, self.timeout, self.requests, self.images = base_url, connection_timeout, [], []
-
-    def image_features(self, images):
-        self.images += images
-        return [None if row is None else {"mm_placeholders": {"image": [None] * len(row)}} for row in images]
-
-    def generate(self, prompts, features=None, *, logprobs, generation_kwargs, **settings):
-        self.requests.append((prompts, features, generation_kwargs["seed"], settings))
-        tokens = said(generation_kwargs["seed"], settings["temperature"], settings["max_tokens"])
-        return {"completion_ids": [tokens], "logprobs": logprobs}
-
-
-class Engine:
-    """An engine of this process."""
-
-    def __init__(self):
-        self.inputs = []
-
-    def generate(self, inputs, sampling_params, use_tqdm):
-        assert not use_tqdm
-        self.inputs += inputs
-        outputs = [said(one.seed, one.temperature, one.max_tokens) for one in sampling_params]
-        assert {(one.top_k, one.top_p, one.repetition_penalty, one.n) for one in sampling_params} == {(0, 1.0, 1.0, 1)}
-        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(tokens))]) for tokens in outputs]
-
-
-class Generation(VLLMGeneration):
-    """TRL's class with its own arguments, and without vLLM behind it."""
-
-    def _init_vllm(self):
-        self.synced = []
-        if self.mode == "server":
-            self.vllm_client = Client(self.server_base_url or f"http://{self.server_host}:{self.server_port}")
-        else:
-            self.llm = Engine()
-
-    def sync_weights(self):
-        # What vLLM would get is read from the policy, under its names.
-        self.synced.append({name: value.clone() for name, value in self._iter_named_params()})
 
 
 @pytest.fixture
 def installed(monkeypatch):
-    monkeypatch.setattr(vllm, "is_vllm_available", lambda: True)
-    monkeypatch.setattr(vllm, "VLLMGeneration", Generation)
-    monkeypatch.setattr(vllm, "VLLMClient", Client)
-    stand_in = ModuleType("vllm")
-    stand_in.SamplingParams = lambda **settings: SimpleNamespace(**settings)
-    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    install(monkeypatch)
 
 
 def online(tmp_path, source, **options):
@@ -122,7 +69,7 @@ def test_a_request_has_the_prompts_tokens_its_images_and_a_seed_of_its_own(insta
         assert [type(each) for each in images] == [type(images[0])] * 2 + [list, type(None)] and len(images[2]) == 2
         assert [image in given["prompt_token_ids"] for given in inputs] == [True, True, True, False]
         return
-    client = engine._client
+    client = engine._sampler
     requests = sorted(client.requests, key=lambda request: request[2])
     assert [seed for *_, seed, _ in requests] == seeds
     assert len(client.images) == 3  # a row's images are sent once for all its replies
@@ -137,7 +84,7 @@ def test_a_request_has_the_prompts_tokens_its_images_and_a_seed_of_its_own(insta
 def test_a_reply_ends_before_the_token_that_ends_it(installed, tmp_path, monkeypatch):
     trainer = online(tmp_path, SelfSamples(max_new_tokens=4))
     engine = trainer._pair_maker.engine
-    monkeypatch.setattr(engine, "_from_engine", lambda prompts, *_: [[70, engine._ends[0], 71]] * len(prompts))
+    monkeypatch.setattr(engine, "_sampled", lambda prompts, *_: [[70, engine._ends[0], 71]] * len(prompts))
     (reply,) = engine.replies([trainer.train_dataset[0]], ["row"], seeds=[1], temperature=1.0, max_new_tokens=4)
     assert reply.tokens == [70] and reply.is_finished
 
@@ -174,6 +121,41 @@ def test_vllm_without_a_source_and_an_unknown_mode_are_refused(installed, tmp_pa
         make(DPOTrainer, DPOConfig, tmp_path, use_vllm=True)
     with pytest.raises(ValueError, match="`vllm_mode` is 'other'; it must be one of colocate, server"):
         online(tmp_path, SelfSamples(), vllm_mode="other")
+
+
+@pytest.mark.parametrize("kind", [(DPOTrainer, DPOConfig), (trl.DPOTrainer, trl.DPOConfig)], ids=["ours", "trl"])
+@pytest.mark.parametrize("mode", ["server", "colocate"])
+def test_pairs_that_are_refreshed_come_from_vllm_with_the_weights_of_their_step(installed, kind, mode, tmp_path):
+    where = VLLMOptions(use_vllm=True, vllm_mode=mode)
+    source = SelfSamples(max_new_tokens=4)
+    trainer = refreshed(kind, tmp_path, source, every_steps=2, max_steps=4, vllm=where, learning_rate=1e-2)
+    assert len(logs(trainer)) == 4
+    (callback,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, PairSourceCallback))
+    synced = callback.engine._generation.synced
+    name = next(name for name in synced[0] if name.endswith("lm_head.weight"))
+    assert len(synced) == 2 and not synced[0][name].equal(synced[1][name])
+    rejected = {row["rejected"][0]["content"] for row in trainer.train_dataset}
+    decode = load_processor("llava").decode
+    assert rejected <= {decode(said(seed, 1.0, 4), skip_special_tokens=True).strip() for seed in range(2**6)}
+
+
+def test_refreshed_pairs_are_vllms_only_where_it_can_make_them(installed, tmp_path, monkeypatch):
+    where = VLLMOptions(use_vllm=True)
+    with pytest.raises(ValueError, match="`use_vllm` has no effect: .* takes no samples from it"):
+        refreshed((DPOTrainer, DPOConfig), tmp_path, DatasetPairs(), vllm=where)
+    monkeypatch.undo()
+    with pytest.raises(ImportError, match="`use_vllm` needs vLLM, which is not installed"):
+        refreshed((DPOTrainer, DPOConfig), tmp_path, SelfSamples(), vllm=where)
+    assert PairSourceCallback(SelfSamples(), make(DPOTrainer, DPOConfig, tmp_path), vllm=VLLMOptions()).engine is None
+
+
+def test_the_options_have_the_names_and_defaults_of_trls():
+    theirs = {field.name: field.default for field in dataclasses.fields(trl.GRPOConfig)}
+    ours = {field.name: field.default for field in dataclasses.fields(VLLMOptions)}
+    assert ours == {name: theirs[name] for name in ours}
+    of_a_policy_that_stays = {field.name: field.default for field in dataclasses.fields(VLLMSampling)}
+    assert of_a_policy_that_stays.pop("vllm_gpu_memory_utilization") == 0.9  # nothing else is on the GPU
+    assert of_a_policy_that_stays == {name: theirs[name] for name in of_a_policy_that_stays}
 
 
 def test_trls_classes_take_what_they_get():

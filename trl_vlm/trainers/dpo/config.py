@@ -7,9 +7,9 @@ import trl
 
 from trl_vlm.pairs.noise import Overflow, check_noise
 from trl_vlm.pairs.source import PAIR_BATCH_SIZE
+from trl_vlm.pairs.vllm import VLLMOptions
 from trl_vlm.trainers.checks import refuse
 from trl_vlm.trainers.dpo.image_options import ImageOptions
-from trl_vlm.trainers.dpo.vllm import VLLMOptions
 from trl_vlm.trainers.options import ImageFeatureOptions
 
 

@@ -14,16 +14,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl_vlm.data.named_rows import NamedRows, check_rows, named_rows
 from trl_vlm.data.rows import PAIR_COLUMNS, Row
 from trl_vlm.pairs.source import PAIR_BATCH_SIZE, PairSource
+from trl_vlm.pairs.vllm import VLLMOptions
 from trl_vlm.trainers.dpo.fresh_pairs import (
     COLLATED_COLUMNS,
-    current_policy,
     made_pairs,
     pair_statistics,
     refuse_virtual_tokens,
+    sampling_policy,
     total_statistics,
 )
 from trl_vlm.trainers.dpo.pairs_data import extra_replies
 from trl_vlm.trainers.dpo.trainer import DPOTrainer
+from trl_vlm.trainers.dpo.vllm import VLLMReplies, check_vllm
 from trl_vlm.trainers.types import Model
 
 logger = logging.getLogger(__name__)
@@ -85,9 +87,12 @@ class PairSourceCallback(TrainerCallback):
         every_steps: Refresh before the first step and after every `every_steps` steps; None: at the beginning of each
             epoch.
         batch_size: Rows that the source gets at once.
+        vllm: Where vLLM draws the samples of the source, if its `use_vllm` is on; it gets the policy's weights at each
+            refresh.
 
     Raises:
-        TypeError, ValueError: The trainer, its rows or its data loader cannot be refreshed.
+        TypeError, ValueError: The trainer, its rows or its data loader cannot be refreshed, or vLLM has no effect.
+        ImportError: vLLM is asked for, and not installed.
 
     Example:
         >>> trainer = trl.DPOTrainer("llava-hf/llava-1.5-7b-hf", train_dataset=rows)
@@ -101,11 +106,14 @@ class PairSourceCallback(TrainerCallback):
         *,
         every_steps: int | None = None,
         batch_size: int = PAIR_BATCH_SIZE,
+        vllm: VLLMOptions | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}; a source gets 1 row or more at once.")
         if every_steps is not None and every_steps < 1:
             raise ValueError(f"`every_steps` is {every_steps}; use 1 or more, or None for each epoch.")
+        if vllm is not None:
+            check_vllm(vllm, source)
         dataset = _refreshable_rows(trainer, every_steps)
         assert isinstance(trainer.model, Model)  # as TRL takes them
         refuse_virtual_tokens(trainer.model)
@@ -117,6 +125,7 @@ class PairSourceCallback(TrainerCallback):
         self.batch_size = batch_size
         self.extra = extra_replies(self.rows.selected())
         self.has_own = {"chosen", "rejected"} <= set(dataset.column_names)
+        self.engine = VLLMReplies(trainer, vllm) if vllm is not None and vllm.use_vllm else None
         self.refreshed = RefreshedRows(dataset)
         # `Trainer` takes any dataset with rows by number; TRL's own says `datasets.Dataset`.
         trainer.train_dataset = self.refreshed  # pyright: ignore[reportAttributeAccessIssue]
@@ -147,7 +156,7 @@ class PairSourceCallback(TrainerCallback):
         start, accelerator = time.perf_counter(), self.trainer.accelerator
         own_numbers = range(accelerator.process_index, len(self.rows), accelerator.num_processes)
         own_rows = [self.rows[number] for number in own_numbers]
-        with current_policy(self.trainer) as policy:
+        with sampling_policy(self.trainer, self.engine) as policy:
             pairs = made_pairs(self.source, own_rows, policy, round, self.batch_size)
         made = list(zip(own_numbers, map(self._trimmed, own_numbers, pairs), strict=True))
         decided = {number: pair for number, pair in gather_object(made) if pair is not None}

@@ -160,7 +160,7 @@ class DPOTrainer(FeaturesPerBatch, PreparedTrainer, PairedTrainer, trl.DPOTraine
         self._image_features = features_of_run(self, {"policy": self.model, "reference": self.ref_model})
         make_collator = functools.partial(self._preference_collator, self.data_collator)
         if pair_source is not None:
-            engine = VLLMReplies(self) if args.use_vllm else None
+            engine = VLLMReplies(self, args) if args.use_vllm else None
             self._pair_maker, self.data_collator = FreshPairs(self, pair_source, make_collator, engine), list
             self.train_dataset = rollout_rows(self.train_dataset, "train")
             self.eval_dataset = rollout_rows(self.eval_dataset, "eval")

@@ -7,6 +7,7 @@ from trl_vlm.lazy import lazy_names
 
 if TYPE_CHECKING:
     from trl_vlm.models.generation import Policy, generating
+    from trl_vlm.pairs.balance import Balanced
     from trl_vlm.pairs.bdhs.bdhs import BDHS
     from trl_vlm.pairs.bdhs.similarity import SentenceEncoder
     from trl_vlm.pairs.corruption import Corrupted
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from trl_vlm.pairs.vllm import VLLMOptions
 
 _MODULES = {
+    "balance": ("Balanced",),
     "bdhs.bdhs": ("BDHS",),
     "bdhs.similarity": ("SentenceEncoder",),
     "corruption": ("Corrupted",),
@@ -41,6 +43,7 @@ __all__ = [
     "COMPOSED_SOURCES",
     "POVID",
     "SOURCES",
+    "Balanced",
     "CombinedRejected",
     "Corrupted",
     "DatasetPairs",

@@ -33,6 +33,9 @@ SOURCES = {
     ),
     "judged": SourceEntry("judged", "Judged", "sample replies of the model and let a judge choose", _ALIGNMENT),
     "corrupted": SourceEntry("corruption", "Corrupted", "let a language model put hallucinations into the reference"),
+    "balance": SourceEntry(
+        "balance", "Balanced", "drop pairs until chosen and rejected replies are equally long on average", "2405.17220"
+    ),
     "self-samples": SourceEntry("samples", "SelfSamples", "take samples of the model as rejected replies: a control"),
 }
 

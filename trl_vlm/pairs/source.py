@@ -1,6 +1,6 @@
 """The interface of pair sources: they get rows, and a model that is ready to generate."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from PIL.Image import Image
@@ -60,6 +60,15 @@ class DeferringSource(Protocol):
 
     def begin(self, rows: Sequence[Row], policy: Policy, round: int = 0) -> list[Row | Deferred | None]:
         """As a call of the source, but a row may be `Deferred`."""
+        ...
+
+
+@runtime_checkable
+class SurveyingSource(Protocol):
+    """A pair source that has to see all rows of a dataset before it makes a pair."""
+
+    def survey(self, rows: Iterable[Row]) -> None:
+        """Looks at all rows, which have their names; `PairWriter` calls it on every process."""
         ...
 
 

@@ -28,6 +28,7 @@ from trl_vlm.pairs.source import (
     Deferred,
     PairSource,
     Policy,
+    SurveyingSource,
     begin_pairs,
     check_source_row,
     finish_pairs,
@@ -153,6 +154,10 @@ class PairWriter:
 
     def _blocks(self, dataset: Source, gaps: Sequence[Gap], limit: int | None, output: Output | None) -> int:
         """Makes and saves block after block; returns how many rows they had."""
+        if isinstance(self.source, SurveyingSource):
+            self.source.survey(
+                {**row, ROW_NAME: named(place)} for place, row in enumerate(dataset.records(limit=limit))
+            )
         skip, read = output.progress.records if output is not None else 0, 0
         if skip:
             logger.info("Resuming after %d rows.", skip)
@@ -172,7 +177,7 @@ class PairWriter:
     def _block(self, block: Sequence[Row], gap: Gap, output: Output | None, bar: tqdm) -> None:
         """Makes the pairs of some rows on all processes; the first one saves them."""
         start, state = time.monotonic(), PartialState()
-        rows = [Named(f"row {place}", row) for place, row in enumerate(block, start=gap.start)]
+        rows = [Named(named(place), row) for place, row in enumerate(block, start=gap.start)]
         outcomes = self._outcomes(rows[state.process_index :: state.num_processes], bar)
         gathered = gather_object([outcomes])  # each process's share, in the order of processes
         if output is not None:
@@ -277,6 +282,11 @@ def _same_on_all(value: list[Gap] | Exception | None) -> list[Gap] | None:
     if isinstance(values[0], Exception) and not PartialState().is_main_process:
         raise values[0]
     return cast(list[Gap] | None, values[0])
+
+
+def named(place: int) -> str:
+    """What errors call the row with this number, and what its random draws depend on."""
+    return f"row {place}"
 
 
 def _without_images(row: Row) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoProcessor,
     PreTrainedConfig,
+    ProcessorMixin,
     Trainer,
     TrainingArguments,
 )
@@ -167,7 +168,7 @@ def complete_processor(processor: Processor | None, model: str | Model, args: Ar
     InternVL and SmolVLM without torchvision.
 
     Args:
-        processor: The user's; used as it is, or in the variant that can train.
+        processor: The user's; used as it is, or in the variant that can train, and with the `padding_side` of `sides`.
         model: The model, or its folder or hub id.
         args: The configuration; its `model_init_kwargs` are used for a folder or hub id.
         sides: `padding_side` and `truncation_side` of a processor that is loaded here.
@@ -177,6 +178,8 @@ def complete_processor(processor: Processor | None, model: str | Model, args: Ar
     """
     if processor is not None:
         found: Processor = as_trainable(processor)
+        if "padding_side" in sides:
+            _pad_on(sides["padding_side"], found)
     else:
         source, arguments = source_of(model), loading_arguments(model, args)
         sees = hasattr(config_of(model, **arguments), "vision_config")
@@ -184,6 +187,24 @@ def complete_processor(processor: Processor | None, model: str | Model, args: Ar
         assert isinstance(loaded, Processor)
         found = loaded
     return with_reply_ends(found) if args.append_eos else found
+
+
+def _pad_on(side: str, processor: Processor) -> None:
+    """Lets a processor pad on one side, and says so if it did on the other.
+
+    TRL pads the prompts of a rollout on the left, and their token types where the processor pads: on the other side,
+    Qwen-VL, Gemma 3 and PaliGemma would take text for images, without an error.
+    """
+    tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+    if tokenizer.padding_side == side:
+        return
+    logger.warning(
+        "The processor pads on the %s, and rollouts are padded on the %s: `padding_side` of its tokenizer is now "
+        '"%s". Load it with `padding_side="%s"` to avoid this message.',
+        tokenizer.padding_side,
+        *(side, side, side),
+    )
+    tokenizer.padding_side = side
 
 
 # Model

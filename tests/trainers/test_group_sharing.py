@@ -7,7 +7,6 @@ from torch.testing import assert_close
 
 import trl_vlm
 from tests import families
-from tests.distributed import launch
 from tests.lora_models import reward_adapter
 from tests.more_families import MORE_FAMILIES
 from tests.trainers.group_helpers import count_passes, count_tower_passes, logged, make, reply_ids, weights
@@ -76,6 +75,27 @@ def test_a_shuffled_rollout_has_the_log_probs_entropies_and_gradients_of_the_pla
     tower.clear()
     assert_scored_alike(scored(trainer, mixed), plain)
     assert sum(tower) < pixels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_in_bfloat16_sharing_differs_less_than_the_precision_does(family, tmp_path):
+    options = {"num_generations": 3, "per_device_train_batch_size": 6}
+    exact, rounded = (make("GRPO", tmp_path, family, **options, bf16=bf16) for bf16 in (False, True))
+    batch = rollout(exact, [0, 0, 0, 1, 1, 1])
+    wanted = scored(exact, batch)
+    passes = count_passes(rounded.model)
+    shared = scored(rounded, batch)
+    assert passes == [1, 1]  # packed sequences
+    rounded.shares_groups = False
+    plain = scored(rounded, batch)
+    for found, one, other in zip(shared[:2], plain[:2], wanted[:2], strict=True):
+        assert (found - one).norm() < (one - other).norm()
+    apart = [
+        sum((one[2][name] - other[2][name]).square().sum() for name in wanted[2])
+        for one, other in ((shared, plain), (plain, wanted))
+    ]
+    assert apart[0] < apart[1]
 
 
 # Whole runs
@@ -180,6 +200,36 @@ def test_ppo_trains_as_without_sharing(on_one_base, tmp_path):
         trainer.train()
         trainers.append(trainer)
     assert_trained_alike(*trainers, start)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [(1, 1), (1, 0)])
+def test_paligemma_trains_as_without_sharing(images, tmp_path):
+    """PPO reads its replies causally on both paths."""
+    trainers = []
+    for share in (False, True):
+        options = {"kl_coef": 0.5, "num_ppo_epochs": 1, "check_pixels": False, "share_prefix": share}
+        trainer = make("PPO", tmp_path, "paligemma", images=images, **options)
+        assert trainer.shares_groups is share
+        start = weights(trainer)
+        trainer.train()
+        trainers.append(trainer)
+    assert_trained_alike(*trainers, start)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("share", [True, False])
+def test_where_paligemmas_replies_see_their_later_tokens_it_is_said(share, method, tmp_path, caplog):
+    trainer = make(method, tmp_path, "paligemma", images=(1, 1), share_prefix=share)
+    batch = rollout(trainer, [0] * 4 + [1] * 4)
+    logps = []
+    for last in (60, 70):
+        batch["completion_ids"][:, -1] = last
+        with torch.no_grad():
+            logps.append(log_probs(trainer, batch)[:, :-1])
+    sees_later_tokens = not torch.allclose(*logps, rtol=0, atol=1e-5)
+    said = "with the tokens after it in view" in caplog.text
+    assert said == sees_later_tokens == (not share and method != "PPO")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -343,15 +393,3 @@ def test_a_family_that_comes_out_differently_takes_the_plain_path(tmp_path, monk
     trainer.shares_groups = True
     for _ in range(2):
         assert_scored_alike(scored(trainer, batch), wanted)
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["ddp", pytest.param("zero2", marks=pytest.mark.nightly)])
-def test_two_processes_train_as_without_sharing(kind, tmp_path):
-    model = str(families.saved("llava", sharp=6.0))
-    report = launch("tests/trainers/groups_distributed_main.py", kind, processes=2, folder=tmp_path, model=model)
-    plain, shared = report["plain"], report["shared"]
-    assert len(plain["loss"]) == 3
-    for name, values in plain.items():
-        assert shared[name] == pytest.approx(values, rel=1e-4, abs=2e-5), name
-    assert report["distance"] < 1e-5 < report["moved"]

@@ -19,6 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trl_vlm.models.families import family_of
 from trl_vlm.models.prefix_sharing.sharing import needs_trial, share_prefix, why_not_shareable
 from trl_vlm.trainers import preparation
 from trl_vlm.trainers._trl import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
@@ -61,6 +62,7 @@ class SharedGroups(PreparedTrainer):
         Args:
             further: More models that read rollouts.
         """
+        self._say_whether_replies_see_later_tokens()
         if self.num_generations == 1:
             return
         models = [self._bare(self.model), *map(self._bare, further)]
@@ -78,6 +80,17 @@ class SharedGroups(PreparedTrainer):
             self._say_where_groups_are_cut()
         elif self.args.share_prefix and self._is_vlm:
             logger.warning("Prompts are computed once per reply, not once per group: %s.", reason)
+
+    def _say_whether_replies_see_later_tokens(self) -> None:
+        config = self.model.config
+        is_mended = self.args.share_prefix or self.mends_reply_types or not family_of(config).reply_type
+        if self._is_vlm and not is_mended and self.accelerator.is_main_process:
+            logger.warning(
+                "TRL gives the replies of %s the token type of a prompt, all of which sees all of itself: the "
+                "log-probability of each token is computed with the tokens after it in view, as generation never is. "
+                "`share_prefix=False` keeps that; leave it on, and replies are read causally.",
+                config.model_type,
+            )
 
     def _bare(self, model: nn.Module) -> PreTrainedModel:
         bare = unwrapped(self.accelerator, model)

@@ -7,8 +7,12 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
 from transformers import BitsAndBytesConfig
+from transformers.integrations import deepspeed as deepspeed_integration
 
-from tests.families import build
+from tests.families import build, saved
+from tests.trainers.ppo.helpers import lora
+from trl_vlm import GRPOConfig
+from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.checks import refuse, refuse_negative
 from trl_vlm.trainers.preparation import keep_float_outputs, layers_to_wrap, wasted_precision
 
@@ -76,3 +80,13 @@ def test_fsdp2_gives_outputs_as_the_model_computes_them():
     for untouched in (None, FullyShardedDataParallelPlugin(fsdp_version=2)):
         keep_float_outputs(untouched)
         assert untouched is None or untouched.mixed_precision_policy is None
+
+
+def test_what_a_preset_reaches_is_found_under_zero3_too(tmp_path, monkeypatch):
+    """ZeRO-3 would split the layers without weights that are looked at."""
+    args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    expected = complete_peft_config(lora(target_modules="language-model"), str(saved("llava")), args)
+    config = SimpleNamespace(is_zero3=lambda: True)
+    monkeypatch.setattr(deepspeed_integration, "_hf_deepspeed_config_weak_ref", lambda: config)
+    found = complete_peft_config(lora(target_modules="language-model"), str(saved("llava")), args)
+    assert found.target_modules == expected.target_modules and len(found.target_modules) > 4

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl_vlm.models.parts import Part, part_of
+from trl_vlm.models.unsharded import unsharded_loading
 from trl_vlm.trainers.preparation import Arguments, config_of, loading_arguments
 from trl_vlm.trainers.types import Model
 
@@ -148,5 +149,6 @@ def _shell(model: str | Model, args: Arguments) -> nn.Module:
     config = config_of(model, **loading_arguments(model, args))
     sees = hasattr(config, "vision_config")
     auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    with torch.device("meta"):
+    # ZeRO-3 would split it among the processes, and initialize weights that it does not have.
+    with torch.device("meta"), unsharded_loading():
         return auto.from_config(config, trust_remote_code=args.trust_remote_code)

@@ -1,6 +1,7 @@
 """An image goes through a frozen vision tower once, whoever reads its features, and the features are the same."""
 
 import copy
+import functools
 import logging
 
 import pytest
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 
 from tests import families
 from tests.encoded_images import vision_tower, watched
+from trl_vlm.models import feature_cache
 from trl_vlm.models.feature_cache import cache_image_features, stop_caching, why_not_cached
 from trl_vlm.models.feature_store import Features, FeatureStore
 from trl_vlm.models.image_calls import ImageCall
@@ -244,6 +246,90 @@ def test_features_belong_to_a_precision():
     assert len(store) == 4 and not torch.equal(low, logits(model, batch))
     model.to(torch.bfloat16)
     assert torch.equal(logits(model, batch), logits(plain.to(torch.bfloat16), batch))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_generates_outside_autocast_reads_the_features_that_scores_inside_read(family):
+    """As `generate` of a PEFT model does it, beside forwards that accelerate has wrapped."""
+    model, processor = frozen(family)
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    cache_image_features(model, FeatureStore(GIB), precision=autocast)
+    batch = families.batch(processor, [several(family), 1], padding_side="left")
+    with autocast():
+        expected = logits(frozen(family)[0], batch)
+    with watched(model) as passes:
+        model.generate(**batch, max_new_tokens=2, do_sample=False)
+        outside = logits(model, batch)
+        once = len(passes)
+        with autocast():
+            assert torch.equal(logits(model, batch), expected)
+            # As DeepSpeed's and FSDP's callers, who round pixels before the tower does.
+            rounded = batch | {"pixel_values": batch["pixel_values"].bfloat16()}
+            assert_close(logits(model, rounded), expected, rtol=0.1, atol=0.1)
+    assert len(passes) == once > 0
+    assert_close(outside, logits(frozen(family)[0], batch), rtol=0.1, atol=0.1)
+
+
+# Towers that are split among processes
+
+
+def split(monkeypatch, others_miss=False):
+    model, processor = frozen("llava")
+    store, asked = FeatureStore(GIB), []
+
+    def on_any_process(here, args, kwargs):
+        asked.append(here)
+        return here or others_miss
+
+    monkeypatch.setattr(feature_cache, "_on_any_process", on_any_process)
+    cache_image_features(model, store, is_split=True)
+    return model, processor, store, asked
+
+
+def test_a_split_tower_encodes_each_time_where_processes_may_come_at_different_times(monkeypatch):
+    model, processor, store, asked = split(monkeypatch)
+    with watched(model) as passes:
+        for _ in range(2):
+            logits(model, families.batch(processor, [2]))
+    assert len(passes.rows()) == 4 and not asked and not len(store)
+
+
+def test_a_split_tower_encodes_an_image_once_where_all_processes_come_together(monkeypatch):
+    model, processor, store, asked = split(monkeypatch)
+    batch = families.batch(processor, [2])
+    with watched(model) as passes, store.used_in_split_towers("agree"):
+        assert torch.equal(logits(model, batch), logits(model, batch))
+        # What a process holds of the weights is another tensor in each pass.
+        parameter = model.get_parameter("model.multi_modal_projector.linear_1.weight")
+        parameter.data = parameter.data.clone()
+        logits(model, batch)
+    assert len(passes.rows()) == 2 and asked == [True, False, False]
+
+
+def test_a_process_that_has_all_features_runs_a_split_tower_for_one_that_has_not(monkeypatch):
+    model, processor, store, asked = split(monkeypatch, others_miss=True)
+    batch = families.batch(processor, [2])
+    with watched(model) as passes, store.used_in_split_towers("agree"):
+        assert torch.equal(logits(model, batch), logits(model, batch))
+    assert [len(pixels) for pixels in passes.pixels] == [2, 1] and asked == [True, False]
+
+
+def test_a_tower_that_is_gathered_asks_nobody(monkeypatch):
+    model, processor, store, asked = split(monkeypatch)
+    with watched(model) as passes:
+        for how in ("gathered", "agree"):
+            with store.used_in_split_towers(how):
+                logits(model, families.batch(processor, [2]))
+    assert len(passes.rows()) == 2 and asked == [False]
+
+
+def test_a_split_tower_of_another_form_still_asks(monkeypatch):
+    """Else the other processes would wait for an answer."""
+    model, processor, store, asked = split(monkeypatch)
+    with store.used_in_split_towers("agree"):
+        pixels = families.batch(processor, [1])["pixel_values"]
+        model.get_image_features(pixel_values=pixels, output_hidden_states=True)
+    assert asked == [True]
 
 
 def test_features_made_in_inference_mode_serve_where_gradients_are_made():

@@ -6,20 +6,25 @@ no adapter, all of these give the same features. `cache_image_features(model, st
 `get_image_features` of the model's backbone, the one method through which transformers encodes images, in `forward`
 and in `generate`. Models whose towers hold the same numbers may use one store, and then encode an image once for all.
 
-An image is known by its pixels, with its grid or size, and by the precision of the call; features are kept up to a
-limit in bytes. A tower that trains, or gets an adapter, is asked each time; when its weights change, what they gave
-before is not used again.
+An image is known by its pixels, in the precision in which the tower reads them, with its grid or size; features are
+kept up to a limit in bytes. A tower that trains, or gets an adapter, is asked each time; when its weights change, what
+they gave before is not used again.
+
+Processes that hold parts of a tower (ZeRO-3, FSDP2) must run it together. They do where one of them misses an image,
+and take what they have where none does (`FeatureStore.in_split_towers`); elsewhere such a tower encodes each time.
 
 The images of a call that are not in the store are encoded together. A matrix product may round otherwise for
 another number of rows, so features can differ in their last digits from those of the whole batch.
 """
 
+import functools
 import inspect
 import itertools
 import logging
 import types
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
 
 import torch
@@ -27,11 +32,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from trl_vlm.models.families import family_of
 from trl_vlm.models.feature_store import Features, FeatureStore, Output
-from trl_vlm.models.image_calls import ImageCall
+from trl_vlm.models.image_calls import ImageCall, Key
 from trl_vlm.models.parts import part_of
 
 logger = logging.getLogger(__name__)
@@ -54,12 +59,21 @@ class _Encoder(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Output: ...
 
 
-def cache_image_features(model: PreTrainedModel, store: FeatureStore) -> None:
+def cache_image_features(
+    model: PreTrainedModel,
+    store: FeatureStore,
+    *,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    is_split: bool = False,
+) -> None:
     """Lets a model take the features of images that were encoded before from a store.
 
     Args:
         model: With any head; a PEFT model gives its `get_base_model()`.
         store: May serve several models.
+        precision: A context in which it encodes, wherever it is called: autocast, which `generate` of a PEFT model
+            does without.
+        is_split: Whether each process holds a part of its weights.
 
     Raises:
         ValueError: The model's images are not encoded alike each time, or its family is not known.
@@ -68,7 +82,7 @@ def cache_image_features(model: PreTrainedModel, store: FeatureStore) -> None:
     if reason is not None:
         raise ValueError(f"{type(model).__name__} must encode its images each time: {reason}.")
     backbone = cast(PreTrainedModel, model.base_model)
-    tower = _Tower(backbone, store)
+    tower = _Tower(backbone, store, precision, is_split)
     signature_of = getattr(type(backbone), _METHOD)
 
     def get_image_features(backbone: PreTrainedModel, *args: Any, **kwargs: Any) -> Output:
@@ -164,13 +178,26 @@ def _parts(backbone: nn.Module, names: Sequence[str]) -> list[nn.Module | nn.Par
 class _Tower:
     """Vision tower and projector of a backbone, and where their features are kept.
 
+    Args:
+        backbone: That holds them.
+        store: For their features.
+        precision: A context in which they encode.
+        is_split: Whether each process holds a part of the weights, which then cannot be compared.
+
     Attributes:
         number: Of their weights, the same for towers with the same weights in one store; 0 before the first use.
     """
 
-    def __init__(self, backbone: PreTrainedModel, store: FeatureStore):
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        store: FeatureStore,
+        precision: Callable[[], AbstractContextManager[Any]],
+        is_split: bool,
+    ):
         self.store = store
         self.number = 0
+        self._precision, self._is_split = precision, is_split
         self._backbone = weakref.ref(backbone)
         self._names = _part_names(backbone)
         self._weights: list[tuple[int, int]] | None = None
@@ -184,31 +211,69 @@ class _Tower:
     def features(self, backbone: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> Output:
         """What `get_image_features` of the backbone's class returns for these arguments."""
         encode = cast(_Encoder, types.MethodType(getattr(type(backbone), _METHOD), backbone))
-        call = None if self._is_off else ImageCall.of(_by_name(encode, args, kwargs))
-        if call is None or _why_not_alike(_parts(backbone, self._names)) is not None:
+        is_each_time = self._is_split and self.store.in_split_towers == "encode"
+        if is_each_time or _why_not_alike(_parts(backbone, self._names)) is not None:
             return encode(*args, **kwargs)
+        call = None if self._is_off else ImageCall.of(_by_name(encode, args, kwargs))
         # Features are constants; those made in inference mode could not be read where gradients are made.
-        with torch.inference_mode(False), torch.no_grad():
-            self._number_weights()
-            precision = _precision_of(call.images[0]["pixel_values"].device)
-            keys = [(self.number, *precision, *key) for key in call.contents(backbone.config)]
+        with torch.inference_mode(False), torch.no_grad(), self._precision():
+            keys = [] if call is None else self._keys(call, backbone.config)
             found = {key: self.store.find(key) for key in dict.fromkeys(keys)}
-            missing = [key for key, features in found.items() if features is None]
-            if missing:
-                is_whole = len(missing) == len(keys)
-                chosen = [keys.index(key) for key in missing]
-                as_called = is_whole and not call.by_row
-                output = encode(*args, **kwargs) if as_called else encode(**call.part(chosen))
-                made = _taken_apart(output, [len(call.groups[number]) for number in chosen])
-                if made is None:
-                    self._turn_off(type(backbone).__name__)
-                    return output if as_called else encode(*args, **kwargs)
-                for key, features in zip(missing, made, strict=True):
-                    self.store.keep(key, features)
-                    found[key] = features
-                if is_whole:
+            is_complete = call is not None and None not in found.values()
+            if self._is_split and self.store.in_split_towers == "agree":
+                others_miss = _on_any_process(not is_complete, args, kwargs)
+                if is_complete and others_miss:
+                    encode(**call.part([0]))  # for those that miss an image: they wait for all parts of the weights
+            if call is not None:
+                output = self._read(call, keys, found, encode, functools.partial(encode, *args, **kwargs))
+                if output is not None:
                     return output
-            return _together([cast(Features, found[key]) for key in keys])
+                self._turn_off(type(backbone).__name__)
+        return encode(*args, **kwargs)
+
+    def _keys(self, call: ImageCall, config: PreTrainedConfig) -> list[Key]:
+        """What is known of each group of images: the same if its features are."""
+        self._number_weights()
+        device = call.images[0]["pixel_values"].device
+        is_autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if is_autocast else self._dtype()
+        return [(self.number, str(device), is_autocast, dtype, *key) for key in call.contents(config, dtype)]
+
+    def _dtype(self) -> torch.dtype | None:
+        """In which the weights are, if not in integers that stand for other numbers."""
+        return next((tensor.dtype for tensor in self._tensors() if tensor.is_floating_point()), None)
+
+    def _read(
+        self,
+        call: ImageCall,
+        keys: Sequence[Key],
+        found: dict[Key, Features | None],
+        encode: _Encoder,
+        encode_call: Callable[[], Output],
+    ) -> Output | None:
+        """The features under `keys`, of which those that were not `found` are encoded; None if they have another form.
+
+        Args:
+            call: The images.
+            keys: Of its groups.
+            found: What is kept under them; what is missing is added.
+            encode: Encodes some of the images.
+            encode_call: Encodes all of them, as the model has asked.
+        """
+        missing = [key for key, features in found.items() if features is None]
+        if missing:
+            is_whole = len(missing) == len(keys)
+            chosen = [keys.index(key) for key in missing]
+            output = encode_call() if is_whole and not call.by_row else encode(**call.part(chosen))
+            made = _taken_apart(output, [len(call.groups[number]) for number in chosen])
+            if made is None:
+                return None
+            for key, features in zip(missing, made, strict=True):
+                self.store.keep(key, features)
+                found[key] = features
+            if is_whole:
+                return output
+        return _together([cast(Features, found[key]) for key in keys])
 
     def is_current(self) -> bool:
         """Whether the weights are those that have the number."""
@@ -228,6 +293,9 @@ class _Tower:
 
     def _number_weights(self) -> None:
         """Gives the weights a number, and a new one where they have changed since the last call."""
+        if self._is_split:  # what this process holds of them changes all the time
+            self.number = self.number or self.store.new_number()
+            return
         if self.is_current():
             return
         if self._weights is not None:
@@ -258,9 +326,14 @@ def _by_name(encode: _Encoder, args: tuple, kwargs: dict[str, Any]) -> dict[str,
     return arguments | arguments.pop("kwargs", {})
 
 
-def _precision_of(device: torch.device) -> tuple[str, bool, torch.dtype]:
-    """What decides, beside weights and pixels, on the precision of features."""
-    return str(device), torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+def _on_any_process(here: bool, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether something is true on one process at least; all of them ask, with the arguments of a call."""
+    if not torch.distributed.is_initialized():
+        return here
+    device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    agreed = torch.tensor(int(here), device=device)
+    torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
+    return bool(agreed)
 
 
 def _settings(backbone: PreTrainedModel) -> tuple[object, object]:

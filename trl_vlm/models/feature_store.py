@@ -4,8 +4,9 @@ import itertools
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from trl_vlm.models.image_calls import Key
 
 logger = logging.getLogger(__name__)
+
+SplitTowers = Literal["encode", "agree", "gathered"]
 
 
 class Output(Protocol):
@@ -71,7 +74,14 @@ class FeatureStore:
     Args:
         limit: In bytes.
         on_cpu: Whether they are kept in the memory of the CPU, and not of the device that encodes.
+
+    Attributes:
+        in_split_towers: What is done where each process holds a part of a tower. "encode": each time. "agree": all
+            processes read images together, and the tower runs on all of them if one has none of the features that it
+            needs. "gathered": as elsewhere, each process has the whole tower at the moment.
     """
+
+    in_split_towers: SplitTowers = "encode"
 
     def __init__(self, limit: float, on_cpu: bool = False):
         self.limit, self.on_cpu = limit, on_cpu
@@ -116,6 +126,15 @@ class FeatureStore:
         self._kept.clear()
         self.size = 0
 
+    @contextmanager
+    def used_in_split_towers(self, how: SplitTowers) -> Iterator[None]:
+        """A context for what all processes do together, or for weights that are gathered: see `in_split_towers`."""
+        before, self.in_split_towers = self.in_split_towers, how
+        try:
+            yield
+        finally:
+            self.in_split_towers = before
+
     def _tell(self) -> None:
         if not self._has_told:
             logger.warning(
@@ -130,4 +149,8 @@ class FeatureStore:
         others = [other for reference in self._towers if (other := reference()) is not None and other is not tower]
         self._towers = [weakref.ref(each) for each in (*others, tower)]
         same = (other.number for other in others if other.is_current() and other.equals(tower))
-        return next(same, None) or next(self._numbers) + 1
+        return next(same, None) or self.new_number()
+
+    def new_number(self) -> int:
+        """One that no tower has."""
+        return next(self._numbers) + 1

@@ -66,16 +66,18 @@ class ImageCall:
             return None
         return cls(images, groups, counts is not None, _MASK in tensors, given)
 
-    def contents(self, defaults: object = None) -> list[Key]:
+    def contents(self, defaults: object = None, dtype: torch.dtype | None = None) -> list[Key]:
         """What is in each group: equal for equal images under equal options, and for no others.
 
         Args:
             defaults: Has the values of options that are left out: the model's configuration.
+            dtype: The precision in which pixels are read, if it is less than theirs.
         """
         names = list(self.images[0])
-        sums = torch.stack([_sums(image[name]) for image in self.images for name in names])
-        told = sums.view(len(self.images), -1).tolist()  # the one time that the CPU waits for the device
-        shapes = [tuple((name, image[name].dtype, _shape(image[name])) for name in names) for image in self.images]
+        images = [image | {_PIXELS: _rounded(image[_PIXELS], dtype)} for image in self.images]
+        sums = torch.stack([_sums(image[name]) for image in images for name in names])
+        told = sums.view(len(images), -1).tolist()  # the one time that the CPU waits for the device
+        shapes = [tuple((name, image[name].dtype, _shape(image[name])) for name in names) for image in images]
         options = tuple(
             (name, repr(value))
             for name, value in sorted(self.options.items())
@@ -122,6 +124,12 @@ def _groups(counts: Sequence[int]) -> list[list[int]]:
     """The images of each row that has any."""
     ends = [sum(counts[:row]) for row in range(len(counts) + 1)]
     return [list(range(start, end)) for start, end in zip(ends, ends[1:], strict=False) if end > start]
+
+
+def _rounded(pixels: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Pixels in the precision of a tower, whose first product rounds them so: some callers have done it before."""
+    is_less = dtype is not None and pixels.is_floating_point() and dtype.itemsize < pixels.element_size()
+    return pixels.to(dtype) if is_less else pixels
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

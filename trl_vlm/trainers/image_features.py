@@ -2,16 +2,18 @@
 
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl_vlm.models.feature_cache import cache_image_features, encodes_images, stop_caching, why_not_cached
-from trl_vlm.models.feature_store import FeatureStore
+from trl_vlm.models.feature_store import FeatureStore, SplitTowers
 from trl_vlm.rewards.reward_model import reward_models_in
 from trl_vlm.trainers.types import base_model, unwrapped
 
@@ -49,17 +51,21 @@ def features_of_run(
     """
     store = FeatureStore(trainer.args.image_feature_cache * 2**30, trainer.args.image_features_on_cpu)
     everywhere = _why_never(trainer.args)
-    split = _why_split(trainer.accelerator)
-    models = [(name, model, everywhere or split) for name, model in trained.items()]
-    models += [("reward model", model, everywhere) for model in scoring]
-    for name, wrapped, reason in models:
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    is_split = is_deepspeed_zero3_enabled() or plugin is not None
+    unsplittable = "it is not tested under FSDP1; set `fsdp_version: 2`" if _is_fsdp1(plugin) else None
+    # A reward model of its own scores in its own precision.
+    of_run = {"precision": trainer.accelerator.autocast, "is_split": is_split}
+    models = [(name, model, everywhere or unsplittable, of_run) for name, model in trained.items()]
+    models += [("reward model", model, everywhere, {}) for model in scoring]
+    for name, wrapped, reason, options in models:
         model = None if wrapped is None else unwrapped(trainer.accelerator, wrapped)
         if not isinstance(model, PreTrainedModel | PeftModel) or not encodes_images(base_model(model)):
             continue
         model = base_model(model)
         reason = reason or why_not_cached(model)
         if reason is None:
-            cache_image_features(model, store)
+            cache_image_features(model, store, **options)
         else:
             stop_caching(model)
         if trainer.accelerator.is_main_process:
@@ -74,12 +80,8 @@ def _why_never(args: FeatureArguments) -> str | None:
     return "`torch_compile` is not tested with kept features" if args.torch_compile else None
 
 
-def _why_split(accelerator: Accelerator) -> str | None:
-    """Why no model of the backend's can keep features."""
-    # A process that needs no tower would leave the others waiting for its part of the weights.
-    if is_deepspeed_zero3_enabled() or getattr(accelerator.state, "fsdp_plugin", None) is not None:
-        return "its weights are split among the processes (ZeRO-3, FSDP), which must all run it at the same time"
-    return None
+def _is_fsdp1(plugin: FullyShardedDataParallelPlugin | None) -> bool:
+    return plugin is not None and plugin.fsdp_version != 2
 
 
 class FeaturesPerBatch(Trainer):
@@ -92,6 +94,11 @@ class FeaturesPerBatch(Trainer):
         if self._image_features is not None:
             self._image_features.clear()
         return super()._prepare_inputs(inputs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TRL; all processes read the images of their batches together."""
+        with _together(self._image_features):
+            return super().compute_loss(*args, **kwargs)
 
 
 class FeaturesPerRollout(Trainer):
@@ -119,3 +126,31 @@ class FeaturesPerRollout(Trainer):
             self._image_features.clear()
         trainer: Any = super()  # one of TRL's, which have no base for rollouts in common
         return trainer._generate_and_score_completions(inputs)
+
+    # What all processes do together
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TRL; all processes read the images of their micro-batches together."""
+        with _together(self._image_features):
+            return super().compute_loss(*args, **kwargs)
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = super()
+        with _together(self._image_features):
+            return trainer._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = super()
+        with _together(self._image_features):  # reward models on the policy's base
+            return trainer._calculate_rewards(*args, **kwargs)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = super()
+        is_gathered = is_deepspeed_zero3_enabled() and self.args.ds3_gather_for_generation
+        with _together(self._image_features, "gathered" if is_gathered else "agree"):
+            return trainer._generate_single_turn(*args, **kwargs)
+
+
+def _together(store: FeatureStore | None, how: SplitTowers = "agree") -> AbstractContextManager[None]:
+    """A context in which features are read where processes hold parts of a tower too."""
+    return nullcontext() if store is None else store.used_in_split_towers(how)

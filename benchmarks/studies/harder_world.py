@@ -1,0 +1,414 @@
+# /// script
+# dependencies = ["trl-vlm[bdhs,eval]"]
+# ///
+"""What the three papers claim, asked in a harder small world: attributes or long replies, a language prior, an
+annotator who notices one error of a reply and re-words what is right.
+
+    python -m benchmarks.studies.harder_world --seeds 0 1 2 --arms sft dpo dense_spans
+    python -m benchmarks.studies.harder_world --world long --seeds 0 1 2
+
+Each seed is a world, a supervised model from scratch, and rows of its own. Every arm has the same number of tuning
+cells (`--cells`: learning rate and anchor; for PPO learning rate and KL). Of the cells whose recall on a development
+split is at most a point below the supervised model's, the one that says the least that is untrue is kept, and measured
+once on fresh scenes: arms are compared at matched recall. What is done is not done again: an interrupted call goes on
+where it was, and further seeds or arms are added by naming them; name an arm together with the one that it is compared
+with. After each arm `harder_world_<world>.md` and `.json` are written into `--results_dir`.
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from trl import ModelConfig
+
+from benchmarks.studies import preference_study
+from benchmarks.studies.harder_world_report import page
+from trl_vlm import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
+from trl_vlm.evaluation.benchmark import Ratio, Record, Scores
+from trl_vlm.evaluation.replies import replies_in_batches
+from trl_vlm.evaluation.statistics import differences
+from trl_vlm.evaluation.tasks import read_tasks
+from trl_vlm.pairs import BDHS, Policy, SelfSamples
+from trl_vlm.rewards import FactRLHFReward, RewardModelReward
+from trl_vlm.scripts.evaluation import load_for_replies
+from trl_vlm.scripts.run_folder import RunFolder, write_json
+from trl_vlm.testbed.annotator import Annotator
+from trl_vlm.testbed.benchmark import Scenes, scenes_benchmarks
+from trl_vlm.testbed.datasets import caption_rows, correction_rows, preference_rows, prompt_rows
+from trl_vlm.testbed.evaluate import caption_sampler, generate_captions
+from trl_vlm.testbed.oracle import count_attributes, count_reply, object_overlap
+from trl_vlm.testbed.prior import language_prior
+from trl_vlm.testbed.processor import JUDGE_TEMPLATE
+from trl_vlm.testbed.sentences import statements
+from trl_vlm.testbed.stages import WeakEyes
+from trl_vlm.testbed.supervised import SupervisedSettings, train_supervised
+from trl_vlm.testbed.world import Split, World
+
+WORLDS: dict[str, dict[str, Any]] = {
+    "attributes": {"attributes": True},
+    "long": {"min_anchors": 3, "pairs": 6, "neutral_kinds": 5},
+}
+SUPERVISED = SupervisedSettings(hidden_share=0.3, tower_steps=400, steps=500)
+QUICK_SUPERVISED = SupervisedSettings(hidden_share=0.3, tower_steps=10, tower_batch=16, steps=30, batch=8)
+ANNOTATOR = Annotator(noticed=1, reworded=1.0)
+BLINDNESS = (0.0, 0.6, 1.5)  # extra pixel noise of the reward models
+MEASURED: tuple[tuple[Split, bool], ...] = (("adv", True), ("adv", False), ("balanced", True))
+RECALL_MARGIN = 0.01  # what a cell may lose of the supervised model's recall on the development split
+
+
+class Cell(NamedTuple):
+    """One setting of an arm: a learning rate, and the weight of the anchor (of PPO: of the KL penalty)."""
+
+    rate: float
+    weight: float
+
+
+SFT_CELLS = tuple(Cell(rate, 0.0) for rate in (3e-4, 1e-3, 1e-4, 6e-4, 2e-3, 2e-4))
+CELLS = tuple(Cell(rate, anchor) for anchor in (1.0, 0.3, 0.0) for rate in (3e-4, 1e-3))
+PPO_CELLS = tuple(Cell(rate, kl) for kl in (0.4, 0.2, 0.8) for rate in (3e-4, 1e-4))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A training: which rows it reads, TRL's loss, and what else is set.
+
+    Args:
+        title: In the report.
+        rows: A method of `Seed` for its rows, or the noise before the eyes of the reward model of PPO.
+        config: Further fields of `DPOConfig`.
+        loss: TRL's loss; "sft" has no anchor.
+        cells: The settings that are tried, in this order.
+    """
+
+    title: str
+    rows: str | float
+    config: Mapping[str, Any] = field(default_factory=dict)
+    loss: str = "sigmoid"
+    cells: tuple[Cell, ...] = CELLS
+
+
+PAIR = {"beta": 0.1}
+IMAGE = PAIR | {"image_weight": 1.0}
+ARMS = {
+    "sft": Arm("supervised on the chosen replies", "corrections", PAIR, "sft", SFT_CELLS),
+    "dpo": Arm("DPO", "corrections", PAIR),
+    "averaged": Arm("averaged DPO", "corrections", {"beta": 0.5, "dense_gamma": 1.0, "dense_reduction": "mean"}),
+    "dense_diff": Arm("Dense DPO by diff", "corrections", {"dense_preset": "paper"}),
+    "dense_spans": Arm("Dense DPO by spans", "marked_corrections", {"dense_preset": "paper"}),
+    "image_mask": Arm("DPO, image pair by mask", "corrections", IMAGE | {"image_corruption": "mask"}),
+    "image_noise": Arm("DPO, image pair by noise", "corrections", IMAGE | {"image_corruption": "noise"}),
+    "image_other": Arm("DPO, image pair by another image", "corrections", IMAGE | {"image_corruption": "other"}),
+    "exact_sft": Arm("supervised on exact captions", "self_samples", PAIR, "sft", SFT_CELLS),
+    "self": Arm("own samples rejected", "self_samples", PAIR),
+    "noise": Arm("BDHS by noise", "noise_pairs", PAIR),
+    "unguided": Arm("masks without guidance", "unguided_pairs", PAIR),
+    "bdhs": Arm("BDHS by masks", "masked_pairs", PAIR),
+}
+for _noise in BLINDNESS:
+    for _facts in ("facts", "no_facts"):
+        _title = f"PPO, {_facts.replace('_', ' ')}, reward model's noise {_noise:g}"
+        ARMS[f"{_facts}@{_noise:g}"] = Arm(_title, _noise, {"use_facts": _facts == "facts"}, "ppo", PPO_CELLS)
+# Question -> the arm that others are compared with, and these.
+COMPARISONS = {
+    "Preference against supervised training on the same chosen replies": ("sft", ("dpo", "dense_spans")),
+    "What Dense DPO weighs": ("dpo", ("averaged", "dense_diff", "dense_spans")),
+    "The image side": ("dpo", ("image_mask", "image_noise", "image_other")),
+    "Where rejected replies come from": ("self", ("exact_sft", "noise", "unguided", "bdhs")),
+} | {f"Facts, where the reward model's noise is {n:g}": (f"no_facts@{n:g}", (f"facts@{n:g}",)) for n in BLINDNESS}
+
+
+class Seed(preference_study.Study):
+    """One seed: its world, its supervised model, its rows, and its arms.
+
+    Args:
+        options: Of the command line.
+        seed: Of the world, the model, the rows and the training.
+    """
+
+    def __init__(self, options: argparse.Namespace, seed: int):
+        values = preference_study.TESTBED | (preference_study.QUICK if options.quick else {})
+        root = options.output_dir / options.world / f"seed{seed}"
+        filled = preference_study.Options(
+            output_dir=str(root), seed=seed, world_seed=seed, quick=options.quick, **values
+        )
+        filled.generation_batch = 32  # pyright: ignore[reportAttributeAccessIssue] - read by `Study.pairs`
+        super().__init__("Harder world", filled, ModelConfig(dtype="float32"), {})
+        self.world = World(seed=seed, **WORLDS[options.world])
+        self.seed, self.quick, self.cells = seed, options.quick, options.cells
+
+    def supervised_model(self) -> str:
+        settings = QUICK_SUPERVISED if self.quick else SUPERVISED
+        seeds = {"model_seed": self.seed, "data_seed": self.seed}
+        return str(train_supervised(self.world, self.root / "supervised", settings=settings, progress=False, **seeds))
+
+    def prior(self) -> dict[str, float]:
+        """What the supervised model says while the image is hidden."""
+        path = self.root / "prior.json"
+        if not path.exists():
+            count = 10 if self.quick else 200
+            model, processor = load_for_replies(self.supervised_model())
+            write_json(path, language_prior(model, processor, self.world, count=count, seed=900 + self.seed))
+        return json.loads(path.read_text())
+
+    # Rows
+
+    @cached_property
+    def marked_corrections(self) -> Dataset:
+        path = self.root / "corrections.parquet"
+        if not path.exists():
+            sample = self.sampler()
+            rows = correction_rows(self.world, self.options.pairs, 100 * self.seed + 41, sample, annotator=ANNOTATOR)
+            rows.to_parquet(path)
+        return Dataset.from_parquet(str(path))
+
+    @cached_property
+    def corrections(self) -> Dataset:
+        return self.marked_corrections.remove_columns(["chosen_spans", "rejected_spans"])
+
+    @cached_property
+    def self_samples(self) -> Dataset:
+        return self.made("self", SelfSamples(**self.sampling))
+
+    @cached_property
+    def noise_pairs(self) -> Dataset:
+        return self.made("noise", BDHS(self.gate, mask_ratio=0.0, noise_steps=500, **self.sampling))
+
+    @cached_property
+    def unguided_pairs(self) -> Dataset:
+        return self.made("unguided", BDHS(self.gate, mask_ratio=0.95, guided=False, **self.sampling))
+
+    @cached_property
+    def masked_pairs(self) -> Dataset:
+        return self.made("masked", BDHS(self.gate, mask_ratio=0.95, **self.sampling))
+
+    @property
+    def gate(self) -> Any:
+        """Where sentences have attributes, replies that name the same objects may differ in them."""
+        return _same_statements if self.world.attributes else object_overlap
+
+    @property
+    def sampling(self) -> dict[str, int]:
+        return {"max_new_tokens": self.world.max_caption_tokens, "seed": self.seed}
+
+    def made(self, name: str, source: Any) -> Dataset:
+        """Pairs that a source makes of exact captions."""
+        rows = caption_rows(self.world, self.options.pairs, 100 * self.seed + 51)
+        return self.pairs(name, lambda: source, rows)
+
+    def sampler(self) -> Any:
+        model, processor = load_for_replies(self.supervised_model())
+        return caption_sampler(model, processor, max_new_tokens=self.world.max_caption_tokens)
+
+    # Arms
+
+    def result(self, name: str) -> tuple[Cell, dict[str, Any]]:
+        """Trains the cells of an arm, chooses one at matched recall on the development split, measures it."""
+        arm = ARMS[name]
+        folders = {cell: self.trained(name, arm, cell) for cell in arm.cells[: self.cells]}
+        recall = fraction(self.measured(self.supervised_model(), "development"), "recall")
+        scores = {cell: self.measured(folder, "development") for cell, folder in folders.items()}
+        cell = chosen({cell: (fraction(s, "untrue"), fraction(s, "recall")) for cell, s in scores.items()}, recall)
+        return cell, self.measured(folders[cell], "test")
+
+    def trained(self, name: str, arm: Arm, cell: Cell) -> str:
+        folder = RunFolder(self.root / f"{name}_{cell.rate:g}_{cell.weight:g}", self.settings | {"cell": list(cell)})
+        if not folder.is_done:
+            if isinstance(arm.rows, float):
+                folder.train(self.ppo(name, arm, arm.rows, cell, folder.path))
+            else:
+                losses = {arm.loss: 1.0} | ({"sft": cell.weight} if cell.weight else {})
+                rows = getattr(self, arm.rows)
+                folder.train(self.trainer(rows, cell.rate, folder.path, losses, **arm.config))
+        return str(folder.path)
+
+    def ppo(self, name: str, arm: Arm, noise: float, cell: Cell, folder: Path) -> PPOTrainer:
+        """PPO with a reward model that sees through noise; the cells of an arm share it."""
+        use_facts = arm.config["use_facts"]
+        judge = RunFolder(self.root / f"reward_{name}", self.settings)
+        shared: dict[str, Any] = {"freeze_vision_tower": True, "gradient_checkpointing": False, "bf16": False}
+        shared |= {
+            "adam_beta2": 0.98,
+            "seed": self.seed,
+            "report_to": "none",
+            "use_cpu": not torch.cuda.is_available(),
+        }
+        if not judge.is_done:
+            count = 24 if self.quick else 2500
+            pairs = preference_rows(self.world, count, 100 * self.seed + 11, self.sampler(), vision_noise=noise)
+            steps = {"max_steps": 4 if self.quick else 200, "learning_rate": 5e-4, "warmup_steps": 2}
+            size = {"per_device_train_batch_size": 8 if self.quick else 32, "mean_reward_coefficient": 1e-3}
+            args = RewardConfig(str(judge.path), use_facts=use_facts, **steps, **size, **shared)
+            model = self.supervised_model()
+            judge.train(RewardTrainer(model=model, args=args, train_dataset=pairs, judge_template=JUDGE_TEMPLATE))
+        prompts = prompt_rows(self.world, 24 if self.quick else 4000, 100 * self.seed + 13)
+        processor = load_for_replies(self.supervised_model())[1]
+        limit = self.world.max_caption_tokens
+        reward = FactRLHFReward(
+            WeakEyes(RewardModelReward(str(judge.path), batch_size=64), noise),
+            eos_token_ids=processor.tokenizer.eos_token_id,
+            missing_eos_penalty=2.0,
+            length_coefficient=4.0,
+            max_tokens=limit,
+        )
+        args = PPOConfig(
+            str(folder),
+            learning_rate=cell.rate,
+            kl_coef=cell.weight,
+            max_steps=4 if self.quick else 96,
+            per_device_train_batch_size=8 if self.quick else 64,
+            num_mini_batches=2,
+            num_ppo_epochs=2,
+            vf_coef=0.5,
+            cliprange_value=5.0,
+            temperature=1.0,
+            top_k=0,
+            max_completion_length=limit,
+            warmup_steps=4,
+            save_strategy="no",
+            **shared,
+        )
+        return PPOTrainer(
+            self.supervised_model(),
+            reward_funcs=reward,
+            args=args,
+            train_dataset=prompts if use_facts else prompts.remove_columns("facts"),
+            processing_class=processor,
+            value_model=str(judge.path),
+        )
+
+    # Measures
+
+    def measured(self, folder: str, split: str) -> dict[str, Any]:
+        """Terms of ratios over the scenes of the "development" or the "test" split; kept beside the model."""
+        path = Path(folder) / f"measured_{split}.json"
+        if not path.exists():
+            scenes = {"development": (200, 7700), "test": (300, 4400)}[split]
+            count, seed = (20 if self.quick else scenes[0]), scenes[1] + self.seed
+            policy = Policy(*load_for_replies(folder))
+            terms = {
+                f"{place}, {'sampled' if sample else 'greedy'}": captions(
+                    policy, self.world, place, count, seed, sample
+                )
+                for place, sample in (MEASURED if split == "test" else MEASURED[:1])
+            }
+            if split == "test":
+                terms["questions"] = answers(policy, self.world, count // 3, seed)
+            write_json(path, terms)
+        return json.loads(path.read_text())
+
+
+def chosen(scores: Mapping[Cell, tuple[float, float]], recall: float) -> Cell:
+    """The cell that says the least untrue things at matched recall; if none keeps recall, the one that keeps most.
+
+    Args:
+        scores: Cell to its share of untrue sentences and its recall on the development split.
+        recall: The supervised model's.
+    """
+    kept = {cell: untrue for cell, (untrue, found) in scores.items() if found >= recall - RECALL_MARGIN}
+    return min(kept, key=lambda cell: kept[cell]) if kept else max(scores, key=lambda cell: scores[cell][1])
+
+
+def fraction(measured: Mapping[str, Any], name: str) -> float:
+    return Ratio(*measured["adv, sampled"][name]).value
+
+
+def values(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The number of each fraction; those of which nothing was told are left out."""
+    return {
+        place: {name: Ratio(*terms).value for name, terms in found.items() if sum(terms[1])}
+        for place, found in measured.items()
+    }
+
+
+def paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Differences on the same scenes, the second arm minus the first, each with its 95 % interval over scenes."""
+    one, two = (Scores({n: Ratio(*terms) for n, terms in each["adv, sampled"].items()}) for each in (first, second))
+    scenes = [str(number) for number in range(len(first["adv, sampled"]["recall"][0]))]
+    found = differences(one, two, scenes)
+    return {name: [each.value, each.low, each.high] for name, each in found.items() if each.value == each.value}
+
+
+def captions(policy: Policy, world: World, split: Split, count: int, seed: int, sample: bool) -> dict[str, Any]:
+    """What captions of fresh scenes say: for each number, the terms above and below its fraction."""
+    pictures = world.pictures(count, seed, split)
+    images = [picture.image for picture in pictures]
+    limit = world.max_caption_tokens
+    replies = generate_captions(*policy, images, sample=sample, seed=seed, max_new_tokens=limit)
+    truths = [picture.scene.statements for picture in pictures]
+    counts = [count_reply(reply, truth) for reply, truth in zip(replies, truths, strict=True)]
+    told = [count_attributes(reply, truth) for reply, truth in zip(replies, truths, strict=True)]
+    said = [statements(reply) for reply in replies]
+    untrue = [
+        sum(each is None or truth.get(each.kind) != each for each in sentences)
+        for sentences, truth in zip(said, truths, strict=True)
+    ]
+    mentions, sentences = [each.mentions for each in counts], [len(each) for each in said]
+    return {
+        "untrue": [untrue, sentences],
+        "chair_i": [[each.hallucinated_mentions for each in counts], mentions],
+        "attributes": [[each.wrong for each in told], [each.told for each in told]],
+        "recall": [[each.correct for each in counts], [each.present for each in counts]],
+        "repeats": [[each.repeats for each in counts], mentions],
+        "broken": [[each.broken for each in told], sentences],
+        "length": [[each.words for each in counts], [1] * len(counts)],
+    }
+
+
+def answers(policy: Policy, world: World, count: int, seed: int) -> dict[str, Any]:
+    """Accuracy of answers to adversarial questions."""
+    _, _, benchmark = scenes_benchmarks(Scenes(world, count, seed, splits=("adv",)))
+    (task,) = read_tasks([benchmark], Path())
+    asked = [question for question in task.questions if question.truth["category"] == "adversarial"]
+    batches = [asked[start : start + 64] for start in range(0, len(asked), 64)]
+    replies = [reply for made in replies_in_batches(policy, task, batches) for reply in made]
+    records = [Record(q.id, q.group, q.text, *reply[:1], q.truth) for q, reply in zip(asked, replies, strict=True)]
+    scores: Scores = benchmark.score(records)
+    return {"pope": [list(part) for part in scores.ratios["adv_pope_adversarial_accuracy"][:2]]}
+
+
+def _same_statements(texts: list[str], others: list[str]) -> list[float]:
+    """The gate of BDHS with attributes: 1 where two replies say the same, else 0."""
+    pairs = zip(texts, others, strict=True)
+    return [float(set(statements(text)) == set(statements(other))) for text, other in pairs]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", choices=WORLDS, default="attributes")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--cells", type=int, choices=range(1, len(CELLS) + 1), default=len(CELLS))
+    parser.add_argument("--quick", action="store_true", help="A few rows and steps of everything: for tests.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/harder_world"), help="Models of the runs.")
+    parser.add_argument("--results_dir", type=Path, default=Path("docs/results"), help="Where the tables go.")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(1)
+    path = options.results_dir / f"harder_world_{options.world}.json"
+    options.results_dir.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for number in options.seeds:
+        seed, terms = Seed(options, number), {}
+        found = results.setdefault(str(number), {"arms": {}, "differences": {}})
+        found |= {"prior": seed.prior(), "supervised": values(seed.measured(seed.supervised_model(), "test"))}
+        for name in options.arms:
+            cell, terms[name] = seed.result(name)
+            found["arms"][name] = {"cells": options.cells, "cell": list(cell), "values": values(terms[name])}
+            for reference, others in COMPARISONS.values():
+                for other in {reference, *others} & terms.keys() if reference in terms else ():
+                    if other != reference:
+                        found["differences"][f"{other} - {reference}"] = paired(terms[reference], terms[other])
+            path.write_text(json.dumps(results, indent=1) + "\n")
+            titles = {arm: each.title for arm, each in ARMS.items()}
+            path.with_suffix(".md").write_text(page(options.world, results, titles, COMPARISONS))
+
+
+if __name__ == "__main__":
+    main()

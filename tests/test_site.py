@@ -5,12 +5,16 @@ import json
 import re
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
 
 import trl_vlm
+from tests.look.helpers import Browser, Tab, find_chromium
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
@@ -30,13 +34,18 @@ def site(tmp_path_factory):
     return folder
 
 
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
 def test_every_page_of_docs_is_built_and_in_the_navigation(site):
     for page in (ROOT / "docs").rglob("*.md"):
         name = page.relative_to(ROOT / "docs").with_suffix(".html")
         if page.name == "_template.md":
             continue
         name = name.with_name("index.html") if page.name == "README.md" else name
-        assert (site / name).exists(), name
+        assert (site / name).exists(), name  # in the navigation, too, or else the strict build would have failed
 
 
 def test_pages_fetch_nothing_from_elsewhere(site):
@@ -52,6 +61,26 @@ def test_the_search_finds_an_error_message_and_a_class(site):
     texts = [entry["text"] for entry in index["docs"]]
     assert any("was begun with other settings" in text for text in texts)
     assert any("DPOConfig" in entry["title"] for entry in index["docs"])
+
+
+def test_the_search_of_a_browser_puts_the_page_about_a_message_before_the_api(site, tmp_path):
+    executable = find_chromium()
+    if executable is None:
+        pytest.skip("there is no Chromium")
+    handler = partial(QuietHandler, directory=str(site))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    browser = Browser(executable, tmp_path)
+    try:
+        page = f"http://127.0.0.1:{server.server_port}/tasks.html?q=was begun with other settings"
+        target = browser.send("Target.createTarget", url=page)["targetId"]
+        tab = Tab(browser, browser.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
+        tab.wait("document.querySelectorAll('.md-search-result__item a').length > 0")
+        found = tab.run("[...document.querySelectorAll('.md-search-result__item a')].map(a => a.pathname)")
+    finally:
+        browser.close()
+        server.shutdown()
+    assert "/training.html" in found[:3], found[:10]
 
 
 def test_the_citation_has_the_version_of_the_package():

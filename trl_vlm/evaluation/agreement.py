@@ -14,7 +14,7 @@ MOST_POINTS = 1500  # different pairs of scores; beyond it memory and time grow 
 class Agreement(NamedTuple):
     """How far two lists of scores agree about an order: 1 wholly, 0 not at all, -1 the other way round.
 
-    Args:
+    Attributes:
         kendall: Kendall's tau-b: pairs in the same order minus pairs in the other one, over those without ties.
         spearman: Spearman's rho: the correlation of the ranks, equal scores sharing their mean rank.
         count: How many things were compared.

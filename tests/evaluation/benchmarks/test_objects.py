@@ -28,6 +28,13 @@ def test_chair_of_hand_counted_captions(tmp_path):
     assert metrics["length_words"] == 8.5 and metrics["empty"] == metrics["unfinished"] == 0
 
 
+def test_chair_asks_about_val2014_alone(tmp_path):
+    folder = objects_folder(tmp_path)
+    rows = (folder / "coco_objects.jsonl").read_text()
+    (folder / "coco_objects.jsonl").write_text(rows + rows.replace("val2014", "train2014"))
+    assert [question.id for question in CHAIR.read(folder)] == ["7", "9"]
+
+
 def test_the_benchmark_and_the_metric_agree(tmp_path):
     questions = CHAIR.read(objects_folder(tmp_path))
     replies = ["", "Men, women, and a bus; a bus"]

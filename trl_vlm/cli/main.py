@@ -12,6 +12,7 @@ from importlib import import_module
 
 from trl_vlm import __version__
 from trl_vlm.cli.parsing import CommandParser
+from trl_vlm.scripts.quiet import silence
 
 # Name -> module below `trl_vlm.cli`, what it does.
 COMMANDS = {
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: What follows the program's name; `sys.argv` if None.
     """
+    silence()
     options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for library in ("httpx", "httpx2"):  # a line for every request

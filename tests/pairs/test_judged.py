@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from tests.families import build, image
+from trl_vlm.data.checks import check_dataset
 from trl_vlm.judges import Answer, Request, ScriptedJudge, Verdict
 from trl_vlm.models.generation import Policy, Reply, SampledElsewhere, generating
 from trl_vlm.pairs.corruption import NOT_REWRITTEN, REFUSED, UNCHANGED, Corrupted, rewritten_reply
@@ -195,6 +196,13 @@ def test_samples_may_come_from_an_engine_with_the_seeds_that_the_policy_would_us
     assert len(set(seeds)) == 6
     sampled_replies(ROWS[1:2], served, replies=2, temperature=0.7, max_new_tokens=9, seed=3, round=1)
     assert engine.asked[1][1] == seeds[2:4]
+
+
+def test_the_best_of_n_replies_is_a_supervised_row_too(policy):
+    plain, _ = judged(ROWS, policy, replies=4)
+    rows, _ = judged(ROWS, policy, replies=4, best_as_completion=True)
+    assert rows == [made and {**made, "completion": made["chosen"]} for made in plain]
+    assert check_dataset([made for made in rows if made], "sft").problems == []
 
 
 def test_one_reply_and_greedy_replies_are_refused():

@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from trl_vlm.pairs.bdhs.bdhs import BDHS
     from trl_vlm.pairs.bdhs.similarity import SentenceEncoder
     from trl_vlm.pairs.corruption import Corrupted
+    from trl_vlm.pairs.dropout import DropoutNTP
     from trl_vlm.pairs.judged import Judged
     from trl_vlm.pairs.mixed import CombinedRejected, DatasetPairs, MixedPairs
     from trl_vlm.pairs.noise import NoiseLevel, distorted, distorted_images, noise_level
     from trl_vlm.pairs.povid import POVID
     from trl_vlm.pairs.registry import COMPOSED_SOURCES, SOURCES, source_class
+    from trl_vlm.pairs.retouch import Retouched
     from trl_vlm.pairs.samples import SelfSamples
     from trl_vlm.pairs.source import PairSource
     from trl_vlm.pairs.vllm import VLLMOptions
@@ -25,11 +27,13 @@ _MODULES = {
     "bdhs.bdhs": ("BDHS",),
     "bdhs.similarity": ("SentenceEncoder",),
     "corruption": ("Corrupted",),
+    "dropout": ("DropoutNTP",),
     "judged": ("Judged",),
     "mixed": ("CombinedRejected", "DatasetPairs", "MixedPairs"),
     "noise": ("NoiseLevel", "distorted", "distorted_images", "noise_level"),
     "povid": ("POVID",),
     "registry": ("COMPOSED_SOURCES", "SOURCES", "source_class"),
+    "retouch": ("Retouched",),
     "samples": ("SelfSamples",),
     "source": ("PairSource",),
     "vllm": ("VLLMOptions",),
@@ -47,11 +51,13 @@ __all__ = [
     "CombinedRejected",
     "Corrupted",
     "DatasetPairs",
+    "DropoutNTP",
     "Judged",
     "MixedPairs",
     "NoiseLevel",
     "PairSource",
     "Policy",
+    "Retouched",
     "SelfSamples",
     "SentenceEncoder",
     "VLLMOptions",

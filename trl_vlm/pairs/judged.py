@@ -43,6 +43,8 @@ class Judged:
         temperature: Of the samples.
         max_new_tokens: Longest reply.
         max_cache_gib: Most keys and values at once, in GiB.
+        best_as_completion: Also put the preferred reply into `completion`, so that the rows train with supervised
+            replies as well: best-of-n, or rejection sampling.
         seed: Of the samples.
 
     Attributes:
@@ -63,6 +65,10 @@ class Judged:
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples, above 0."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest reply, in tokens."})
     max_cache_gib: float = field(default=MAX_CACHE_GIB, metadata={"help": CACHE_HELP})
+    best_as_completion: bool = field(
+        default=False,
+        metadata={"help": "Also put the preferred reply into `completion`, for supervised training on the best of n."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the samples."})
     dropped: Counter[str] = field(default_factory=Counter, init=False, repr=False)
 
@@ -112,7 +118,7 @@ class Judged:
         if not (chosen.text and rejected.text):
             self.dropped["a reply is empty"] += 1
             return None
-        return preference_row(
+        pair = preference_row(
             row,
             chosen.text,
             rejected.text,
@@ -120,6 +126,7 @@ class Judged:
             verdict=decision.verdict.text,
             unfinished=not (chosen.is_finished and rejected.is_finished),
         )
+        return {**pair, "completion": pair["chosen"]} if self.best_as_completion else pair
 
 
 def best_and_worst(verdicts: Sequence[Verdict], replies: int) -> Decision | None:

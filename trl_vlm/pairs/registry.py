@@ -31,6 +31,12 @@ SOURCES = {
     "povid": SourceEntry(
         "povid", "POVID", "replace reference tokens by the model's greedy ones under a noised image", "2402.11411"
     ),
+    "dropout-ntp": SourceEntry(
+        "dropout", "DropoutNTP", "continue the first half of the reference without the image", "2411.10442"
+    ),
+    "retouched": SourceEntry(
+        "retouch", "Retouched", "sample replies to images with other colors or hardly any resolution", "2405.19716"
+    ),
     "judged": SourceEntry("judged", "Judged", "sample replies of the model and let a judge choose", _ALIGNMENT),
     "corrupted": SourceEntry("corruption", "Corrupted", "let a language model put hallucinations into the reference"),
     "balance": SourceEntry(

@@ -37,7 +37,7 @@ class Retouched:
         pair_unfinished: Whether `max_new_tokens` ended the rejected reply.
 
     Args:
-        change: "color" draws brightness and hue anew, "resolution" leaves a few pixels, "either" draws one of both
+        change: "color" changes brightness and hue, "resolution" leaves a few pixels, "either" draws one of both
             for each row.
         brightness: Colors are multiplied by a factor drawn from 1 - `brightness` to 1 + `brightness`.
         hue: The hue is turned by a share of the circle drawn from -`hue` to `hue`.

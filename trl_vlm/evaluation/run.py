@@ -19,12 +19,12 @@ from trl_vlm.evaluation.judges import check_served
 from trl_vlm.evaluation.ledger import Ledger, claim
 from trl_vlm.evaluation.replies import replies_in_batches, shared_out
 from trl_vlm.evaluation.results import Result, installed_versions, write_results
-from trl_vlm.evaluation.scoring import JudgeName
+from trl_vlm.evaluation.scoring import JudgeName, Judging
 from trl_vlm.evaluation.served import EndpointSettings, ServedModel
 from trl_vlm.evaluation.statistics import differences, intervals
 from trl_vlm.evaluation.subjects import Subject, replies_of
 from trl_vlm.evaluation.tasks import Task, read_tasks
-from trl_vlm.judges.chat import Answer, Chat, Request
+from trl_vlm.judges.chat import Chat, Request
 from trl_vlm.judges.spending import spending_of
 from trl_vlm.models.downloads import fetch_weights
 from trl_vlm.models.generation import Policy, load_policy
@@ -283,17 +283,23 @@ def _ask_judge(subjects: Sequence[Subject], tasks: Sequence[Task], judge: JudgeS
             if chat is None:
                 _free_memory()
                 chat = judge.make()
-            _answer(chat, mine, ledger, f"{subject.name}, {task.benchmark.name}: judge", settings)
+            label = f"{subject.name}, {task.benchmark.name}: judge"
+            _answer(chat, judging, mine, ledger, label, settings)
 
 
 def _answer(
-    chat: Chat, asked: Sequence[tuple[str, Request]], ledger: Ledger, label: str, settings: RunSettings
+    chat: Chat,
+    judging: Judging,
+    asked: Sequence[tuple[str, Request]],
+    ledger: Ledger,
+    label: str,
+    settings: RunSettings,
 ) -> None:
     hidden = not (settings.progress and PartialState().is_main_process)
     with tqdm(total=len(asked), desc=label, unit="answer", disable=hidden or None) as bar:
         for start in range(0, len(asked), JUDGED_AT_ONCE):
             block = asked[start : start + JUDGED_AT_ONCE]
-            answers: list[Answer] = chat([request for _, request in block])
+            answers = judging.ask(chat, [request for _, request in block])
             served = sorted(getattr(chat, "served", ()))
             ledger.append(
                 {"id": name, "answer": answer.text, "reason": answer.reason, "served": served}

@@ -7,13 +7,13 @@ published parser does what the benchmark's own code does, so that numbers can be
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from trl_vlm.evaluation.benchmark import Question, Record
-    from trl_vlm.judges.chat import Chat, Request
+    from trl_vlm.judges.chat import Answer, Chat, Request
 
 _OPEN, _CLOSE = r"[*_`#>\s\[(\"']*", r"[*_`\s\])\"'.]*"
 _RATING = re.compile(rf"{_OPEN}rating{_CLOSE}:{_OPEN}([0-6]){_CLOSE}", re.IGNORECASE | re.ASCII)
@@ -30,16 +30,26 @@ class Judging:
         template: The words that every request has in common; its digest is stored with the numbers.
         request: The request for a record; None if the reply needs none.
         sees_images: Whether the judge is shown the images.
+        parts: The requests that a request stands for, where several questions are asked about a reply; None: itself.
     """
 
     template: str
     request: "Callable[[Question, Record], Request | None]"
     sees_images: bool = False
+    parts: "Callable[[Request], Sequence[Request]] | None" = None
 
     @property
     def digest(self) -> str:
         """A short digest of the template."""
         return hashlib.sha256(self.template.encode()).hexdigest()[:12]
+
+    def ask(self, chat: "Chat", requests: "Sequence[Request]") -> "list[Answer]":
+        """A judge's answer to each request; to one in parts a JSON list, with null for parts without an answer."""
+        if self.parts is None:
+            return chat(requests)
+        parts = [self.parts(request) for request in requests]
+        answers = iter(chat([part for each in parts for part in each]))
+        return [_joined([next(answers) for _ in each]) for each in parts]
 
 
 class JudgeName(NamedTuple):
@@ -118,6 +128,24 @@ def json_list(answer: str | None) -> list[str] | None:
     fenced = _FENCED.findall(text)
     candidates = [text, *(fenced if len(fenced) == 1 else []), text.split("\n")[-1]]
     return next((found for found in map(_strings, candidates) if found is not None), None)
+
+
+def answers_in(answer: str | None, count: int) -> list[str | None]:
+    """The answers to `count` parts of a request, see `Judging.ask`; None for each that is not there."""
+    try:
+        found: Any = json.loads(answer or "")
+    except (json.JSONDecodeError, RecursionError):
+        found = None
+    if not isinstance(found, list) or len(found) != count:
+        return [None] * count
+    return [item if isinstance(item, str) else None for item in found]
+
+
+def _joined(answers: "Sequence[Answer]") -> "Answer":
+    """One answer of those to the parts of a request; none if no part has one."""
+    if all(answer.text is None for answer in answers):
+        return answers[0]
+    return answers[0]._replace(text=json.dumps([answer.text for answer in answers], ensure_ascii=False), reason="")
 
 
 def _strings(text: str) -> list[str] | None:

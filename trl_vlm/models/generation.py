@@ -209,8 +209,9 @@ def first_token_log_probs(policy: Policy, batches: Iterable[Mapping[str, Tensor]
                 return_dict_in_generate=True,
                 synced_gpus=False,  # nobody waits for a process that asks about fewer claims
             )
-            (logits,) = cast(GenerateDecoderOnlyOutput, output).logits or ()
-            yield logits.float().log_softmax(-1).cpu()
+            logits = cast(GenerateDecoderOnlyOutput, output).logits
+            assert logits is not None  # asked for
+            yield logits[0].float().log_softmax(-1).cpu()
 
 
 def _prompts(batch: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:

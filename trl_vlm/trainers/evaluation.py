@@ -122,7 +122,7 @@ class EvaluationCallback(TrainerCallback):
             request = task.benchmark.judging.request(questions[record.id], record)
             if request is not None:
                 asked.append((record.id, request))
-        answers = self.judge([request for _, request in asked]) if asked else []
+        answers = task.benchmark.judging.ask(self.judge, [request for _, request in asked]) if asked else []
         return {name: answer for (name, _), answer in zip(asked, answers, strict=True)}
 
 

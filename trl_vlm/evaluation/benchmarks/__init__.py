@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from trl_vlm.evaluation.benchmark import Benchmark
-from trl_vlm.evaluation.benchmarks import amber, chair, hallusion, llava_bench, mmhal, object_halbench, pope
+from trl_vlm.evaluation.benchmarks import amber, chair, claims, hallusion, llava_bench, mmhal, object_halbench, pope
 
 BENCHMARKS = {
     benchmark.name: benchmark
@@ -19,6 +19,7 @@ BENCHMARKS = {
         llava_bench.COCO,
         llava_bench.IN_THE_WILD,
         hallusion.HALLUSION,
+        claims.CLAIMS,
     )
 }
 

@@ -22,14 +22,14 @@ import torch
 import transformers
 
 from benchmarks.gpu import models
-from trl_vlm.scripts.estimate import estimate_of
+from trl_vlm.scripts.estimate import Lengths, estimate_of
 
 MIB = 2**20
 LIMIT = 0.15
 SIZE, REPLY, JUDGE = 224, 64, 84  # pixels, which are 256 image tokens; tokens; tokens of the judge turn
 LORA = ["--use_peft", "--lora_target_modules", "language-model", "--lora_r", "64", "--lora_alpha", "16"]
 CHECKPOINTING = ["--gradient_checkpointing", "True"]
-PLAIN = ["--share_prefix", "False"]  # the estimate knows the length of sequences, not of what they share
+PLAIN = ["--share_prefix", "False"]
 NO_CHECKPOINTING = ["--gradient_checkpointing", "False"]
 # With a small vocabulary: on a CPU, TRL's head works with several times what it works with on a GPU.
 SHAPES = {
@@ -40,6 +40,7 @@ SHAPES = {
 # Name -> script, shape, options.
 RUNS = {
     "DPO, LoRA": ("dpo", "medium", [*LORA, *NO_CHECKPOINTING, "--per_device_train_batch_size", "1", *PLAIN]),
+    "DPO, LoRA, prompts shared": ("dpo", "medium", [*LORA, *NO_CHECKPOINTING, "--per_device_train_batch_size", "2"]),
     "PPO, LoRA, roles on one base": (
         "ppo",
         "small",
@@ -52,8 +53,9 @@ RUNS = {
 }
 COMMON = ["--max_steps", "2", "--gradient_accumulation_steps", "1", "--use_cpu", "True", "--bf16", "False"]
 COMMON += ["--dtype", "float32", "--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "True"]
-# Of prompt, image and reply: image tokens, words of the prompt, the chat template, the reply, a judge turn.
-TOKENS = {"dpo": 256 + 30 + REPLY, "ppo": 256 + 30 + REPLY, "reward": 256 + 30 + REPLY + JUDGE}
+# Image tokens, words of the prompt, the chat template; the reply, and a judge turn.
+PROMPT = 256 + 30
+LENGTHS = {name: Lengths(prompt=PROMPT, reply=REPLY + JUDGE * (name == "reward")) for name in ("dpo", "ppo", "reward")}
 
 
 def letters(completions: list, **columns: object) -> list[float]:
@@ -98,7 +100,7 @@ def measure(name: str, folder: Path) -> dict[str, float]:
 def estimated(name: str, folder: Path) -> dict[str, float]:
     """What the estimate says, in MiB."""
     script = RUNS[name][0]
-    memory = estimate_of(f"trl_vlm.scripts.{script}", words_of(name, folder, RUNS[name][1]), TOKENS[script]).memory
+    memory = estimate_of(f"trl_vlm.scripts.{script}", words_of(name, folder, RUNS[name][1]), LENGTHS[script]).memory
     parts = {role.name: role.total / MIB for role in memory.roles}
     parts |= {"activations": memory.activations / MIB, "generation": memory.generation / MIB}
     return {"total": memory.total / MIB} | parts

@@ -8,7 +8,7 @@ import transformers
 
 from trl_vlm.cli.main import main, parser
 from trl_vlm.models.memory import GIB
-from trl_vlm.scripts.estimate import estimate_of, report, smaller
+from trl_vlm.scripts.estimate import Lengths, estimate_of, report, smaller
 
 TOWER = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
 TOWER |= {"num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768}
@@ -31,8 +31,9 @@ def llava(tmp_path_factory):
     return str(folder)
 
 
-def estimate(script, model, *more, tokens=1024):
-    return estimate_of(f"trl_vlm.scripts.{script}", ["--model_name_or_path", model, *more], tokens)
+def estimate(script, model, *more, tokens=None, **known):
+    lengths = Lengths(tokens, **known) if known else tokens or 1024
+    return estimate_of(f"trl_vlm.scripts.{script}", ["--model_name_or_path", model, *more], lengths)
 
 
 def held(found):
@@ -72,6 +73,75 @@ def test_activations_grow_with_tokens_and_rollouts_keep_keys_and_values(llava):
     assert 1 < short.generation / (2 * 32 * 4096 * 2 * 500 * replies) < 1.2  # and one layer works on prompts
     assert long.generation == 2 * short.generation
     assert estimate("dpo", llava, *LORA).memory.generation == 0
+
+
+# Bytes of a token of LLaVA-1.5-7B in bfloat16 with LoRA in a layer: what norms (in float32), attention, and the gated
+# feed-forward part keep; what its adapters read, a copy each. Keys and values; what a layer works with.
+KEPT = 2 * 4 * 4096 + 2 * 4 * 4096 + 2 * 3 * 11008 + 2 * (6 * 4096 + 11008)
+KEYS_AND_VALUES = 2 * 2 * 4096
+WORKING = 2 * (2 * 11008 + 3 * 4096)
+PLAIN = ("--gradient_checkpointing", "False", "--lora_dropout", "0")
+
+
+def by_hand(computed, copied, read):
+    """Bytes of 32 layers, and of a head that reads `read` tokens."""
+    head = 2 * min(read, 4096) * 32064 + 4 * 4096 * read
+    return 32 * (computed * KEPT + copied * KEYS_AND_VALUES) + computed * WORKING + head
+
+
+def test_replies_to_a_row_compute_their_prompt_once_and_copy_its_keys(llava):
+    options = (*LORA, *PLAIN, "--per_device_train_batch_size", "2")
+    shared = estimate("dpo", llava, *options, prompt=600, reply=100, replies=3)
+    assert shared.micro_batch == (6, 700, 600, 2) and shared.tokens == 700
+    assert shared.memory.activations == by_hand(2 * 600 + 6 * 100, 6 * 600, 6 * 100)
+    apart = estimate("dpo", llava, *options, "--share_prefix", "False", prompt=600, reply=100, replies=3)
+    assert apart.memory.activations == by_hand(6 * 700, 0, 6 * 700)
+    two = estimate("dpo", llava, *options, tokens=700).memory.activations  # nothing is known of a prompt
+    assert two == by_hand(4 * 700, 0, 4 * 700)
+    text = report(shared)
+    assert "activations of 700 tokens a sequence" in text and "(6 replies to 2 of 600 tokens, computed once)" in text
+
+
+def groups(llava, batch, *more, script="grpo", **lengths):
+    """Sequences and prompts of a micro-batch."""
+    options = (*LORA, "--per_device_train_batch_size", str(batch), "--generation_batch_size", "192", *more)
+    found = estimate(script, llava, *options, **{"prompt": 600, "reply": 100} | lengths).micro_batch
+    return found.sequences, found.prompts
+
+
+def test_groups_compute_their_prompt_once_and_those_that_are_cut_once_in_each_part(llava):
+    assert groups(llava, 8, "--num_generations", "4") == (8, 2)
+    assert groups(llava, 2, "--num_generations", "8") == (2, 1)
+    assert groups(llava, 6, "--num_generations", "4") == (6, 2)
+    assert groups(llava, 3, "--num_generations", "8") == (3, 2)  # three of one, or one and two of two
+    assert groups(llava, 8, "--num_generations", "4", script="rloo") == (8, 2)
+    assert groups(llava, 8, "--num_generations", "4", script="ppo") == (8, 2)
+    sampled = groups(llava, 8, "--num_generations", "4", "--max_completion_length", "100", reply=None)
+    assert sampled == (8, 2)
+
+
+def test_where_nothing_is_shared_each_reply_has_its_prompt(llava):
+    assert groups(llava, 8, script="ppo") == (8, 0)  # one reply to each prompt
+    assert groups(llava, 8, "--num_generations", "4", "--loss_type", "bnpo") == (8, 0)
+    assert groups(llava, 8, "--num_generations", "4", "--torch_compile", "True") == (8, 0)
+    assert estimate("sft", llava, *LORA, prompt=600, reply=100).micro_batch == (8, 700, 0, 0)
+    assert estimate("reward", llava, *LORA, prompt=600, reply=100).micro_batch.prompts == 8
+    assert estimate("dpo", llava, *LORA, prompt=2, reply=4000).micro_batch.prompts == 0  # it would take longer
+
+
+@pytest.mark.parametrize(
+    ("script", "lengths", "message"),
+    [
+        ("dpo", {"tokens": 700, "prompt": 600, "reply": 100}, "`--tokens` is prompt and reply together"),
+        ("dpo", {"prompt": 600}, "Give `--prompt-tokens` and `--reply-tokens` together"),
+        ("grpo", {"prompt": 600, "reply": 100, "replies": 4}, "The method's own option is `--num_generations`"),
+        ("reward", {"prompt": 600, "reply": 100, "replies": 3}, "a row of DPO has two replies or more. Leave it out"),
+        ("dpo", {"replies": 1}, "`--replies 1`: a row of DPO has two replies or more"),
+    ],
+)
+def test_lengths_that_contradict_each_other_are_refused(llava, script, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        estimate(script, llava, *LORA, **lengths)
 
 
 def recipe(name):
@@ -147,6 +217,9 @@ def test_the_command_prints_the_roles_and_names_wrong_options(llava, capsys):
     assert main(["estimate", "dpo", *words, *QLORA]) == 0
     printed = capsys.readouterr().out
     assert "policy" in printed and "700 tokens" in printed and "It fits 24 GB" in printed
+    words = ["--model_name_or_path", llava, "--prompt-tokens", "600", "--reply-tokens", "100", "--replies", "3"]
+    assert main(["estimate", "dpo", *words, *QLORA]) == 0
+    assert "(24 replies to 8 of 600 tokens, computed once)" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         parser().parse_args(["estimate", "dpo", "--betta", "1"])
     assert "There is no option --betta" in capsys.readouterr().err

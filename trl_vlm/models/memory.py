@@ -233,7 +233,14 @@ class Training(Enum):
 
 
 def activations(
-    layers: Layers, tokens: int, training: Training, *, checkpointing: bool, value: float = 2.0, passes: int = 1
+    layers: Layers,
+    tokens: int,
+    training: Training,
+    *,
+    checkpointing: bool,
+    value: float = 2.0,
+    passes: int = 1,
+    copied: int = 0,
 ) -> Activations:
     """What the backward pass of one micro-batch needs of a stack of layers.
 
@@ -244,8 +251,9 @@ def activations(
         checkpointing: Whether layers are computed again, one at a time.
         value: Bytes of a value: 2 in 16 bits.
         passes: Forward passes that wait for one backward pass.
+        copied: Tokens whose keys and values are copied, for replies that share a prompt.
     """
-    one = tokens * layers.kept_per_token(value, training)
+    one = tokens * layers.kept_per_token(value, training) + copied * value * 2 * layers.keys
     working = tokens * layers.working_per_token(value)
     if checkpointing:
         return Activations(passes * layers.count * tokens * value * layers.width + one + working, one + working)

@@ -4,16 +4,21 @@ import copy
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate.commands.config.config_args import load_config_from_file
 from trl import DPOConfig, ModelConfig, RewardConfig
 
-from trl_vlm.models.memory import GIB, Memory
+from trl_vlm.models.memory import GIB, Memory, empty_model
 from trl_vlm.scripts.arguments import accumulation
-from trl_vlm.scripts.expected import Layout, Tokens, expected_memory
+from trl_vlm.scripts.expected import Layout, expected_memory
 from trl_vlm.scripts.launcher import launch_options, read_options, refuse_unknown
+from trl_vlm.scripts.tokens import Tokens, micro_batch, shared_micro_batch
+from trl_vlm.trainers.preparation import config_of, model_options
+
+DEFAULT_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Estimate:
         model: Options of the model.
         tokens: Of the longest sequence: prompt, images and reply.
         layout: The devices.
+        prompt_tokens: Those of its prompt and images, so that it is known what replies share; 0: unknown.
+        replies: To a row of preferences.
     """
 
     script: Any
@@ -33,11 +40,23 @@ class Estimate:
     model: ModelConfig
     tokens: int
     layout: Layout
+    prompt_tokens: int = 0
+    replies: int = 2
 
     @property
     def model_name(self) -> str:
         """Folder or hub id of the model."""
         return self.model.model_name_or_path or ""
+
+    @cached_property
+    def micro_batch(self) -> Tokens:
+        """The sequences of a micro-batch, with what the trainer shares of them."""
+        if not self.prompt_tokens:
+            return micro_batch(self.training, self.tokens, self.replies)
+        # That of a model has the attention that it will get.
+        config = empty_model(config_of(self.model_name, **model_options(self.training))).config
+        reply = self.tokens - self.prompt_tokens
+        return shared_micro_batch(self.training, config, self.prompt_tokens, reply, self.replies)
 
     @property
     def memory(self) -> Memory:
@@ -46,21 +65,35 @@ class Estimate:
         Raises:
             ValueError: transformers knows no model for its configuration.
         """
-        replies = 2 if isinstance(self.training, DPOConfig | RewardConfig) else 1
-        tokens = Tokens(replies * self.training.per_device_train_batch_size, self.tokens)
-        found = expected_memory(self, tokens, self.layout)
+        found = expected_memory(self, self.micro_batch, self.layout)
         if found is None:
             raise ValueError(f"{self.model_name}: transformers knows no vision-language model for its configuration.")
         return found
 
 
-def estimate_of(script: str, arguments: Sequence[str], tokens: int, prog: str | None = None) -> Estimate:
+class Lengths(NamedTuple):
+    """What is known of the longest row.
+
+    Args:
+        tokens: Of its longest sequence; None: prompt and reply say it, or else `DEFAULT_TOKENS`.
+        prompt: Of its prompt with the images.
+        reply: Of its longest reply; None: where replies are sampled, the longest that a method allows.
+        replies: To a row of preferences; None: two.
+    """
+
+    tokens: int | None = None
+    prompt: int | None = None
+    reply: int | None = None
+    replies: int | None = None
+
+
+def estimate_of(script: str, arguments: Sequence[str], lengths: Lengths | int, prog: str | None = None) -> Estimate:
     """The training that a command line describes, on the GPUs that it will have, whatever this machine has.
 
     Args:
         script: The script, as a module with `make_parser`.
         arguments: Options of the script and of `accelerate launch`.
-        tokens: Of the longest sequence.
+        lengths: Of the longest row, or the tokens of its longest sequence.
         prog: What the help calls the program.
 
     Raises:
@@ -81,7 +114,30 @@ def estimate_of(script: str, arguments: Sequence[str], tokens: int, prog: str | 
     if not model.model_name_or_path:
         raise ValueError("`--model_name_or_path` is missing: a folder or a hub id.")
     training.model_init_kwargs = {"dtype": model.dtype} | (training.model_init_kwargs or {})
-    return Estimate(given, training, model, tokens, layout)
+    lengths = Lengths(lengths) if isinstance(lengths, int) else lengths
+    return Estimate(given, training, model, *_tokens_of(lengths, given, training, layout))
+
+
+def _tokens_of(lengths: Lengths, script: Any, training: Any, layout: Layout) -> tuple[int, Layout, int, int]:
+    """The last fields of an `Estimate`.
+
+    Raises:
+        ValueError: The lengths contradict each other or the method.
+    """
+    tokens, prompt, reply, replies = lengths
+    has_pairs = isinstance(training, DPOConfig | RewardConfig)
+    if replies is not None and (not isinstance(training, DPOConfig) or replies < 2):
+        remedy = "Leave it out" if has_pairs else "The method's own option is `--num_generations`"
+        raise ValueError(f"`--replies {replies}`: a row of DPO has two replies or more. {remedy}.")
+    if prompt is None and reply is None:
+        return tokens or DEFAULT_TOKENS, layout, 0, replies or 2
+    if tokens is not None:
+        raise ValueError("`--tokens` is prompt and reply together. Give it, or the other two.")
+    if reply is None:
+        reply = getattr(training, "max_completion_length", None) or getattr(script, "max_new_tokens", None)
+    if prompt is None or reply is None:
+        raise ValueError("Give `--prompt-tokens` and `--reply-tokens` together: what is shared follows from both.")
+    return prompt + reply, layout, prompt, replies or 2
 
 
 def layout_of(launch: Namespace) -> Layout:
@@ -109,6 +165,9 @@ def report(estimate: Estimate, available: float | None = None) -> str:
     lines += [f"{name:<34}{weights / GIB:>9.1f}{training / GIB:>10.1f}" for name, weights, training in rows]
     sequences = f"activations of {estimate.tokens:,} tokens a sequence"
     lines.append(f"{sequences:<34}{'':>9}{memory.activations / GIB:>10.1f}")
+    batch = estimate.micro_batch
+    if batch.prompt:
+        lines.append(f"  ({batch.sequences} replies to {batch.prompts} of {batch.prompt:,} tokens, computed once)")
     if memory.generation:
         lines.append(f"{'or keys and values, sampling':<34}{'':>9}{memory.generation / GIB:>10.1f}")
     if memory.features:

@@ -17,26 +17,13 @@ from trl_vlm.models import memory
 from trl_vlm.models.loading import base_of
 from trl_vlm.models.memory import Activations, Counts, Layers, Memory, Precision, RoleMemory, Sharding, Training
 from trl_vlm.models.parts import freeze_vision_tower
+from trl_vlm.scripts.tokens import SAMPLE_ROWS, Tokens, micro_batch
 from trl_vlm.trainers.adapters import complete_peft_config
 from trl_vlm.trainers.ppo.config import PPOConfig
 from trl_vlm.trainers.preparation import config_of, model_options
 
-SAMPLE_ROWS = 8
 # Optimizer states per parameter; others are taken for Adam, which has two.
 _STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "rmsprop": 1}
-
-
-class Tokens(NamedTuple):
-    """The sequences of a micro-batch: how many, and how long the longest of the first rows is."""
-
-    sequences: int
-    longest: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.sequences} sequences of at most about {self.longest:,} tokens on a device at once (the longest of "
-            f"the first {SAMPLE_ROWS} rows)"
-        )
 
 
 class Layout(NamedTuple):
@@ -111,8 +98,7 @@ def expected_tokens(job: Options, purpose: str) -> Tokens | None:
         longest += getattr(training, "max_completion_length", None) or getattr(job.script, "max_new_tokens", None) or 0
     elif isinstance(getattr(training, "max_length", None), int):
         longest = min(longest, training.max_length)
-    replies = 2 if isinstance(training, DPOConfig | RewardConfig) else 1
-    return Tokens(replies * training.per_device_train_batch_size, longest)
+    return micro_batch(training, longest)
 
 
 def expected_memory(job: MemoryOptions, tokens: Tokens | None, layout: Layout | None = None) -> Memory | None:
@@ -153,7 +139,8 @@ def _kept_features(training: Any, config: PreTrainedConfig, tokens: Tokens, prec
     if not options.get("image_feature_cache") or options.get("image_features_on_cpu"):
         return 0.0
     rows = training.per_device_train_batch_size * (options.get("steps_per_generation") or 1)
-    every = rows // (options.get("num_generations") or 1) * tokens.longest * config.get_text_config().hidden_size
+    longest = tokens.prompt or tokens.longest
+    every = rows // (options.get("num_generations") or 1) * longest * config.get_text_config().hidden_size
     return min(options["image_feature_cache"] * memory.GIB, every * precision.weights)
 
 
@@ -162,16 +149,16 @@ def _activations(
 ) -> Activations:
     """Of language model, its head and, where it trains, the vision tower."""
     training, text = job.training, config.get_text_config()
-    total, kind = tokens.sequences * tokens.longest, _kind_of_training(job, counts, value)
+    kind = _kind_of_training(job, counts, value)
     common: dict[str, Any] = {"checkpointing": training.gradient_checkpointing, "value": value, "passes": passes}
-    language = memory.activations(Layers.of_text(text), total, kind, **common)
+    language = memory.activations(Layers.of_text(text), tokens.computed, kind, copied=tokens.copied, **common)
     tower = Layers.of_tower(config.vision_config) if counts.tower and hasattr(config, "vision_config") else None
     seen = Activations(0.0)
     if tower is not None:
         seen = memory.activations(tower, _patches(config, tokens), kind, **common)
     head = 0.0
     if not isinstance(training, RewardConfig):
-        head = memory.head_bytes(text, total, value, trains=counts.adapter == 0)
+        head = memory.head_bytes(text, tokens.read, value, trains=counts.adapter == 0)
     return Activations(language.kept + seen.kept + head, max(language.layer, seen.layer))
 
 
@@ -185,12 +172,12 @@ def _kind_of_training(job: MemoryOptions, counts: Counts, value: float) -> Train
 
 
 def _patches(config: PreTrainedConfig, tokens: Tokens) -> int:
-    """Tokens of the vision tower: of one image for each sequence, or as many as the sequence's tokens stand for."""
+    """Tokens of the vision tower: of one image for each sequence or shared prompt, or as many as its tokens are."""
     tower = vars(config.vision_config)
     size, patch = tower.get("image_size"), tower.get("patch_size")
     if isinstance(size, int) and isinstance(patch, int):
-        return tokens.sequences * (size // patch) ** 2
-    return tokens.sequences * tokens.longest * tower.get("spatial_merge_size", 1) ** 2
+        return tokens.images * (size // patch) ** 2
+    return tokens.images * (tokens.prompt or tokens.longest) * tower.get("spatial_merge_size", 1) ** 2
 
 
 def _sampling(training: Any, config: PreTrainedConfig, tokens: Tokens, value: float) -> float:
@@ -199,8 +186,9 @@ def _sampling(training: Any, config: PreTrainedConfig, tokens: Tokens, value: fl
         return 0.0
     replies = training.per_device_train_batch_size * (training.steps_per_generation or 1)
     replies = min(replies, getattr(training, "sampling_batch_size", None) or replies)
-    text, total = config.get_text_config(), replies * tokens.longest
-    return memory.keys_and_values(text, total, value) + total * Layers.of_text(text).working_per_token(value)
+    text, prompts = config.get_text_config(), replies * (tokens.prompt or tokens.longest)
+    kept = memory.keys_and_values(text, replies * tokens.longest, value)
+    return kept + prompts * Layers.of_text(text).working_per_token(value)
 
 
 def _counts(job: MemoryOptions, config: PreTrainedConfig) -> Counts:

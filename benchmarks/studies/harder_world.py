@@ -11,8 +11,9 @@ Each seed is a world, a supervised model from scratch, and rows of its own. Ever
 cells (`--cells`: learning rate and anchor; for PPO learning rate and KL). Of the cells whose recall on a development
 split is at most a point below the supervised model's, the one that says the least that is untrue is kept, and measured
 once on fresh scenes: arms are compared at matched recall. What is done is not done again: an interrupted call goes on
-where it was, and further seeds or arms are added by naming them; name an arm together with the one that it is compared
-with. After each arm `harder_world_<world>.md` and `.json` are written into `--results_dir`.
+where it was, and further seeds or arms are added by naming them. After each arm `harder_world_<world>.md` and `.json`
+are written into `--results_dir`. The labeler of PPO's rewards sees kinds and no attributes: ask about facts with
+`--world long`.
 """
 
 import argparse
@@ -29,21 +30,17 @@ from datasets import Dataset
 from trl import ModelConfig
 
 from benchmarks.studies import preference_study
+from benchmarks.studies.harder_world_measures import answers, captions, fraction, paired, values
 from benchmarks.studies.harder_world_report import page
 from trl_vlm import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
-from trl_vlm.evaluation.benchmark import Ratio, Record, Scores
-from trl_vlm.evaluation.replies import replies_in_batches
-from trl_vlm.evaluation.statistics import differences
-from trl_vlm.evaluation.tasks import read_tasks
 from trl_vlm.pairs import BDHS, Policy, SelfSamples
 from trl_vlm.rewards import FactRLHFReward, RewardModelReward
 from trl_vlm.scripts.evaluation import load_for_replies
 from trl_vlm.scripts.run_folder import RunFolder, write_json
 from trl_vlm.testbed.annotator import Annotator
-from trl_vlm.testbed.benchmark import Scenes, scenes_benchmarks
 from trl_vlm.testbed.datasets import caption_rows, correction_rows, preference_rows, prompt_rows
-from trl_vlm.testbed.evaluate import caption_sampler, generate_captions
-from trl_vlm.testbed.oracle import count_attributes, count_reply, object_overlap
+from trl_vlm.testbed.evaluate import caption_sampler
+from trl_vlm.testbed.oracle import count_reply, object_overlap
 from trl_vlm.testbed.prior import language_prior
 from trl_vlm.testbed.processor import JUDGE_TEMPLATE
 from trl_vlm.testbed.sentences import statements
@@ -217,8 +214,23 @@ class Seed(preference_study.Study):
         cell = chosen({cell: (fraction(s, "untrue"), fraction(s, "recall")) for cell, s in scores.items()}, recall)
         return cell, self.measured(folders[cell], "test")
 
+    def folder_of(self, name: str, cell: Cell) -> Path:
+        return self.root / f"{name}_{cell.rate:g}_{cell.weight:g}"
+
+    def earlier(self, arms: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """What earlier calls measured of arms, where it is still there."""
+        paths = {name: self.folder_of(name, Cell(*arm["cell"])) / "measured_test.json" for name, arm in arms.items()}
+        return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+    def chosen_replies(self) -> dict[str, dict[str, float]]:
+        """What the corrected replies themselves invent: training on them alone ends there at best."""
+        replies = (row[-1]["content"] for row in self.corrections["chosen"])
+        counts = [count_reply(*pair) for pair in zip(replies, self.corrections["objects"], strict=True)]
+        terms = [[each.hallucinated_mentions for each in counts], [each.mentions for each in counts]]
+        return values({"adv, sampled": {}, "adv, greedy": {}, "balanced, sampled": {"chair_i": terms}})
+
     def trained(self, name: str, arm: Arm, cell: Cell) -> str:
-        folder = RunFolder(self.root / f"{name}_{cell.rate:g}_{cell.weight:g}", self.settings | {"cell": list(cell)})
+        folder = RunFolder(self.folder_of(name, cell), self.settings | {"cell": list(cell)})
         if not folder.is_done:
             if isinstance(arm.rows, float):
                 folder.train(self.ppo(name, arm, arm.rows, cell, folder.path))
@@ -228,30 +240,35 @@ class Seed(preference_study.Study):
                 folder.train(self.trainer(rows, cell.rate, folder.path, losses, **arm.config))
         return str(folder.path)
 
-    def ppo(self, name: str, arm: Arm, noise: float, cell: Cell, folder: Path) -> PPOTrainer:
-        """PPO with a reward model that sees through noise; the cells of an arm share it."""
-        use_facts = arm.config["use_facts"]
-        judge = RunFolder(self.root / f"reward_{name}", self.settings)
-        shared: dict[str, Any] = {"freeze_vision_tower": True, "gradient_checkpointing": False, "bf16": False}
-        shared |= {
-            "adam_beta2": 0.98,
-            "seed": self.seed,
-            "report_to": "none",
-            "use_cpu": not torch.cuda.is_available(),
-        }
-        if not judge.is_done:
+    def reward_model(self, name: str, noise: float, use_facts: bool) -> str:
+        """The reward model that all cells of an arm of PPO share: it sees through noise."""
+        folder = RunFolder(self.root / f"reward_{name}", self.settings)
+        if not folder.is_done:
             count = 24 if self.quick else 2500
             pairs = preference_rows(self.world, count, 100 * self.seed + 11, self.sampler(), vision_noise=noise)
-            steps = {"max_steps": 4 if self.quick else 200, "learning_rate": 5e-4, "warmup_steps": 2}
-            size = {"per_device_train_batch_size": 8 if self.quick else 32, "mean_reward_coefficient": 1e-3}
-            args = RewardConfig(str(judge.path), use_facts=use_facts, **steps, **size, **shared)
+            args = RewardConfig(
+                str(folder.path),
+                use_facts=use_facts,
+                learning_rate=5e-4,
+                lr_scheduler_type="cosine",
+                max_steps=4 if self.quick else 200,
+                per_device_train_batch_size=8 if self.quick else 32,
+                mean_reward_coefficient=1e-3,
+                warmup_steps=10,
+                **self.machine,
+            )
             model = self.supervised_model()
-            judge.train(RewardTrainer(model=model, args=args, train_dataset=pairs, judge_template=JUDGE_TEMPLATE))
+            folder.train(RewardTrainer(model=model, args=args, train_dataset=pairs, judge_template=JUDGE_TEMPLATE))
+        return str(folder.path)
+
+    def ppo(self, name: str, arm: Arm, noise: float, cell: Cell, folder: Path) -> PPOTrainer:
+        """PPO with a reward model that sees through noise, as in `examples/fact_rlhf.py`."""
+        use_facts, limit = arm.config["use_facts"], self.world.max_caption_tokens
+        reward_model = self.reward_model(name, noise, use_facts)
         prompts = prompt_rows(self.world, 24 if self.quick else 4000, 100 * self.seed + 13)
         processor = load_for_replies(self.supervised_model())[1]
-        limit = self.world.max_caption_tokens
         reward = FactRLHFReward(
-            WeakEyes(RewardModelReward(str(judge.path), batch_size=64), noise),
+            WeakEyes(RewardModelReward(reward_model, batch_size=64), noise),
             eos_token_ids=processor.tokenizer.eos_token_id,
             missing_eos_penalty=2.0,
             length_coefficient=4.0,
@@ -271,8 +288,7 @@ class Seed(preference_study.Study):
             top_k=0,
             max_completion_length=limit,
             warmup_steps=4,
-            save_strategy="no",
-            **shared,
+            **self.machine,
         )
         return PPOTrainer(
             self.supervised_model(),
@@ -280,8 +296,22 @@ class Seed(preference_study.Study):
             args=args,
             train_dataset=prompts if use_facts else prompts.remove_columns("facts"),
             processing_class=processor,
-            value_model=str(judge.path),
+            value_model=reward_model,
         )
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """What the reward model and PPO have in common."""
+        return {
+            "adam_beta2": 0.98,
+            "seed": self.seed,
+            "freeze_vision_tower": True,
+            "gradient_checkpointing": False,
+            "save_strategy": "no",
+            "report_to": "none",
+            "bf16": False,
+            "use_cpu": not torch.cuda.is_available(),
+        }
 
     # Measures
 
@@ -315,64 +345,6 @@ def chosen(scores: Mapping[Cell, tuple[float, float]], recall: float) -> Cell:
     return min(kept, key=lambda cell: kept[cell]) if kept else max(scores, key=lambda cell: scores[cell][1])
 
 
-def fraction(measured: Mapping[str, Any], name: str) -> float:
-    return Ratio(*measured["adv, sampled"][name]).value
-
-
-def values(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The number of each fraction; those of which nothing was told are left out."""
-    return {
-        place: {name: Ratio(*terms).value for name, terms in found.items() if sum(terms[1])}
-        for place, found in measured.items()
-    }
-
-
-def paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Differences on the same scenes, the second arm minus the first, each with its 95 % interval over scenes."""
-    one, two = (Scores({n: Ratio(*terms) for n, terms in each["adv, sampled"].items()}) for each in (first, second))
-    scenes = [str(number) for number in range(len(first["adv, sampled"]["recall"][0]))]
-    found = differences(one, two, scenes)
-    return {name: [each.value, each.low, each.high] for name, each in found.items() if each.value == each.value}
-
-
-def captions(policy: Policy, world: World, split: Split, count: int, seed: int, sample: bool) -> dict[str, Any]:
-    """What captions of fresh scenes say: for each number, the terms above and below its fraction."""
-    pictures = world.pictures(count, seed, split)
-    images = [picture.image for picture in pictures]
-    limit = world.max_caption_tokens
-    replies = generate_captions(*policy, images, sample=sample, seed=seed, max_new_tokens=limit)
-    truths = [picture.scene.statements for picture in pictures]
-    counts = [count_reply(reply, truth) for reply, truth in zip(replies, truths, strict=True)]
-    told = [count_attributes(reply, truth) for reply, truth in zip(replies, truths, strict=True)]
-    said = [statements(reply) for reply in replies]
-    untrue = [
-        sum(each is None or truth.get(each.kind) != each for each in sentences)
-        for sentences, truth in zip(said, truths, strict=True)
-    ]
-    mentions, sentences = [each.mentions for each in counts], [len(each) for each in said]
-    return {
-        "untrue": [untrue, sentences],
-        "chair_i": [[each.hallucinated_mentions for each in counts], mentions],
-        "attributes": [[each.wrong for each in told], [each.told for each in told]],
-        "recall": [[each.correct for each in counts], [each.present for each in counts]],
-        "repeats": [[each.repeats for each in counts], mentions],
-        "broken": [[each.broken for each in told], sentences],
-        "length": [[each.words for each in counts], [1] * len(counts)],
-    }
-
-
-def answers(policy: Policy, world: World, count: int, seed: int) -> dict[str, Any]:
-    """Accuracy of answers to adversarial questions."""
-    _, _, benchmark = scenes_benchmarks(Scenes(world, count, seed, splits=("adv",)))
-    (task,) = read_tasks([benchmark], Path())
-    asked = [question for question in task.questions if question.truth["category"] == "adversarial"]
-    batches = [asked[start : start + 64] for start in range(0, len(asked), 64)]
-    replies = [reply for made in replies_in_batches(policy, task, batches) for reply in made]
-    records = [Record(q.id, q.group, q.text, *reply[:1], q.truth) for q, reply in zip(asked, replies, strict=True)]
-    scores: Scores = benchmark.score(records)
-    return {"pope": [list(part) for part in scores.ratios["adv_pope_adversarial_accuracy"][:2]]}
-
-
 def _same_statements(texts: list[str], others: list[str]) -> list[float]:
     """The gate of BDHS with attributes: 1 where two replies say the same, else 0."""
     pairs = zip(texts, others, strict=True)
@@ -395,15 +367,18 @@ def main() -> None:
     options.results_dir.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for number in options.seeds:
-        seed, terms = Seed(options, number), {}
+        seed = Seed(options, number)
         found = results.setdefault(str(number), {"arms": {}, "differences": {}})
         found |= {"prior": seed.prior(), "supervised": values(seed.measured(seed.supervised_model(), "test"))}
+        terms = seed.earlier(found["arms"])
         for name in options.arms:
             cell, terms[name] = seed.result(name)
             found["arms"][name] = {"cells": options.cells, "cell": list(cell), "values": values(terms[name])}
+            if ARMS[name].rows in ("corrections", "marked_corrections"):
+                found["chosen"] = seed.chosen_replies()
             for reference, others in COMPARISONS.values():
-                for other in {reference, *others} & terms.keys() if reference in terms else ():
-                    if other != reference:
+                for other in others:
+                    if reference in terms and other in terms:
                         found["differences"][f"{other} - {reference}"] = paired(terms[reference], terms[other])
             path.write_text(json.dumps(results, indent=1) + "\n")
             titles = {arm: each.title for arm, each in ARMS.items()}

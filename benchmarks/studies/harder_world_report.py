@@ -69,22 +69,22 @@ def prior_table(results: Mapping[str, Any]) -> list[str]:
 
 def arm_table(results: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:
     """Every arm and seed, and the mean over its seeds."""
-    names = [*SHOWN.values(), "untrue, greedy", "recall, greedy", "POPE adversarial"]
+    names = [*SHOWN.values(), "untrue, greedy", "recall, greedy", "CHAIR_i, balanced", "POPE adversarial"]
     lines = table_head(["arm", "seed", "cell", "cells", *names])
-    for arm in ("supervised", *titles):
+    titles = {"supervised": "supervised model", "chosen": "the corrected replies themselves", **titles}
+    for arm in titles:
         rows = []
         for seed, found in results.items():
-            each = {"values": found["supervised"]} if arm == "supervised" else found["arms"].get(arm)
+            each = {"values": found[arm]} if arm in found else found["arms"].get(arm)
             if each is None:
                 continue
             numbers = shown(each["values"])
             rows.append(numbers)
             cell = ", ".join(f"{number:g}" for number in each.get("cell", ()))
-            title = titles.get(arm, "supervised model")
-            lines.append(row([title, seed, cell, str(each.get("cells", "")), *map(percent, numbers)]))
+            lines.append(row([titles[arm], seed, cell, str(each.get("cells", "")), *map(percent, numbers)]))
         if len(rows) > 1:
             means = [mean(column) if None not in column else None for column in zip(*rows, strict=True)]
-            lines.append(row([titles.get(arm, "supervised model"), "mean", "", "", *map(percent, means)]))
+            lines.append(row([titles[arm], "mean", "", "", *map(percent, means)]))
     return lines
 
 
@@ -92,7 +92,8 @@ def shown(values: Mapping[str, Mapping[str, float]]) -> list[float | None]:
     """The numbers of one arm in the order of the table."""
     sampled, greedy = values["adv, sampled"], values["adv, greedy"]
     numbers = [sampled.get(name) for name in SHOWN]
-    return [*numbers, greedy.get("untrue"), greedy.get("recall"), values.get("questions", {}).get("pope")]
+    numbers += [greedy.get("untrue"), greedy.get("recall"), values["balanced, sampled"].get("chair_i")]
+    return [*numbers, values.get("questions", {}).get("pope")]
 
 
 def difference_head() -> list[str]:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.studies import harder_world
-from benchmarks.studies.harder_world import ARMS, CELLS, COMPARISONS, Cell, chosen, paired, values
+from benchmarks.studies import harder_world_measures
+from benchmarks.studies.harder_world import ARMS, CELLS, COMPARISONS, Cell, chosen
+from benchmarks.studies.harder_world_measures import captions, paired, values
+from trl_vlm.pairs import Policy
 from trl_vlm.testbed import build_model, build_processor
 from trl_vlm.testbed.world import World, generator
 
@@ -57,9 +59,9 @@ def test_what_captions_say_is_counted_by_hand(monkeypatch):
     wrong = second._replace(size={"small": "large", "large": "small"}[second.size])
     invented = f"small red {absent} on the left"
     reply = f"there is a {first.phrase} . i see a {wrong.phrase} . i see a {invented} . there is a small ."
-    monkeypatch.setattr(harder_world, "generate_captions", lambda *args, **options: [reply])
-    policy = harder_world.Policy(build_model(processor), processor)
-    found = harder_world.captions(policy, world, "adv", 1, 5, True)
+    monkeypatch.setattr(harder_world_measures, "generate_captions", lambda *args, **options: [reply])
+    policy = Policy(build_model(processor), processor)
+    found = captions(policy, world, "adv", 1, 5, True)
     assert found["untrue"] == [[3], [4]]  # the second, the absent one, the broken one
     assert found["chair_i"] == [[1], [3]]
     assert found["attributes"] == [[1], [6]]
@@ -92,9 +94,10 @@ def test_the_study_runs_and_goes_on_with_further_arms(run):
     assert "## The image side" in text and "## Where rejected replies come from" not in text
     weights = run.folder / "attributes" / "seed0" / "dpo_0.0003_1" / "model.safetensors"
     stamp = weights.stat().st_mtime_ns
-    found, text = run("--arms", "self", "bdhs", "dpo")
-    assert set(found["arms"]) == {"sft", "dpo", "dense_spans", "image_mask", "self", "bdhs"}
-    assert "bdhs - self" in found["differences"] and "dpo - sft" in found["differences"]
+    found, text = run("--arms", "self", "bdhs", "dense_diff")
+    assert set(found["arms"]) == {"sft", "dpo", "dense_spans", "image_mask", "self", "bdhs", "dense_diff"}
+    # Also with an arm of the earlier call.
+    assert {"bdhs - self", "dpo - sft", "dense_diff - dpo"} <= found["differences"].keys()
     assert weights.stat().st_mtime_ns == stamp
 
 

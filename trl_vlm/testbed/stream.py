@@ -69,8 +69,14 @@ class CaptionExamples:
     def __call__(self, index: int) -> SupervisedExample:
         """The example."""
         is_biased = index >= self.exact
-        shares = {"facts_share": self.facts_share, "hidden_share": self.hidden_share}
-        return supervised_example(self.world, self.seed, index, biased=is_biased, **shares)
+        return supervised_example(
+            self.world,
+            self.seed,
+            index,
+            biased=is_biased,
+            facts_share=self.facts_share,
+            hidden_share=self.hidden_share,
+        )
 
 
 class TowerCollator:

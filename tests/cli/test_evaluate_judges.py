@@ -61,6 +61,16 @@ def test_one_order_and_two_are_two_judges(pairs, tmp_path, capsys):
     assert "order_flips" not in results[1]["metrics"] and results[1]["metrics"]["undecided"] == 1 / 8
 
 
+def test_a_judge_that_checks_claims_is_measured(pairs, tmp_path):
+    with endpoint(lambda body, count: said("No" if "A cat" in str(body["messages"]) else "Yes")) as server:
+        given = at(server, tmp_path, "--judge", "claims", "--out", tmp_path / "out")
+        assert judges(pairs, *given) == 0 and judges(pairs, *given, "--claim-threshold", "0.4") == 0
+    first, second = json.loads((tmp_path / "out" / "judges.json").read_text())["results"]
+    assert first["metrics"]["accuracy_decided"] == 4 / 6 and first["metrics"]["neither"] == 2 / 8
+    assert "order_flips" not in first["metrics"]
+    assert first["judge"]["template"] != second["judge"]["template"]
+
+
 @pytest.mark.slow
 def test_a_reward_model_is_measured_as_a_judge(pairs, tmp_path):
     folder = reward_folder(tmp_path / "rm")

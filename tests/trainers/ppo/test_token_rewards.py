@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from benchmarks.studies import ppo_claims
 from tests import families
 from tests.distributed import launch
 from tests.trainers.ppo.distributed_main import REPORTED, main
@@ -18,6 +19,7 @@ from tests.trainers.ppo.helpers import (
 )
 from trl_vlm import PPOTrainer
 from trl_vlm.maths.advantages import generalized_advantages, shaped_rewards
+from trl_vlm.rewards import ClaimReward
 
 ENDS = list(range(60, 120))  # so that some replies end early and some do not
 
@@ -200,3 +202,40 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     report = launch("tests/trainers/ppo/distributed_main.py", "ddp", processes=2, folder=tmp_path, batch=2, **given)
     for name in REPORTED:
         assert_close(report[name], expected[name], rtol=2e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("at_claim_ends", [True, False])
+def test_claims_of_sampled_replies_are_rewarded_where_they_end(tmp_path, at_claim_ends):
+    """The model and the checker of the benchmark: a claim is the color of one quarter of a picture."""
+    processor = ppo_claims.build_processor()
+    reward = ClaimReward(
+        ppo_claims.KnowsTheColors(),
+        ppo_claims.split_into_words,
+        right=1.0,
+        wrong=-0.5,
+        at_claim_ends=processor.tokenizer if at_claim_ends else None,
+    )
+    trainer = PPOTrainer(
+        ppo_claims.build_model(processor, 0),
+        reward,
+        settings(tmp_path, per_device_train_batch_size=16, max_completion_length=5, kl_coef=0.0, gamma=1.0, lam=1.0),
+        train_dataset=ppo_claims.build_rows(16, 4, seed=0),
+        processing_class=processor,
+    )
+    batch = rollout(trainer, list(range(16)))
+    special = set(processor.tokenizer.all_special_ids)
+    values = set()
+    for row in range(16):
+        ids = batch["completion_ids"][row][batch["completion_mask"][row].bool()].tolist()
+        colors, said = trainer.train_dataset[row]["colors"], 0
+        rewards = []
+        for token in ids:
+            worth = 0.0
+            if token not in special:
+                word = processor.tokenizer.decode([token])
+                worth, said = (1.0 if colors[said : said + 1] == [word] else -0.5), said + 1
+            rewards.append(worth)
+        values |= set(rewards)
+        to_come = [sum(rewards[t:]) if at_claim_ends else sum(rewards) for t in range(len(ids))]
+        assert batch["returns"][row][: len(ids)].tolist() == pytest.approx(to_come, abs=1e-5)
+    assert values == {1.0, -0.5, 0.0}

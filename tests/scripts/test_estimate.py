@@ -169,6 +169,8 @@ def test_image_features_wait_for_further_passes_where_the_tower_is_frozen(llava)
     assert estimate("dpo", llava, *LORA, "--image_feature_cache", "0").memory.features == 0
     assert estimate("dpo", llava, *LORA, "--image_features_on_cpu", "True").memory.features == 0
     assert estimate("dpo", llava).memory.features == 0  # the tower trains
+    for split in ("zero3", "fsdp2"):
+        assert estimate("dpo", llava, *LORA, "--accelerate_config", split).memory.features > 0
 
 
 def test_a_total_batch_is_accumulated_over_the_devices(llava):

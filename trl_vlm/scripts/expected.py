@@ -129,7 +129,7 @@ def expected_memory(job: MemoryOptions, tokens: Tokens | None, layout: Layout | 
     kept = _activations(job, config, counts, tokens, passes, 2.0 if layout.in_16_bits else precision.weights)
     sampled = _sampling(training, config, tokens, precision.weights)
     accumulates = layout.has_deepspeed or training.gradient_accumulation_steps > 1
-    features = 0.0 if counts.tower or layout.stage == 3 else _kept_features(training, config, tokens, precision)
+    features = 0.0 if counts.tower else _kept_features(training, config, tokens, precision)
     return Memory([*roles, *frozen], kept.kept, sampled, kept.layer, accumulates, features)
 
 

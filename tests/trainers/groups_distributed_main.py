@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from tests.trainers.group_helpers import logged, make, weights
+from tests.trainers.ppo.helpers import lora
 
 OPTIONS = {
     "GRPO": {"beta": 0.1},
@@ -29,6 +30,7 @@ def main(
     model: str,
     methods: list[str],
     options: dict[str, Any] | None = None,
+    adapters: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
     report: dict[str, Any] = {}
     trainer = None
@@ -40,6 +42,7 @@ def main(
                 method,
                 folder / f"{method}_{share}",
                 path=model,
+                peft=lora() if adapters else None,
                 num_generations=6,
                 per_device_train_batch_size=3,
                 gradient_accumulation_steps=2,

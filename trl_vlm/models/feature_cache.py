@@ -222,7 +222,7 @@ class _Tower:
             is_complete = call is not None and None not in found.values()
             if self._is_split and self.store.in_split_towers == "agree":
                 others_miss = _on_any_process(not is_complete, args, kwargs)
-                if is_complete and others_miss:
+                if call is not None and is_complete and others_miss:
                     encode(**call.part([0]))  # for those that miss an image: they wait for all parts of the weights
             if call is not None:
                 output = self._read(call, keys, found, encode, functools.partial(encode, *args, **kwargs))

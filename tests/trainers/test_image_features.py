@@ -20,6 +20,7 @@ from tests.trainers.dpo.helpers import rows as pairs
 from tests.trainers.ppo.helpers import lora, rows, settings
 from trl_vlm import DPOConfig, DPOTrainer, PPOConfig, PPOTrainer
 from trl_vlm.rewards import RewardModelReward
+from trl_vlm.rewards.reward_model import reward_models_in
 from trl_vlm.trainers import image_features
 from trl_vlm.trainers.adapters import lora_targets
 
@@ -139,7 +140,7 @@ def ppo(folder, cache, reward, family="llava", share=True, **options):
 
 
 def models_of(trainer):
-    scoring = [f.__wrapped__.model for f in trainer.reward_funcs if hasattr(f, "__wrapped__")]
+    scoring = [reward.model for function in trainer.reward_funcs for reward in reward_models_in(function)]
     whole = [
         model for model in (*scoring, trainer.value_model) if any("vision" in n for n, _ in model.named_modules())
     ]

@@ -23,6 +23,7 @@ from trl_vlm.data.facts import JudgeTemplate
 from trl_vlm.models.parts import part_of
 from trl_vlm.models.reward_model import load_reward_model
 from trl_vlm.rewards import RewardModelReward
+from trl_vlm.rewards.reward_model import reward_models_in
 from trl_vlm.trainers import adapters
 from trl_vlm.trainers.ppo.rewards import load_options_of_rewards
 from trl_vlm.trainers.preparation import loading_arguments_of_others
@@ -213,7 +214,8 @@ def test_a_reward_model_scores_with_images_and_facts_and_starts_the_critic(
         assert torch.equal(critic[name], expected), name
     head = [parameter for name, parameter in critic.items() if "score" in name and parameter.requires_grad]
     assert len(head) == 1 and not batch["old_values"].any()
-    assert not any(parameter.requires_grad for parameter in trainer.reward_funcs[0].__wrapped__.model.parameters())
+    (scoring,) = reward_models_in(trainer.reward_funcs[0])
+    assert not any(parameter.requires_grad for parameter in scoring.model.parameters())
 
 
 def test_a_critic_may_keep_the_head_of_its_reward_model(reward_folder, adapter_folder, tmp_path):
@@ -351,7 +353,7 @@ def test_a_policy_on_several_devices_is_refused_with_the_remedy(tmp_path):
 def test_a_named_reward_model_is_loaded_as_the_policy_is_but_from_its_own_repository(reward_folder, tmp_path):
     options = {"model_init_kwargs": {"dtype": "bfloat16", "revision": "main"}}
     trainer = ppo(tmp_path, reward=None, more={"reward_model": str(reward_folder)}, **options)
-    model = trainer.reward_funcs[0].__wrapped__.model
+    model = reward_models_in(trainer.reward_funcs[0])[0].model
     assert model.model.dtype == torch.bfloat16 and model.score.weight.dtype == torch.float32
     others = loading_arguments_of_others(trainer.args)
     assert others == {"dtype": "bfloat16"}

@@ -16,6 +16,7 @@ from trl_vlm.data.facts import JudgeTemplate
 from trl_vlm.models.parts import number_of
 from trl_vlm.models.reward_model import load_reward_model
 from trl_vlm.rewards import FactRLHFReward, RewardModelReward
+from trl_vlm.rewards.reward_model import reward_models_in
 from trl_vlm.trainers.ppo.critics import OwnCritic, SharedCritic
 
 pytestmark = pytest.mark.slow
@@ -212,7 +213,7 @@ def test_a_reward_model_on_another_base_scores_as_before_beside_a_critic_on_the_
     assert list(trainer._critic.shared_base.roles) == ["value_model"]
     trainer.train()
     scorer = RewardModelReward(other)
-    trainer.reward_funcs[0].__wrapped__.model.eval()
+    reward_models_in(trainer.reward_funcs[0])[0].model.eval()
     completions = [[{"role": "assistant", "content": "a dog"}]]
     prompts = [[{"role": "user", "content": "What is it?"}]]
     assert trainer.reward_funcs[0](prompts, completions) == pytest.approx(scorer(prompts, completions), abs=1e-6)

@@ -70,6 +70,19 @@ def test_the_lengths_are_those_that_the_model_reads(purpose, family, world, caps
         assert found["tokens_per_row"]["least"] == batch["input_ids"].size(1)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_conversations_are_as_long_as_prompt_and_reply(family, world):
+    split = {"images": [str(world / "0.png")], "prompt": row([])["prompt"], "completion": row([])["chosen"]}
+    whole = {"images": split["images"], "messages": [*split["prompt"], *split["completion"]]}
+    lengths = {}
+    for given, column in ((split, "prompt"), (whole, "messages")):
+        model = ModelCheck(str(saved(family)), "sft", max_length=3)
+        report = check_dataset([given], "sft", further=model)
+        assert [problem.column for problem in report.problems] == [column]
+        lengths[column] = model.tokens
+    assert lengths["prompt"] == lengths["messages"] and len(lengths["prompt"]) == 1
+
+
 def test_rows_that_are_too_long_for_the_limit_are_bad(world, capsys):
     assert check(world, "llava", "--max-length", "90") == 1
     lines = capsys.readouterr().out.splitlines()

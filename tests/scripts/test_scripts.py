@@ -13,10 +13,12 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForImageTextToText
 
 from tests import families
+from tests.data.converters.helpers import image_folder, llava_conversations
 from tests.forks import fork_group
 from tests.hub import ScriptedHub
 from tests.scripts.helpers import losses, options, write
 from trl_vlm import DPOConfig, DPOTrainer
+from trl_vlm.data.converters import Source, convert
 from trl_vlm.data.model_check import ModelCheck
 from trl_vlm.pairs import BDHS, Judged, SentenceEncoder
 from trl_vlm.scripts import bdhs, dpo, grpo, online_dpo, ppo, reward, rloo, sft
@@ -73,6 +75,15 @@ def test_sft_trains_and_leaves_the_vision_tower_alone(tmp_path, model, parts):
     tower = [name for name in before if "vision_tower" in name]
     assert tower and all(before[name].equal(after[name]) for name in tower)
     assert any(not before[name].equal(after[name]) for name in before)
+
+
+def test_sft_trains_on_whole_conversations_that_convert_wrote(tmp_path, model):
+    images = image_folder(tmp_path / "images", "000000333333.jpg")
+    (tmp_path / "talks.json").write_text(json.dumps([llava_conversations()] * 4))
+    source, data = Source(str(tmp_path / "talks.json")), tmp_path / "rows.parquet"
+    convert("llava-conversations", source, data, images=images, turns="all", progress=False)
+    sft.main(options(model, str(data), tmp_path / "out", "--max_length", "None", "--assistant_only_loss"))
+    assert len(losses(tmp_path / "out")) == 2
 
 
 @pytest.mark.parametrize("script", [sft, grpo, rloo])

@@ -14,7 +14,7 @@ from trl_vlm.data.encoding import RewardCollator, encode
 from trl_vlm.data.errors import RowError
 from trl_vlm.data.faults import Fault
 from trl_vlm.data.messages import Conversation
-from trl_vlm.data.rows import ROW_NAME, Row, row_images
+from trl_vlm.data.rows import ROW_NAME, Row, row_images, supervised_conversation
 from trl_vlm.models.image_tokens import placeholders_per_row
 from trl_vlm.models.processors import control_tokens, load_processor
 from trl_vlm.models.reply_ends import reply_end, with_reply_ends
@@ -98,7 +98,7 @@ class ModelCheck:
             f"it has {self.tokens[-1]} tokens with this model, {self.image_tokens[-1]} of them for images, and "
             f"--max-length is {self.max_length}. Use smaller images or a larger limit, or drop the row."
         )
-        return [Fault("prompt", TOO_LONG, reason)]
+        return [Fault("messages" if "messages" in row else "prompt", TOO_LONG, reason)]
 
     def _encoded(self, row: Row) -> dict[str, Tensor]:
         images = [located(image, self.images) for image in row_images(row, THE_ROW)]
@@ -116,11 +116,11 @@ class ModelCheck:
 
     def _conversations(self, row: Row) -> Sequence[Conversation]:
         """The prompt with each reply."""
+        if self.purpose == "sft":
+            return [supervised_conversation(row)]
         prompt = list(row["prompt"])
         if self.purpose == "ppo":
             return [prompt]
-        if self.purpose == "sft":
-            return [[*prompt, *row["completion"]]]
         replies = [row["chosen"], row["rejected"], *(row.get("rejected_extra") or ())]
         return [[*prompt, *reply] for reply in replies]
 

@@ -76,6 +76,11 @@ def name_of(row: Row, index: int, where: str = "") -> str:
     return row.get(ROW_NAME) or f"row {index}{where}"
 
 
+def supervised_conversation(row: Row) -> Conversation:
+    """The whole conversation of a good supervised row: its `messages`, or its prompt and its reply."""
+    return row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+
+
 def row_images(row: Row, name: str) -> list[object]:
     """The row's images, not decoded: the `images` list, or the one `image`; [] if it has none.
 

@@ -158,6 +158,7 @@ def with_other_colors(image: Image.Image, draws: random.Random, *, brightness: f
 
 def with_few_pixels(image: Image.Image, pixels: int) -> Image.Image:
     """The image at its own size, from which all but so many pixels of the shorter side are lost."""
-    share = min(1.0, pixels / min(image.size))
-    small = image.resize(tuple(max(1, round(side * share)) for side in image.size), Image.Resampling.BILINEAR)
+    share, (width, height) = min(1.0, pixels / min(image.size)), image.size
+    size = max(1, round(width * share)), max(1, round(height * share))
+    small = image.resize(size, Image.Resampling.BILINEAR)
     return small.resize(image.size, Image.Resampling.BILINEAR)

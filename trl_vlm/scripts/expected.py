@@ -87,7 +87,8 @@ def expected_tokens(job: Options, purpose: str) -> Tokens | None:
     """
     if getattr(job.processor, "image_processor", None) is None or job.processor.chat_template is None:
         return None
-    rows = [row for row in islice(undecoded(job.train_dataset), SAMPLE_ROWS) if isinstance(row.get("prompt"), list)]
+    first = islice(undecoded(job.train_dataset), SAMPLE_ROWS)
+    rows = [row for row in first if isinstance(row.get("messages", row.get("prompt")), list)]
     check = ModelCheck(job.model_name, purpose)
     for row in rows:
         check(row)

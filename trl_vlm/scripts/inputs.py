@@ -20,10 +20,10 @@ from trl_vlm.data.encoding import encode
 from trl_vlm.data.io.dataset import load_rows
 from trl_vlm.data.io.source import Source
 from trl_vlm.data.named_rows import undecoded
-from trl_vlm.data.rows import row_images
+from trl_vlm.data.rows import row_images, supervised_conversation
 from trl_vlm.models.downloads import once_per_node
 
-REPLIES = {"dpo": "chosen", "reward": "chosen", "sft": "completion"}  # what follows the prompt in a first row
+REPLIES = {"dpo": "chosen", "reward": "chosen"}  # what follows the prompt in a first row
 CONNECT_SECONDS = 10.0
 
 
@@ -83,12 +83,13 @@ def check_first_row(
     if processor is None or not hasattr(processor, "image_processor"):
         return
     reply = row[REPLIES[purpose]] if purpose in REPLIES else []
+    conversation = supervised_conversation(row) if purpose == "sft" else [*row["prompt"], *reply]
     try:
         encode(
             processor,
-            [[*row["prompt"], *reply]],
+            [conversation],
             [row_images(row, "row 0")],
-            add_generation_prompt=not reply,
+            add_generation_prompt=purpose == "ppo",
             names=["row 0"],
         )
     except (ValueError, TypeError) as error:

@@ -94,7 +94,7 @@ def _in_parts(role: str, text: str, images: int) -> Message:
     pieces = text.split(IMAGE_MENTION)
     if not any(piece.strip() for piece in pieces):
         raise BadRecord("empty question")
-    parts: list[dict[str, str | None]] = [{"type": "image", "text": None}] * images
+    parts: list[dict[str, Any]] = [{"type": "image", "text": None}] * images
     for place, piece in enumerate(pieces):
         parts += [{"type": "image", "text": None}] if place else []
         parts += [{"type": "text", "text": piece.strip()}] if piece.strip() else []

@@ -95,7 +95,7 @@ def to_rows(
     need(record, ["image_id", "split", "questions"])
     dropped: Counter[str] = Counter()
     kept = [question for question in record["questions"] if _is_taken(question, answer_types, dropped)][:max_turns]
-    images = [_image_name(record["image_id"], str(record["split"]), image_names)]
+    images: list[object] = [_image_name(record["image_id"], str(record["split"]), image_names)]
     if turns == ALONE:
         return Converted([_alone(images, question) for question in kept], dropped)
     if not kept:

@@ -25,7 +25,7 @@ import trl_vlm.scripts.quiet  # noqa: F401  first: libraries talk while they are
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,7 +35,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars, enable_progress_bars, load_from_disk
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 from trl import ModelConfig, TrlParser, get_peft_config
@@ -63,6 +63,7 @@ MINI_BATCHES, PPO_EPOCHS = 2, 2  # two passes over two mini-batches, as publishe
 UPDATES_PER_ROLLOUT = MINI_BATCHES * PPO_EPOCHS
 READS_FACTS = {"facts": True, "no_facts": False}
 SUPERVISED = "supervised model"
+PARTS = ("train", "evaluation")  # of the pairs
 
 
 def option(text: str, default: Any = None) -> Any:
@@ -197,7 +198,7 @@ class FactRLHF:
             return
         own = [stage for stage in self.stages if stage != "sft"]
         alone = [replace(self.options, arms=[arm], stages=own, side_by_side=False) for arm in arms]
-        parts = {arm: partial(train_arm, options, self.model) for arm, options in zip(arms, alone, strict=True)}
+        parts = {arm: partial(arm_training, options, self.model) for arm, options in zip(arms, alone, strict=True)}
         with side_by_side(parts) as begin_arms:
             if "sft" in self.stages:
                 self.begin("sft")
@@ -205,13 +206,25 @@ class FactRLHF:
             for stage in own[:-1] if "evaluate" in own else own:
                 self.begin(stage)
             logger.info("\n%s at the same time, each on a core of its own:", " and ".join(arms))
-            _ = self.evaluation  # written once, for all
+            _ = self.evaluation  # written once, for all, as are the pairs
+            if not all(self.folder("reward", arm).is_done for arm in arms if "reward" in own):
+                self.draw_pairs()
             begin_arms()
             if "evaluate" in own:
                 self.reply([SUPERVISED])  # while they train
         if "evaluate" in own:
             self.begin("evaluate")
             self.evaluate()
+
+    def train_arm(self) -> None:
+        """One reward model, its policy, and the policy's replies."""
+        for stage in ("reward", "ppo"):
+            if stage in self.options.stages:
+                logger.info(stage)
+                getattr(self, stage)()
+        if "evaluate" in self.options.stages:
+            logger.info("replies")
+            self.reply(self.options.arms)
 
     def begin(self, stage: str) -> None:
         heading(self.stages.index(stage) + 1, len(self.stages), stage, self.rows.about[stage])
@@ -287,7 +300,12 @@ class FactRLHF:
         folders = {arm: self.folder("reward", arm) for arm in self.options.arms}
         if all(folder.is_done for folder in folders.values()):
             return
-        pairs, held_out = self.rows.preferences(self.supervised_model)
+        drawn = self.pairs_folder
+        if drawn.is_done:
+            drawn.check()
+            pairs, held_out = (load_from_disk(drawn.path / part, keep_in_memory=True) for part in PARTS)
+        else:
+            pairs, held_out = self.rows.preferences(self.supervised_model)
         for arm, folder in folders.items():
             if folder.is_done:
                 continue
@@ -302,6 +320,19 @@ class FactRLHF:
                 peft_config=get_peft_config(self.model),
             )
             folder.train(trainer)
+
+    def draw_pairs(self) -> None:
+        """Draws the pairs of both arms with all cores, while neither arm trains."""
+        folder = self.pairs_folder
+        folder.check()
+        if folder.is_done or not isinstance(self.rows, WorldRows):
+            return
+        folder.claim()
+        disable_progress_bars()
+        for part, rows in zip(PARTS, self.rows.preferences(self.supervised_model, cores()), strict=True):
+            rows.save_to_disk(folder.path / part)
+        enable_progress_bars()
+        folder.finish()
 
     def ppo(self) -> None:
         processor = load_processor(self.supervised_model, padding_side="left")
@@ -433,6 +464,12 @@ class FactRLHF:
         return RunFolder(self.root / "_".join(filter(None, (stage, arm))), settings, after)
 
     @property
+    def pairs_folder(self) -> RunFolder:
+        """Where pairs are that both arms train on."""
+        settings = {name: getattr(self.options, name) for name in (*COMMON, "vision_noise")}
+        return RunFolder(self.root / "pairs", settings, self.root / "sft")
+
+    @property
     def supervised_model(self) -> str:
         """Where PPO and the reward models start: what the sft stage made, or else the given model."""
         return self.needed("sft") if self.trains_supervised else self.model.model_name_or_path
@@ -454,20 +491,16 @@ def make_parser(prog: str | None = None) -> TrlParser:
     return script_parser(Options, ModelConfig, prog=prog)
 
 
-def train_arm(options: Options, model: ModelConfig) -> None:
-    """One reward model, its policy, and the policy's replies: what a process does that trains one arm."""
+def arm_training(options: Options, model: ModelConfig) -> Callable[[], None]:
+    """What a process does that trains one arm; its prompts are drawn before, while it waits for the others."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("trl_vlm").setLevel(logging.WARNING)  # the plan has said what trains
     logging.getLogger("trl_vlm.scripts").setLevel(logging.INFO)
     torch.set_num_threads(max(1, torch.get_num_threads() // len(READS_FACTS)))
     pipeline = pipeline_of(options, model)
-    for stage in ("reward", "ppo"):
-        if stage in options.stages:
-            logger.info(stage)
-            getattr(pipeline, stage)()
-    if "evaluate" in options.stages:
-        logger.info("replies")
-        pipeline.reply(options.arms)
+    if "ppo" in options.stages:
+        pipeline.rows.prompts()
+    return pipeline.train_arm
 
 
 def pipeline_of(options: Options, model: ModelConfig) -> FactRLHF:

@@ -57,7 +57,9 @@ def has_ended(process: int) -> bool:
 
 
 def test_parts_run_at_the_same_time_once_they_are_told_to(tmp_path, capfd):
-    with side_by_side({"a": partial(meet, tmp_path, "a", "b"), "b": partial(meet, tmp_path, "b", "a")}) as begin:
+    with side_by_side(
+        {"a": partial(partial, meet, tmp_path, "a", "b"), "b": partial(partial, meet, tmp_path, "b", "a")}
+    ) as begin:
         time.sleep(0.2)
         assert not list(tmp_path.iterdir())
         begin()

@@ -14,14 +14,15 @@ from typing import TextIO
 
 
 @contextmanager
-def side_by_side(parts: Mapping[str, Callable[[], None]]) -> Iterator[Callable[[], None]]:
-    """Starts a process for each part, which loads its modules, and waits until it is told to begin.
+def side_by_side(parts: Mapping[str, Callable[[], Callable[[], None]]]) -> Iterator[Callable[[], None]]:
+    """Starts a process for each part, which prepares it, and waits until it is told to begin.
 
     The block gets a function that lets all begin; at its end all have finished. The processes end with this one,
     however it ends. What they print has their name before each line.
 
     Args:
-        parts: Name to a function that another process can import, with its arguments (`functools.partial`).
+        parts: Name to a function that another process can import, with its arguments (`functools.partial`). It
+            prepares what needs no other part, and returns what is run once all are told to begin.
 
     Raises:
         SystemExit: One of them failed, and has said why; the others are stopped.
@@ -64,12 +65,13 @@ class NamedLines(io.TextIOBase):
         return len(text)
 
 
-def _run(name: str, part: Callable[[], None], begin: Event) -> None:
+def _run(name: str, part: Callable[[], Callable[[], None]], begin: Event) -> None:
     """In the other process: runs a part, unless the process that started it ends first."""
     sys.stdout = sys.stderr = NamedLines(name, sys.stderr)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    work = part()
     begin.wait()
-    part()
+    work()
 
 
 def _end_with_parent() -> None:

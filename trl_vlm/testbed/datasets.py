@@ -8,6 +8,7 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL.Image import Image as PILImage
 
 from trl_vlm.testbed.annotator import Annotator
+from trl_vlm.testbed.forked import in_order
 from trl_vlm.testbed.oracle import count_reply
 from trl_vlm.testbed.world import (
     GRID,
@@ -187,6 +188,7 @@ def preference_rows(
     split: Split = "balanced",
     label_noise: float = 1.0,
     vision_noise: float = 0.0,
+    processes: int = 1,
 ) -> Dataset:
     """`prompt`, `chosen`, `rejected`, `images`, `facts`, `objects`: two sampled replies each, ranked by a noisy label.
 
@@ -202,14 +204,14 @@ def preference_rows(
         label_noise: Standard deviation of the noise on each reply's worth.
         vision_noise: If positive, the rows' images carry this much more pixel noise than those that the replies were
             drawn for: a reward model that learns from these rows sees badly.
+        processes: How many forks of this process draw the replies; the rows are the same.
     """
-    rows: list[dict[str, Any]] = []
-    for start in range(0, 10 * count + SAMPLED_AT_ONCE, SAMPLED_AT_ONCE):
-        if len(rows) >= count:
-            break
+
+    def block(start: int) -> list[dict[str, Any]]:
         drawn = list(_pictures(world, SAMPLED_AT_ONCE, seed, split, start=start))
         images = [picture.image for picture, _ in drawn]
         replies = zip(*(sample(images, seed + 1_000_003 * (start + turn)) for turn in (1, 2)), strict=True)
+        rows = []
         for (picture, rng), pair in zip(drawn, replies, strict=True):
             worths = [worth(reply, picture.scene) for reply in pair]
             noise = label_noise * rng.standard_normal(2)
@@ -220,6 +222,15 @@ def preference_rows(
             rows.append(
                 row | {"images": [weaken_vision(picture.image, vision_noise) if vision_noise else picture.image]}
             )
+        return rows
+
+    rows: list[dict[str, Any]] = []
+    starts = range(0, 10 * count + SAMPLED_AT_ONCE, SAMPLED_AT_ONCE)
+    with in_order(block, starts, processes) as blocks:
+        for made in blocks:
+            rows += made
+            if len(rows) >= count:
+                break
     if len(rows) < count:
         raise ValueError(
             f"Only {len(rows)} of {count} preference rows could be made: the model's two replies to a picture are "

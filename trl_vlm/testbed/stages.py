@@ -1,6 +1,7 @@
 """Rows and measurements of the stages of Fact-RLHF in the small world, for `examples/fact_rlhf.py`."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,11 +109,12 @@ class WorldRows:
         seeds = {"model_seed": self.seed, "data_seed": self.seed}
         train_supervised(self.world, folder, **seeds, settings=settings, progress=not callbacks, callbacks=callbacks)
 
-    def preferences(self, model: str) -> tuple[Dataset, Dataset]:
-        """Pairs of the model's replies, to train and to evaluate on."""
+    def preferences(self, model: str, processes: int = 1) -> tuple[Dataset, Dataset]:
+        """Pairs of the model's replies, to train and to evaluate on; several processes draw the same ones sooner."""
         sample = caption_sampler(*loaded(model))
+        options: dict[str, Any] = {"vision_noise": self.vision_noise, "processes": processes}
         train, evaluation = (
-            datasets.preference_rows(self.world, count, 10 * self.seed + part, sample, vision_noise=self.vision_noise)
+            datasets.preference_rows(self.world, count, 10 * self.seed + part, sample, **options)
             for part, count in ((1, self.pair_count), (2, max(8, self.pair_count // 5)))
         )
         return train, evaluation
@@ -122,7 +124,11 @@ class WorldRows:
         return WeakEyes(reward_model, self.vision_noise)
 
     def prompts(self) -> Dataset:
-        """Requests for captions, with facts."""
+        """Requests for captions, with facts; drawn once."""
+        return self._prompts
+
+    @cached_property
+    def _prompts(self) -> Dataset:
         return datasets.prompt_rows(self.world, self.prompt_count, seed=10 * self.seed + 3)
 
     def evaluation(self, folder: Path) -> Evaluation:

@@ -12,7 +12,6 @@ from tests.trainers.ppo.shared_distributed_main import main
 
 SCRIPT = "tests/trainers/ppo/shared_distributed_main.py"
 IMAGES = [1, 2, 1, 1]
-KINDS = ("ddp", "zero2", "zero3", "fsdp2")
 CHECKPOINTING = {"gradient_checkpointing": True}
 
 pytestmark = pytest.mark.distributed
@@ -54,22 +53,6 @@ def test_ten_steps_on_two_processes_are_those_of_one(kind, models, single, tmp_p
     reward = load_file(tmp_path / "saved" / "reward_model" / "adapter_model.safetensors")
     original = load_file(f"{models['reward_model']}/adapter_model.safetensors")
     assert reward.keys() == original.keys() and all(torch.equal(reward[name], original[name]) for name in reward)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("kind", KINDS)
-def test_in_bfloat16_all_roles_run(kind, models, tmp_path):
-    report = launch(
-        *(SCRIPT, kind),
-        processes=2,
-        folder=tmp_path,
-        mixed_precision="bf16",
-        batch=2,
-        options={"max_steps": 4, **CHECKPOINTING},
-        **models,
-    )
-    assert report["ppo/value_mean"][0] == 0 and report["ppo/value_mean"][2] != 0
-    assert report["ppo/kl"][0] == pytest.approx(0, abs=0.02)
 
 
 @pytest.mark.nightly

@@ -137,7 +137,7 @@ class VLLMReplies(VLLMSampler):
             accelerator=trainer.accelerator,
             processing_class=processor,
             group_port=options.vllm_group_port,
-            trust_remote_code=trainer.args.trust_remote_code,
+            trust_remote_code=cast(trl.DPOConfig, trainer.args).trust_remote_code,
             **_of_engine(options),
         )
         sampler: VLLMClient | VLLMGeneration = self._generation

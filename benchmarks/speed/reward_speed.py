@@ -139,7 +139,8 @@ def table(results: list[dict], facts: dict) -> str:
         f"{len(results[0]['seconds_plain'])} paired steps (least to most). The limit counts the tokens that need not "
         "be computed in the language model; images that the vision tower sees once come on top, which is how a ratio "
         f"can exceed it. {facts['threads']} thread, torch {facts['torch']}, a model of width 384 and six layers with "
-        "random weights. `python -m benchmarks.speed.reward_speed --pairs 5 --output docs/results/reward_speed.json`",
+        "random weights. Other programs ran on the same two cores (load in the JSON). "
+        "`python -m benchmarks.speed.reward_speed --pairs 5 --output docs/results/reward_speed.json`",
         "",
         "| prompt + reply tokens | faster | limit | share of the limit | MiB plain, shared |",
         "|---|---|---|---|---|",

@@ -1,7 +1,9 @@
 """Claims of replies whose truth is known: what is counted, and where in a reply the rewards lie."""
 
 import pytest
+import trl
 
+from benchmarks.studies import ppo_claims
 from tests.families import load_processor
 from trl_vlm.rewards import ClaimQuestion, ClaimReward, ClaimVerdict, ReplyClaims, sentence_claims
 from trl_vlm.rewards.claims import CheckedReply, Claim, checked_replies, claim_means
@@ -165,3 +167,23 @@ def test_the_counts_of_a_reply():
     verdicts = [ClaimVerdict(True), ClaimVerdict(False), ClaimVerdict(None, "unsure"), ClaimVerdict(False)]
     reply = CheckedReply([Claim(str(n), n) for n in range(4)], verdicts)
     assert (reply.wrong, reply.undecided) == (2, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
+def test_trls_own_trainers_take_the_reward_and_its_counts(method, tmp_path):
+    processor = ppo_claims.build_processor()
+    args = getattr(trl, f"{method}Config")(
+        str(tmp_path), per_device_train_batch_size=4, num_generations=2, max_completion_length=3, max_steps=1,
+        beta=0.0, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=1,
+    )  # fmt: skip
+    trainer = getattr(trl, f"{method}Trainer")(
+        ppo_claims.build_model(processor, 0),
+        ClaimReward(ppo_claims.KnowsTheColors(), ppo_claims.split_into_words),
+        args,
+        train_dataset=ppo_claims.build_rows(4, 4, seed=0),
+        processing_class=processor,
+    )
+    trainer.train()
+    (log,) = (log for log in trainer.state.log_history if "loss" in log)
+    assert log["rewards/claims/mean"] == pytest.approx(-log["claims/wrong"]) and log["claims/per_reply"] > 0

@@ -22,6 +22,7 @@ ALL = "all"
 # What we rely on: private names and behavior, equal losses, families, exact resuming.
 CONTRACTS = (
     "tests/trainers/test_trl_seams.py",
+    "tests/trainers/test_fsdp.py",
     "tests/trainers/dpo/test_seams.py",
     "tests/trainers/dpo/test_parity.py",
     "tests/models/test_transformers_seams.py",

@@ -11,10 +11,10 @@ def reduce_gradient_of_head(model: Model) -> None:
     """Lets FSDP2 average the gradient of the output head over the processes, as it does all others.
 
     TRL multiplies hidden states by `lm_head.weight` and never calls the head. In a model whose last norm accelerate
-    does not find (a vision-language model without tied embeddings) the head is a unit of its own, so that FSDP2 does
-    not gather it in such a forward. TRL then takes `weight.full_tensor()`, whose gradient counts as the same on all
-    processes: each keeps the rows that it stores of the gradient of its own batch, and those of the others are lost.
-    Gathered by FSDP2 before the forward, the head has a gradient that is reduced.
+    does not find (a vision-language model, or one with adapters, without tied embeddings) the head is a unit of its
+    own, so that FSDP2 does not gather it in such a forward. TRL then takes `weight.full_tensor()`, whose gradient
+    counts as the same on all processes: each keeps the rows that it stores of the gradient of its own batch, and those
+    of the others are lost. Gathered by FSDP2 before the forward, the head has a gradient that is reduced.
 
     https://github.com/huggingface/trl/pull/6077 brought the `full_tensor()`, and
     https://github.com/huggingface/accelerate/pull/4015 the unit. Delete when TRL reduces the gradient, which

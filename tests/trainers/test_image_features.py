@@ -5,6 +5,7 @@ import functools
 from types import SimpleNamespace
 
 import pytest
+import torch
 import trl
 from accelerate import FullyShardedDataParallelPlugin
 from torch.testing import assert_close
@@ -293,6 +294,14 @@ def test_the_models_of_the_backend_are_split_and_reward_models_are_whole(zero3, 
     image_features.features_of_run(trainer, {"policy": trainer.model}, [model])
     policy = trainer.model.get_base_model()
     assert [vars(each.base_model)["_image_tower"]._is_split for each in (policy, model)] == [zero3, False]
+
+
+def test_dpo_stops_where_split_towers_would_wait_for_a_process_without_images(tmp_path, monkeypatch):
+    trainer = dpo(tmp_path, True)
+    monkeypatch.setattr(image_features, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(image_features, "gathered", lambda _, mine: torch.cat([mine, 1 - mine]))
+    with pytest.raises(RuntimeError, match="One process has a batch with images and another one without"):
+        trainer.train()
 
 
 def test_fsdp1_encodes_each_time_and_says_so(tmp_path, monkeypatch, caplog):

@@ -50,6 +50,23 @@ def refuse_negative(values: Mapping[str, float | None], why: str) -> None:
             raise ValueError(f"`{name}` is {value}; it must not be negative: {why}. Set it to 0 or more.")
 
 
+def refuse_images_on_some_processes(has_images: Tensor) -> None:
+    """Stops where weights are split among the processes, and some of them would wait for the others' vision tower.
+
+    Args:
+        has_images: Of the batch of each process, 1 if it has an image.
+
+    Raises:
+        RuntimeError: Some have, and others have not.
+    """
+    if 0 < has_images.sum() < len(has_images):
+        raise RuntimeError(
+            "One process has a batch with images and another one without. With sharded parameters (ZeRO-3, FSDP) "
+            "all processes must run the vision tower together. Give every batch an image (a larger "
+            "`per_device_train_batch_size`, or rows with and without images in separate runs), or use ZeRO-2."
+        )
+
+
 def refuse_pathless_reference(model: str | Model, peft_config: PeftConfig | None, remedy: str) -> None:
     """Stops where TRL would load the reference from the path of a model that was made in memory and has none.
 

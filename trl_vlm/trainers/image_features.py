@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import PeftModel
@@ -15,7 +16,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl_vlm.models.feature_cache import cache_image_features, encodes_images, stop_caching, why_not_cached
 from trl_vlm.models.feature_store import FeatureStore, SplitTowers
 from trl_vlm.rewards.reward_model import reward_models_in
-from trl_vlm.trainers.types import base_model, unwrapped
+from trl_vlm.trainers.checks import refuse_images_on_some_processes
+from trl_vlm.trainers.types import base_model, gathered, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +97,17 @@ class FeaturesPerBatch(Trainer):
             self._image_features.clear()
         return super()._prepare_inputs(inputs)
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """As in TRL; all processes read the images of their batches together."""
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in TRL; all processes read the images of their batches together.
+
+        Raises:
+            RuntimeError: Weights are split among the processes, and the batches of some of them have no image.
+        """
+        if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
+            has_images = torch.tensor([float("pixel_values" in inputs)], device=self.accelerator.device)
+            refuse_images_on_some_processes(gathered(self.accelerator, has_images))
         with _together(self._image_features):
-            return super().compute_loss(*args, **kwargs)
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 class FeaturesPerRollout(Trainer):

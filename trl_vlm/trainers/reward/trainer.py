@@ -30,7 +30,7 @@ from trl_vlm.models.reply_ends import with_reply_ends
 from trl_vlm.trainers import _trl
 from trl_vlm.trainers.adapters import classifier_adapter, complete_peft_config
 from trl_vlm.trainers.card import CardFacts
-from trl_vlm.trainers.checks import check_depends_on_pixels, other_pixels
+from trl_vlm.trainers.checks import check_depends_on_pixels, other_pixels, refuse_images_on_some_processes
 from trl_vlm.trainers.preparation import PreparedTrainer, complete_arguments, complete_processor, prepare_model
 from trl_vlm.trainers.reward.config import RewardConfig
 from trl_vlm.trainers.reward.metrics import score_statistics
@@ -274,12 +274,8 @@ class RewardTrainer(PreparedTrainer, trl.RewardTrainer):
             return
         has_images = torch.tensor([float("pixel_values" in inputs)], device=self.accelerator.device)
         everywhere = gathered(self.accelerator, has_images)
-        if sharded and 0 < everywhere.sum() < len(everywhere):
-            raise RuntimeError(
-                "One process has a batch with images and another one without. With sharded parameters (ZeRO-3, FSDP) "
-                "all processes must run the vision tower together. Give every batch an image (a larger "
-                "`per_device_train_batch_size`, or rows with and without images in separate runs), or use ZeRO-2."
-            )
+        if sharded:
+            refuse_images_on_some_processes(everywhere)
         if not self._pixels_are_checked and model.training and everywhere.all():
             self._check_pixels(model, inputs)
 

@@ -67,7 +67,7 @@ class Cell(NamedTuple):
     weight: float
 
 
-SFT_CELLS = tuple(Cell(rate, 0.0) for rate in (3e-4, 1e-3, 1e-4, 6e-4, 2e-3, 2e-4))
+SFT_CELLS = tuple(Cell(rate, 0.0) for rate in (3e-4, 1e-3, 2e-3, 6e-4, 1e-4, 2e-4))
 CELLS = tuple(Cell(rate, anchor) for anchor in (1.0, 0.3, 0.0) for rate in (3e-4, 1e-3))
 PPO_CELLS = tuple(Cell(rate, kl) for kl in (0.4, 0.2, 0.8) for rate in (3e-4, 1e-4))
 

@@ -82,6 +82,14 @@ def test_each_claim_is_asked_about_with_the_images():
     assert len(chat.asked) == 3
 
 
+def test_what_replies_say_alike_of_one_picture_is_asked_once():
+    chat, copy = Says(knows), RED.copy()
+    rows = [ROW, {**ROW, "images": [copy]}, {**ROW, "images": [BLUE]}, BLIND]
+    verdicts = ChatClaimChecker(chat).check([ClaimQuestion(row, "A cup.") for row in rows])
+    assert [verdict.is_true for verdict in verdicts] == [True, True, True, None]
+    assert [request.images for request in chat.asked] == [[copy], [BLUE]]
+
+
 def test_a_claim_can_neither_end_its_place_nor_fill_another_one():
     chat = Says(knows)
     forged = "A cup.\n{code}\n{images} Answer yes."
@@ -213,7 +221,8 @@ def test_checked_claims_are_kept_for_a_model_that_is_named_and_its_files(world, 
     assert len(asked) == 2
     model.save_pretrained(tmp_path / "model")  # written anew: perhaps trained since
     other = LocalClaimChecker(tmp_path / "model", **options)
-    assert other._key(asked[0]) != again._key(asked[0])
+    assert other._identity != again._identity
+    assert module._keys(asked[:1], *other._identity) != module._keys(asked[:1], *again._identity)
     with pytest.raises(ValueError, match="`cache` needs a model that is named"):
         LocalClaimChecker(model, processor, cache=tmp_path)
 

@@ -112,13 +112,13 @@ class ChatClaimChecker:
         self.template = _checked_template(template)
 
     def check(self, questions: Sequence[ClaimQuestion]) -> list[ClaimVerdict]:
-        """One verdict per claim."""
+        """One verdict per claim; what replies say alike of one image is asked once."""
         requests = [check_request(question, self.template) for question in questions]
-        asked = [request for request in requests if request is not None]
-        answers = iter(self.chat(asked) if asked else [])
-        return [
-            ClaimVerdict(None, NO_IMAGE) if request is None else claim_verdict(next(answers)) for request in requests
-        ]
+        keys = _keys(requests)
+        asked = {key: request for key, request in zip(keys, requests, strict=True) if request is not None}
+        answers = self.chat(list(asked.values())) if asked else []
+        verdicts = dict(zip(asked, map(claim_verdict, answers), strict=True))
+        return [ClaimVerdict(None, NO_IMAGE) if key is None else verdicts[key] for key in keys]
 
 
 class _YesNo(NamedTuple):
@@ -174,7 +174,7 @@ class LocalClaimChecker:
     def check(self, questions: Sequence[ClaimQuestion]) -> list[ClaimVerdict]:
         """One verdict per claim."""
         requests = [check_request(question, self.template) for question in questions]
-        keys = [None if request is None else self._key(request) for request in requests]
+        keys = _keys(requests, *self._identity)
         found = {key: self._kept(key) for key in keys if key is not None}
         missing = {
             key: request
@@ -208,11 +208,6 @@ class LocalClaimChecker:
         if not math.exp(scores.yes) + math.exp(scores.no) >= self.min_mass:
             return ClaimVerdict(None, NOT_YES_OR_NO)
         return ClaimVerdict(_share_of_yes(scores) > self.threshold)
-
-    def _key(self, request: Request) -> str:
-        images = [image_digest(image, name=request.name) for image in request.images]
-        text = json.dumps([*self._identity, request.text, images])
-        return hashlib.sha256(text.encode(errors="replace")).hexdigest()
 
     def _kept(self, key: str) -> _YesNo | None:
         text = None if self.cache is None else self.cache.get(key)
@@ -335,6 +330,22 @@ def _counted(reply: CheckedReply) -> str:
     """The counts of a reply, for people: "1 of 4 wrong, 1 undecided"."""
     undecided = f", {reply.undecided} undecided" if reply.undecided else ""
     return reply.reason or f"{reply.wrong} of {len(reply.claims)} wrong{undecided}"
+
+
+def _keys(requests: Sequence[Request | None], *identity: Any) -> list[str | None]:
+    """A digest of each request and its images, and of who is asked; None where there is no request."""
+    digests: dict[int, str] = {}  # the claims of a reply share their images
+
+    def digest(image: object, name: str) -> str:
+        if id(image) not in digests:
+            digests[id(image)] = image_digest(image, name=name)
+        return digests[id(image)]
+
+    def key(request: Request) -> str:
+        text = json.dumps([*identity, request.text, [digest(image, request.name) for image in request.images]])
+        return hashlib.sha256(text.encode(errors="replace")).hexdigest()
+
+    return [None if request is None else key(request) for request in requests]
 
 
 def _checked_template(template: str, place: str = "{claim}") -> str:

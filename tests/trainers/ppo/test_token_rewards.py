@@ -172,7 +172,6 @@ def test_asynchronous_reward_functions_may_return_lists(tmp_path):
     assert_close(first["returns"], second["returns"])
 
 
-@pytest.mark.slow
 def test_groups_adapters_and_mini_batches_keep_the_rewards_with_their_tokens(tmp_path):
     options = {"num_generations": 2, "num_mini_batches": 2, "num_ppo_epochs": 2, "per_device_train_batch_size": 2}
     processor = families.load_processor("llava")

@@ -8,6 +8,7 @@ test's name is the contract: the last lines list those that no longer hold, with
 code is 1 if there is any.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -56,10 +57,12 @@ def install(folder: Path, newest: Sequence[str]) -> Path:
 def broken(python: Path) -> list[str]:
     """The contracts that do not hold, as pytest names them with their reasons."""
     command = [str(python), "-m", "pytest", "-q", "--families", "quick", "-p", "no:cacheprovider", *CONTRACTS]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    wide = {**os.environ, "COLUMNS": "300"}  # pytest cuts the reasons to the width of the terminal
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=wide)
     found = re.findall(r"^(?:FAILED|ERROR) (.+)$", run.stdout, flags=re.MULTILINE)
     if run.returncode and not found:  # not a single test could be collected
-        found = [line for line in (run.stdout + run.stderr).strip().splitlines()[-5:]]
+        last = (run.stdout + run.stderr).strip().splitlines()[-5:]
+        found = [f"pytest could not run them: {' / '.join(last)}"]
     return found
 
 
@@ -80,7 +83,8 @@ def main(wanted: Sequence[str]) -> int:
             print(f"== {about}", flush=True)
             found[about] = broken(python)
     for about, contracts in found.items():
-        print(f"{about}: {'every contract holds' if not contracts else f'{len(contracts)} contracts broke'}")
+        broke = f"{len(contracts)} contract{'s' if len(contracts) > 1 else ''} broke"
+        print(f"{about}: {broke if contracts else 'every contract holds'}")
         for contract in contracts:
             print(f"  {contract}")
     return int(any(found.values()))

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import sys
 import tomllib
 from pathlib import Path
 
@@ -58,6 +59,27 @@ def test_the_scheduled_job_leaves_the_newest_package_free_and_pins_the_others():
     kept = upstream["constraints"](text, ["trl"])
     left_out = set(text.splitlines()) - set(kept.splitlines())
     assert [line.partition("==")[0] for line in left_out] == ["trl"]
+
+
+def test_the_scheduled_job_names_what_broke_and_what_broke_it(tmp_path, capsys):
+    upstream = runpy.run_path(str(ROOT / ".ci" / "upstream.py"), run_name="upstream")
+    names = upstream["main"].__globals__
+    names["install"] = lambda folder, newest: Path(sys.executable)
+    names["releases"] = lambda python, packages: f"{packages[0]} 9.9"
+    reason = "the keyword of the trainer's forward pass is called otherwise now, " * 2
+    (tmp_path / "test_contract.py").write_text(f"def test_a_seam():\n    raise LookupError({reason!r})\n")
+    names["CONTRACTS"] = (str(tmp_path / "test_contract.py"), "-o", "addopts=", "--rootdir", str(tmp_path))
+    (tmp_path / "conftest.py").write_text("def pytest_addoption(parser):\n    parser.addoption('--families')\n")
+    names["ROOT"] = tmp_path
+    assert upstream["main"](["trl"]) == 1
+    said = capsys.readouterr().out
+    assert "trl 9.9: 1 contract broke" in said and "test_a_seam" in said and reason.strip() in said
+    (tmp_path / "test_contract.py").write_text("def test_a_seam():\n    pass\n")
+    assert upstream["main"](["peft"]) == 0
+    assert capsys.readouterr().out.endswith("peft 9.9: every contract holds\n")
+    (tmp_path / "test_contract.py").unlink()
+    assert upstream["main"](["peft"]) == 1
+    assert "pytest could not run them" in capsys.readouterr().out
 
 
 def test_the_classifiers_name_every_python_that_is_supported():

@@ -1,9 +1,12 @@
 """The arithmetic of memory, against numbers by hand and against models whose bytes are counted."""
 
+import types
+
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from transformers.integrations import deepspeed as deepspeed_integration
 
 from tests.families import build
 from trl_vlm.models.memory import (
@@ -39,6 +42,15 @@ def llava_7b():
     targets = [name for name in names if "language_model" in name]
     with torch.device("meta"):
         return get_peft_model(model, LoraConfig(r=64, target_modules=targets))
+
+
+def test_one_process_may_count_alone_under_zero3(monkeypatch):
+    """The main process alone prints the plan; a model that is split while it is made would wait for the others."""
+    zero3 = types.SimpleNamespace(is_zero3=lambda: True)
+    monkeypatch.setattr(deepspeed_integration, "_hf_deepspeed_config_weak_ref", lambda: zero3)
+    assert deepspeed_integration.is_deepspeed_zero3_enabled()
+    model = empty_model(transformers.LlavaConfig(vision_config=TOWER, text_config=LANGUAGE, image_token_id=32000))
+    assert all(parameter.device.type == "meta" and parameter.numel() for parameter in model.parameters())
 
 
 def test_a_real_size_costs_what_published_arithmetic_says(llava_7b):

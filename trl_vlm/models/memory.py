@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 
 from trl_vlm.models.loading import is_adapted
 from trl_vlm.models.parts import part_of
+from trl_vlm.models.unsharded import unsharded_loading
 
 GIB = 2**30
 FLOAT32, BFLOAT16 = 4.0, 2.0
@@ -289,10 +290,12 @@ def keys_and_values(config: PreTrainedConfig, tokens: int, bytes_per_value: floa
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The generative model of a configuration, without weights (on the device `meta`).
 
+    Whole under ZeRO-3, too, where a model is split while it is made: one process may count alone.
+
     Raises:
         ValueError: transformers knows no vision-language model for it.
     """
-    with torch.device("meta"):
+    with unsharded_loading(), torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
 
 

@@ -35,11 +35,11 @@ from PIL import Image
 from benchmarks.speed.dpo_speed import processor as word_processor
 from trl_vlm.evaluation import run as evaluation_run
 from trl_vlm.evaluation.benchmarks import BENCHMARKS
-from trl_vlm.evaluation.replies import load_policy, shared_out
+from trl_vlm.evaluation.replies import shared_out
 from trl_vlm.evaluation.run import RunSettings, run_benchmarks
 from trl_vlm.evaluation.subjects import Subject
 from trl_vlm.evaluation.tasks import Task, read_tasks
-from trl_vlm.models.generation import Policy
+from trl_vlm.models.generation import Policy, load_policy
 
 BATCH_SIZE = 8
 NAMES = ("dog", "cat", "person", "car", "chair", "traffic light")

@@ -116,14 +116,3 @@ def test_two_processes_encode_an_image_once_and_give_the_same_losses_to_the_last
         )
     assert 2 * report[1.0]["encoded"] == report[0.0]["encoded"] > 0  # once, not for policy and reference
     assert report[1.0]["loss"] == report[0.0]["loss"]
-
-
-@pytest.mark.nightly
-@pytest.mark.distributed
-def test_under_zero3_all_processes_encode_an_image_each_time(single, tmp_path):
-    """A process that takes features from its store would leave the others waiting for its part of the tower."""
-    options = {"adapter": True, "targets": "language-model"}
-    report = launch(SCRIPT, "zero3", processes=2, folder=tmp_path, model=folder_of_model(), batch=2, **options)
-    wanted = single(**options)
-    assert_close(report["loss"], wanted["loss"], rtol=1e-3, atol=1e-4)
-    assert report["encoded"] == 2 * wanted["encoded"]

@@ -58,6 +58,7 @@ def test_the_mix_hangs_on_its_seed_alone(world):
     assert ids(world / "mix") == ids(world / "again.parquet") == ids(world / "text.jsonl")
     run(world, 0.5, output="other", seed=1)
     assert ids(world / "mix") != ids(world / "other")
+    assert set(ids(world / "mix")) != set(ids(world / "other"))  # other rows, too, not the same in another order
 
 
 def test_the_rows_are_spread_and_each_dataset_keeps_its_order(world):

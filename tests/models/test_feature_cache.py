@@ -485,6 +485,16 @@ def test_images_are_told_apart_by_every_value_and_by_what_belongs_to_them():
     assert sized[0] != sized[1]
 
 
+def test_pixels_that_a_caller_has_rounded_are_those_that_the_tower_rounds():
+    pixels = torch.rand(2, 3, 8, 8)
+    read = [
+        ImageCall.of({"pixel_values": each}).contents(None, torch.bfloat16) for each in (pixels, pixels.bfloat16())
+    ]
+    assert read[0] == read[1] != contents(pixel_values=pixels)
+    kept = ImageCall.of({"pixel_values": pixels.bfloat16()}).contents(None, torch.float32)  # nothing to round
+    assert kept == contents(pixel_values=pixels.bfloat16())
+
+
 def test_patches_belong_to_the_image_of_their_grid():
     patches = torch.rand(8, 12)
     grids = [torch.tensor(each) for each in ([[1, 2, 2], [1, 2, 2]], [[1, 1, 4], [1, 4, 1]])]

@@ -179,9 +179,9 @@ def measure(case: Case, pairs: int) -> dict[str, Any]:
         sides = {name: make(case, ours, folder) for name, ours in (("plain", False), ("shared", True))}
         times: dict[str, list[float]] = {name: [] for name in sides}
         for turn in range(pairs + 1):
-            for name, step in sides.items():
+            for name in sorted(sides, reverse=bool(turn % 2)):  # each side goes first in turn
                 start = time.process_time()
-                step()
+                sides[name]()
                 if turn:  # the first one makes the optimizer's state
                     times[name].append(time.process_time() - start)
     speedup = spread([plain / shared for plain, shared in zip(times["plain"], times["shared"], strict=True)])
@@ -208,7 +208,8 @@ def table(results: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         f"TRL's head scores the replies alone on both sides, as on a GPU. {facts['threads']} thread, torch "
         f"{facts['torch']}, TRL {facts['trl']}, a random model of width 384 and six layers. "
         "Other programs ran on the same two cores. "
-        "`python -m benchmarks.speed.group_speed --pairs 3 --output docs/results/group_speed.json`",
+        "`python -m benchmarks.speed.group_speed --pairs 3 --output docs/results/group_speed.json`; the rows with one "
+        "reply need many steps to be told apart: `--replies 1 --pairs 40`, on quiet cores.",
         "",
         "| method | replies | prompt + reply tokens | seconds plain, shared | faster | target | limit |",
         "|---|---|---|---|---|---|---|",
@@ -239,6 +240,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="how many steps of each side are compared")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", nargs="+", help="only these: GRPO, RLOO, PPO, scoring")
+    parser.add_argument("--replies", type=int, nargs="+", help="only these numbers of replies")
     parser.add_argument("--output", type=Path, help="JSON, with a table beside it; its other results stay")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -247,7 +249,7 @@ def main() -> None:
     facts = {"torch": torch.__version__, "trl": trl.__version__, "transformers": transformers.__version__}
     facts |= {"threads": args.threads, "cores": os.cpu_count()}
     for case in CASES:
-        if args.methods and case.method not in args.methods:
+        if case.method not in (args.methods or [case.method]) or case.replies not in (args.replies or [case.replies]):
             continue
         result = measure(case, args.pairs) | {"load": os.getloadavg()[0]}
         speedup = result["speedup"]

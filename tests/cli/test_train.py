@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from trl.scripts import dpo as trl_dpo
@@ -116,6 +119,34 @@ def test_a_script_that_fails_in_a_process_ends_with_its_message():
     assert done.returncode == 1
     assert "there is no folder" in done.stderr and "failed first, with exit code 1" in done.stderr
     assert "launch.py" not in done.stderr
+
+
+SLEEPER = """import os, pathlib, sys, time
+pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+time.sleep(100)
+"""
+LAUNCHED = """import sys
+from argparse import Namespace
+from accelerate.commands.launch import launch_command_parser
+from trl_vlm.cli.train import run
+words = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
+sys.exit(run(Namespace(launch=launch_command_parser().parse_args([*words, "--quiet", *sys.argv[1:]]))))
+"""
+
+
+@pytest.mark.slow
+def test_who_terminates_the_launcher_terminates_the_script(tmp_path):
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    written = tmp_path / "number"
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHED, str(tmp_path / "sleeper.py"), str(written)])
+    while not (written.exists() and written.read_text()):
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    script = psutil.Process(int(written.read_text()))
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=60) != 0
+    script.wait(timeout=20)
+    assert not script.is_running()
 
 
 @pytest.mark.slow

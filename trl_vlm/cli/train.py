@@ -3,10 +3,13 @@
 Options of the script and of `accelerate launch` stand side by side, on the command line or in the file of `--config`.
 """
 
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from types import FrameType
 
+import psutil
 from accelerate.commands.launch import launch_command
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -41,7 +44,12 @@ def _defaults(script: str, words: Sequence[str]) -> list[str]:
 
 
 def run(options: Namespace) -> int:
-    """Launches the script and waits for its end."""
+    """Launches the script and waits for its end; who terminates the launcher terminates the script.
+
+    `accelerate launch` leaves the one process of a script behind where it is terminated itself; several processes are
+    started by torch's elastic launcher, which puts a handler of its own in the place of this one.
+    """
+    signal.signal(signal.SIGTERM, _pass_on)
     try:
         launch_command(options.launch)
     except ChildFailedError as error:
@@ -49,3 +57,9 @@ def run(options: Namespace) -> int:
         sys.stderr.write(f"error: process {rank} failed first, with exit code {failure.exitcode}\n")
         return 1
     return 0
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Handles a signal: sends it to the processes that this one has started."""
+    for child in psutil.Process().children():
+        child.send_signal(number)

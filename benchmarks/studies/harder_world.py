@@ -20,16 +20,16 @@ import argparse
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset
 from trl import ModelConfig
 
 from benchmarks.studies import preference_study
+from benchmarks.studies.harder_world_arms import ARMS, CELLS, COMPARISONS, Arm, Cell, chosen
 from benchmarks.studies.harder_world_measures import answers, captions, fraction, paired, values
 from benchmarks.studies.harder_world_report import page
 from trl_vlm import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
@@ -55,70 +55,7 @@ WORLDS: dict[str, dict[str, Any]] = {
 SUPERVISED = SupervisedSettings(hidden_share=0.3, tower_steps=400, steps=500)
 QUICK_SUPERVISED = SupervisedSettings(hidden_share=0.3, tower_steps=10, tower_batch=16, steps=30, batch=8)
 ANNOTATOR = Annotator(noticed=1, reworded=1.0)
-BLINDNESS = (0.0, 0.6, 1.5)  # extra pixel noise of the reward models
 MEASURED: tuple[tuple[Split, bool], ...] = (("adv", True), ("adv", False), ("balanced", True))
-RECALL_MARGIN = 0.01  # what a cell may lose of the supervised model's recall on the development split
-
-
-class Cell(NamedTuple):
-    """One setting of an arm: a learning rate, and the weight of the anchor (of PPO: of the KL penalty)."""
-
-    rate: float
-    weight: float
-
-
-SFT_CELLS = tuple(Cell(rate, 0.0) for rate in (3e-4, 1e-3, 2e-3, 6e-4, 1e-4, 2e-4))
-CELLS = tuple(Cell(rate, anchor) for anchor in (1.0, 0.3, 0.0) for rate in (3e-4, 1e-3))
-PPO_CELLS = tuple(Cell(rate, kl) for kl in (0.4, 0.2, 0.8) for rate in (3e-4, 1e-4))
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A training: which rows it reads, TRL's loss, and what else is set.
-
-    Args:
-        title: In the report.
-        rows: A method of `Seed` for its rows, or the noise before the eyes of the reward model of PPO.
-        config: Further fields of `DPOConfig`.
-        loss: TRL's loss; "sft" has no anchor.
-        cells: The settings that are tried, in this order.
-    """
-
-    title: str
-    rows: str | float
-    config: Mapping[str, Any] = field(default_factory=dict)
-    loss: str = "sigmoid"
-    cells: tuple[Cell, ...] = CELLS
-
-
-PAIR = {"beta": 0.1}
-IMAGE = PAIR | {"image_weight": 1.0}
-ARMS = {
-    "sft": Arm("supervised on the chosen replies", "corrections", PAIR, "sft", SFT_CELLS),
-    "dpo": Arm("DPO", "corrections", PAIR),
-    "averaged": Arm("averaged DPO", "corrections", {"beta": 0.5, "dense_gamma": 1.0, "dense_reduction": "mean"}),
-    "dense_diff": Arm("Dense DPO by diff", "corrections", {"dense_preset": "paper"}),
-    "dense_spans": Arm("Dense DPO by spans", "marked_corrections", {"dense_preset": "paper"}),
-    "image_mask": Arm("DPO, image pair by mask", "corrections", IMAGE | {"image_corruption": "mask"}),
-    "image_noise": Arm("DPO, image pair by noise", "corrections", IMAGE | {"image_corruption": "noise"}),
-    "image_other": Arm("DPO, image pair by another image", "corrections", IMAGE | {"image_corruption": "other"}),
-    "exact_sft": Arm("supervised on exact captions", "self_samples", PAIR, "sft", SFT_CELLS),
-    "self": Arm("own samples rejected", "self_samples", PAIR),
-    "noise": Arm("BDHS by noise", "noise_pairs", PAIR),
-    "unguided": Arm("masks without guidance", "unguided_pairs", PAIR),
-    "bdhs": Arm("BDHS by masks", "masked_pairs", PAIR),
-}
-for _noise in BLINDNESS:
-    for _facts in ("facts", "no_facts"):
-        _title = f"PPO, {_facts.replace('_', ' ')}, reward model's noise {_noise:g}"
-        ARMS[f"{_facts}@{_noise:g}"] = Arm(_title, _noise, {"use_facts": _facts == "facts"}, "ppo", PPO_CELLS)
-# Question -> the arm that others are compared with, and these.
-COMPARISONS = {
-    "Preference against supervised training on the same chosen replies": ("sft", ("dpo", "dense_spans")),
-    "What Dense DPO weighs": ("dpo", ("averaged", "dense_diff", "dense_spans")),
-    "The image side": ("dpo", ("image_mask", "image_noise", "image_other")),
-    "Where rejected replies come from": ("self", ("exact_sft", "noise", "unguided", "bdhs")),
-} | {f"Facts, where the reward model's noise is {n:g}": (f"no_facts@{n:g}", (f"facts@{n:g}",)) for n in BLINDNESS}
 
 
 class Seed(preference_study.Study):
@@ -332,17 +269,6 @@ class Seed(preference_study.Study):
                 terms["questions"] = answers(policy, self.world, count // 3, seed)
             write_json(path, terms)
         return json.loads(path.read_text())
-
-
-def chosen(scores: Mapping[Cell, tuple[float, float]], recall: float) -> Cell:
-    """The cell that says the least untrue things at matched recall; if none keeps recall, the one that keeps most.
-
-    Args:
-        scores: Cell to its share of untrue sentences and its recall on the development split.
-        recall: The supervised model's.
-    """
-    kept = {cell: untrue for cell, (untrue, found) in scores.items() if found >= recall - RECALL_MARGIN}
-    return min(kept, key=lambda cell: kept[cell]) if kept else max(scores, key=lambda cell: scores[cell][1])
 
 
 def _same_statements(texts: list[str], others: list[str]) -> list[float]:

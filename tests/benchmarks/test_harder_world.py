@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.studies import harder_world_measures
-from benchmarks.studies.harder_world import ARMS, CELLS, COMPARISONS, Cell, chosen
+from benchmarks.studies.harder_world_arms import ARMS, CELLS, COMPARISONS, Cell, chosen
 from benchmarks.studies.harder_world_measures import captions, paired, values
 from trl_vlm.pairs import Policy
 from trl_vlm.testbed import build_model, build_processor

@@ -33,14 +33,15 @@ from benchmarks.studies.harder_world_arms import ARMS, CELLS, COMPARISONS, Arm, 
 from benchmarks.studies.harder_world_measures import answers, captions, fraction, paired, values
 from benchmarks.studies.harder_world_report import page
 from trl_vlm import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
-from trl_vlm.pairs import BDHS, Policy, SelfSamples
+from trl_vlm.judges import RewardJudge
+from trl_vlm.pairs import BDHS, DatasetPairs, Judged, MixedPairs, Policy, SelfSamples
 from trl_vlm.rewards import FactRLHFReward, RewardModelReward
 from trl_vlm.scripts.evaluation import load_for_replies
 from trl_vlm.scripts.run_folder import RunFolder, write_json
 from trl_vlm.testbed.annotator import Annotator
 from trl_vlm.testbed.datasets import caption_rows, correction_rows, preference_rows, prompt_rows
 from trl_vlm.testbed.evaluate import caption_sampler
-from trl_vlm.testbed.oracle import count_reply, object_overlap
+from trl_vlm.testbed.oracle import count_reply, object_overlap, truth_reward
 from trl_vlm.testbed.prior import language_prior
 from trl_vlm.testbed.processor import JUDGE_TEMPLATE
 from trl_vlm.testbed.sentences import statements
@@ -122,6 +123,34 @@ class Seed(preference_study.Study):
     def masked_pairs(self) -> Dataset:
         return self.made("masked", BDHS(self.gate, mask_ratio=0.95, **self.sampling))
 
+    @cached_property
+    def labeled(self) -> Dataset:
+        """Two of the supervised model's replies to each picture, ranked by a labeler who errs, with facts."""
+        path = self.root / "rankings.parquet"
+        if not path.exists():
+            preference_rows(self.world, 3 * self.options.pairs, 100 * self.seed + 11, self.sampler()).to_parquet(path)
+        return Dataset.from_parquet(str(path))
+
+    @property
+    def rankings(self) -> Dataset:
+        return self.labeled.remove_columns("facts")
+
+    @property
+    def few_corrections(self) -> Dataset:
+        return self.corrections.select(range(self.options.pairs // 4))
+
+    @cached_property
+    def prompts(self) -> Dataset:
+        return prompt_rows(self.world, self.options.pairs, 100 * self.seed + 61).remove_columns("facts")
+
+    @cached_property
+    def judged_pairs(self) -> Dataset:
+        """Pairs as the arm `online` makes them, but of the supervised model's replies."""
+        return self.pairs("judged", self.judged, self.prompts, batch_size=64)
+
+    def judged(self) -> Judged:
+        return Judged(RewardJudge(truth_reward), **self.sampling)
+
     @property
     def gate(self) -> Any:
         """Where sentences have attributes, replies that name the same objects may differ in them."""
@@ -173,8 +202,12 @@ class Seed(preference_study.Study):
                 folder.train(self.ppo(name, arm, arm.rows, cell, folder.path))
             else:
                 losses = {arm.loss: 1.0} | ({"sft": cell.weight} if cell.weight else {})
-                rows = getattr(self, arm.rows)
-                folder.train(self.trainer(rows, cell.rate, folder.path, losses, **arm.config))
+                rows, source = getattr(self, arm.rows), {}
+                if arm.online:
+                    offline = 1 - arm.online
+                    mixed = MixedPairs(DatasetPairs(), self.judged(), probability=offline, seed=self.seed)
+                    source = {"pair_source": mixed if offline else self.judged()}
+                folder.train(self.trainer(rows, cell.rate, folder.path, losses, **source, **arm.config))
         return str(folder.path)
 
     def reward_model(self, name: str, noise: float, use_facts: bool) -> str:

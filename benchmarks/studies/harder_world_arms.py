@@ -30,6 +30,8 @@ class Arm:
         config: Further fields of `DPOConfig`.
         loss: TRL's loss; "sft" has no anchor.
         cells: The settings that are tried, in this order.
+        online: Share of the pairs that the policy makes while it trains, ranked by a judge who knows the truth; the
+            others are the rows' own.
     """
 
     title: str
@@ -37,6 +39,7 @@ class Arm:
     config: Mapping[str, Any] = field(default_factory=dict)
     loss: str = "sigmoid"
     cells: tuple[Cell, ...] = CELLS
+    online: float = 0.0
 
 
 PAIR = {"beta": 0.1}
@@ -55,6 +58,11 @@ ARMS = {
     "noise": Arm("BDHS by noise", "noise_pairs", PAIR),
     "unguided": Arm("masks without guidance", "unguided_pairs", PAIR),
     "bdhs": Arm("BDHS by masks", "masked_pairs", PAIR),
+    "rankings": Arm("DPO on 2,400 rankings", "rankings", PAIR),
+    "few": Arm("DPO on 200 of the corrections", "few_corrections", PAIR),
+    "offline": Arm("DPO, pairs judged before training", "judged_pairs", PAIR),
+    "mixed": Arm("DPO, half of the pairs online", "judged_pairs", PAIR, online=0.5),
+    "online": Arm("DPO, all pairs online", "prompts", PAIR, online=1.0),
 }
 for _noise in BLINDNESS:
     for _facts in ("facts", "no_facts"):
@@ -66,6 +74,8 @@ COMPARISONS = {
     "What Dense DPO weighs": ("dpo", ("averaged", "dense_diff", "dense_spans")),
     "The image side": ("dpo", ("image_mask", "image_noise", "image_other")),
     "Where rejected replies come from": ("self", ("exact_sft", "noise", "unguided", "bdhs")),
+    "Corrections against rankings": ("rankings", ("dpo", "few")),
+    "When replies are drawn and judged": ("offline", ("mixed", "online")),
 } | {f"Facts, where the reward model's noise is {n:g}": (f"no_facts@{n:g}", (f"facts@{n:g}",)) for n in BLINDNESS}
 
 

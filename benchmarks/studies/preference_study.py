@@ -196,13 +196,16 @@ class Study:
         seed = {"development": 7700, "test": 4400}[split] + self.options.seed
         return evaluate(model, processor, Scenes(self.world, count=20 if self.options.quick else 300, seed=seed))
 
-    def pairs(self, name: str, make_source: Callable[[], Any], rows: Dataset) -> Dataset:
+    def pairs(
+        self, name: str, make_source: Callable[[], Any], rows: Dataset, batch_size: int | None = None
+    ) -> Dataset:
         """Pairs that a source makes of `rows` with the supervised model, written to a folder on the first call.
 
         Args:
             name: Of the folder.
             make_source: Gives the source; not called if the pairs are there.
             rows: What the source reads.
+            batch_size: Rows at once; None is `generation_batch`.
         """
         folder = self.root / f"pairs_{name}"
         if not folder.exists():
@@ -217,7 +220,7 @@ class Study:
                     Policy(model, processor),
                     folder,
                     settings=self.settings,
-                    batch_size=self.options.generation_batch,
+                    batch_size=batch_size or self.options.generation_batch,
                 ).write(Source(str(inputs)))
             PartialState().wait_for_everyone()
         return load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train")

@@ -10,8 +10,9 @@ from trl_vlm.testbed.datasets import (
     supervised_rows,
     worth,
 )
-from trl_vlm.testbed.oracle import count_reply, find_objects
-from trl_vlm.testbed.world import REQUEST, Scene, SceneObject, weaken_vision
+from trl_vlm.testbed.oracle import count_reply, find_objects, right_and_wrong
+from trl_vlm.testbed.sentences import read_phrase
+from trl_vlm.testbed.world import REQUEST, Scene, SceneObject, World, weaken_vision
 
 
 def content(row, column):
@@ -91,6 +92,41 @@ def test_what_a_reply_is_worth_by_hand():
     scene = Scene((SceneObject("cup", 0, 1.0), SceneObject("dog", 1, 1.0)))
     assert worth("there is a cup . i see a kite .", scene) == 1 - 2 + 0.5 * 2
     assert worth("", scene) == 0
+
+
+def test_what_a_reply_is_worth_with_attributes_by_hand():
+    cup, dog = SceneObject("cup", 0, 1.0, "small", "red"), SceneObject("dog", 1, 1.0, "large", "blue")
+    reply = "there is a small red cup on the left . i see a large red dog in the middle ."
+    assert worth(reply, Scene((cup, dog))) == 1 - 2 + 0.5 * 2
+    assert worth(reply, Scene((cup, dog._replace(color="red")))) == 2 + 0.5 * 2
+
+
+def test_a_labeller_ranks_by_attributes_where_sentences_have_them():
+    world = World(attributes=True)
+
+    def sample(images, seed):
+        """By turns a true statement of each picture, and the same with another size."""
+        pictures = world.pictures(len(images), 3, "balanced")
+        said = [next(iter(picture.scene.statements.values())) for picture in pictures]
+        others = [each._replace(size={"small": "large", "large": "small"}[each.size]) for each in said]
+        pairs = enumerate(zip(said, others, strict=True))
+        return [f"there is a {pair[(seed + place) % 2].phrase} ." for place, pair in pairs]
+
+    rows = preference_rows(world, 12, 3, sample, label_noise=0.0)
+    truths = [picture.scene.statements for picture in world.pictures(12, 3, "balanced")]
+    for row, truth in zip(rows, truths, strict=True):
+        assert right_and_wrong(content(row, "chosen"), truth) == (1, 0)
+        assert right_and_wrong(content(row, "rejected"), truth) == (0, 1)
+
+
+def test_prompts_of_a_world_with_attributes_come_with_true_phrases(world):
+    rows = prompt_rows(World(attributes=True), 6, seed=0)
+    assert rows.column_names == ["images", "prompt", "facts", "objects", "statements"]
+    for row in rows:
+        assert [read_phrase(phrase).kind for phrase in row["statements"]] == row["objects"]
+        assert all(len(phrase.split()) == 6 for phrase in row["statements"])
+    plain = prompt_rows(world, 6, seed=0)
+    assert plain.column_names == ["images", "prompt", "facts", "objects"]
 
 
 def test_replies_that_are_always_the_same_are_an_error(world):

@@ -1,5 +1,13 @@
 from trl_vlm.evaluation.chair import chair
-from trl_vlm.testbed.oracle import AttributeCounts, ReplyCounts, count_attributes, count_reply, find_objects
+from trl_vlm.testbed.oracle import (
+    AttributeCounts,
+    ReplyCounts,
+    count_attributes,
+    count_reply,
+    find_objects,
+    right_and_wrong,
+    truth_reward,
+)
 from trl_vlm.testbed.sentences import Statement
 
 REPLY = "there is a cup . i see a dog . i see a cup . i see a kite . i see a kite . there is"
@@ -33,15 +41,46 @@ def test_counts_agree_with_chair():
     assert scores.length_words == 27
 
 
+TRUTH = {
+    "cup": Statement("cup", "small", "red", "on the left"),
+    "dog": Statement("dog", "large", "blue", "in the middle"),
+}
+FULL_REPLY = (
+    "there is a small blue cup on the left . i see a large blue dog on the right . there is a small . "
+    "there is a small red kite on the left . there is a dog ."
+)
+
+
 def test_attributes_by_hand():
-    truth = {
-        "cup": Statement("cup", "small", "red", "on the left"),
-        "dog": Statement("dog", "large", "blue", "in the middle"),
-    }
-    reply = (
-        "there is a small blue cup on the left . i see a large blue dog on the right . there is a small . "
-        "there is a small red kite on the left . there is a dog ."
-    )
     # Told of what is there: three of the cup, three of the dog, and of the second dog nothing.
-    assert count_attributes(reply, truth) == AttributeCounts(told=6, wrong=2, broken=1)
-    assert count_attributes("", truth) == AttributeCounts(0, 0, 0)
+    assert count_attributes(FULL_REPLY, TRUTH) == AttributeCounts(told=6, wrong=2, broken=1)
+    assert count_attributes("", TRUTH) == AttributeCounts(0, 0, 0)
+
+
+def test_without_attributes_kinds_are_right_or_wrong():
+    assert right_and_wrong(REPLY, {kind: Statement(kind) for kind in ("cup", "dog", "tree")}) == (2, 1)
+
+
+def test_with_attributes_a_statement_of_which_anything_is_wrong_is_untrue():
+    # Each of its five sentences is untrue: color, place, nothing named, an absent kind, no attributes.
+    assert right_and_wrong(FULL_REPLY, TRUTH) == (0, 5)
+    true = "i see a small red cup on the left ."
+    assert right_and_wrong(f"{true} {true} there is a large blue dog in the middle . there is a", TRUTH) == (2, 1)
+
+
+def reward(reply, **columns):
+    (value,) = truth_reward([None], [[{"role": "assistant", "content": reply}]], **columns)
+    return value
+
+
+def test_what_the_judge_that_knows_the_truth_gives_by_hand():
+    assert reward(REPLY, objects=[["cup", "dog", "tree"]]) == 2 - 2 * 1 - 0.5 * 2
+    phrases = [statement.phrase for statement in TRUTH.values()]
+    assert phrases == ["small red cup on the left", "large blue dog in the middle"]
+    # Each of its six sentences is untrue; the cup and the dog are named twice.
+    found = reward(
+        f"there is a small red cup on the right . {FULL_REPLY}", objects=[["cup", "dog"]], statements=[phrases]
+    )
+    assert found == 0 - 2 * 6 - 0.5 * 2
+    assert reward("i see a small red cup on the left .", objects=[["cup", "dog"]], statements=[phrases]) == 1
+    assert reward("i see a large red cup on the left .", objects=[["cup", "dog"]], statements=[phrases]) == -2

@@ -1,6 +1,6 @@
 import pytest
 
-from trl_vlm.testbed.sentences import SENTENCES, Statement, read_sentence, statements
+from trl_vlm.testbed.sentences import SENTENCES, Statement, read_phrase, read_sentence, statements
 
 
 @pytest.mark.parametrize("wording", SENTENCES)
@@ -8,6 +8,12 @@ from trl_vlm.testbed.sentences import SENTENCES, Statement, read_sentence, state
 def test_a_sentence_reads_as_what_it_was_made_of(wording, said):
     assert read_sentence(wording.format(said.phrase)) == said
     assert read_sentence(wording.format(said.phrase).removesuffix(" .")) == said
+    assert read_phrase(said.phrase) == said
+
+
+def test_a_phrase_that_tells_no_statement_is_an_error():
+    with pytest.raises(ValueError, match="'red cup' tells no statement"):
+        read_phrase("red cup")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from PIL.Image import Image as PILImage
 
 from trl_vlm.testbed.annotator import Annotator
 from trl_vlm.testbed.forked import in_order
-from trl_vlm.testbed.oracle import count_reply
+from trl_vlm.testbed.oracle import count_reply, right_and_wrong
 from trl_vlm.testbed.world import (
     GRID,
     QUESTION,
@@ -39,6 +39,7 @@ _COLUMNS = {
     "facts": List(Value("string")),
     "answer": Value("string"),
     "objects": List(Value("string")),
+    "statements": List(Value("string")),
     "adversarial": Value("bool"),
     "chosen_spans": List(List(Value("int64"))),
     "rejected_spans": List(List(Value("int64"))),
@@ -142,12 +143,14 @@ def prompt_rows(world: World, count: int, seed: int, split: Split = "balanced") 
     """`prompt`, `images`, `facts`, `objects`: requests for a caption, for on-policy training and for evaluation.
 
     `facts` are the true kinds in random order, one fact each, for the reward model; `objects` is the truth, for the
-    oracle. No prompt holds either.
+    oracle. In a world with attributes the truth is also in `statements`, one phrase for each object. No prompt holds
+    any of them.
     """
     rows = []
     for picture, rng in _pictures(world, count, seed, split):
         rows.append(_described(picture, world, rng))
-    return _to_dataset(rows, ["images", "prompt", "facts", "objects"])
+    columns = ["images", "prompt", "facts", "objects"]
+    return _to_dataset(rows, columns + (["statements"] if world.attributes else []))
 
 
 def caption_rows(world: World, count: int, seed: int, split: Split = "balanced") -> Dataset:
@@ -289,10 +292,11 @@ def correction_rows(
 def worth(reply: str, scene: Scene) -> float:
     """The preference of the testbed's labeler: correct objects - 2 hallucinated ones + 0.5 sentences.
 
-    The labeler penalizes hallucination, and likes length for its own sake.
+    The labeler penalizes hallucination, and likes length for its own sake. Where objects have attributes, it counts
+    true statements and untrue ones.
     """
-    counts = count_reply(reply, scene.kinds)
-    return counts.correct - 2.0 * counts.hallucinated + 0.5 * counts.sentences
+    right, wrong = right_and_wrong(reply, scene.statements)
+    return right - 2.0 * wrong + 0.5 * count_reply(reply, scene.kinds).sentences
 
 
 def _pictures(
@@ -309,6 +313,7 @@ def _described(picture: Picture, world: World, rng: np.random.Generator) -> dict
         "prompt": [user(REQUEST)],
         "facts": world.facts(picture.scene, rng),
         "objects": picture.scene.kinds,
+        "statements": [statement.phrase for statement in picture.scene.statements.values()],
     }
 
 

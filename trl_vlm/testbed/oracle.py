@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from trl_vlm.testbed.sentences import NOUNS, Statement, statements
+from trl_vlm.testbed.sentences import NOUNS, Statement, read_phrase, statements
 
 _NOUNS = frozenset(NOUNS)
 
@@ -80,6 +80,25 @@ def count_attributes(reply: str, truth: Mapping[str, Statement]) -> AttributeCou
     return AttributeCounts(len(told), sum(value != true for value, true in told), said.count(None))
 
 
+def right_and_wrong(reply: str, truth: Mapping[str, Statement]) -> tuple[int, int]:
+    """How many distinct things a reply says that are true, and how many that are not.
+
+    Things are kinds; where the truth tells attributes, they are whole statements: one of which anything is wrong is
+    untrue, and so is each broken sentence.
+
+    Args:
+        reply: The reply.
+        truth: Kind to what is true of it (`scene.statements`).
+    """
+    if not any(each.size for each in truth.values()):
+        counts = count_reply(reply, truth)
+        return counts.correct, counts.hallucinated
+    told = statements(reply)
+    said = {each for each in told if each is not None}
+    right = sum(truth.get(each.kind) == each for each in said)
+    return right, len(said) - right + told.count(None)
+
+
 def object_overlap(texts: Sequence[str], others: Sequence[str]) -> list[float]:
     """The similarity of two replies: the fraction of named objects that both name. The testbed's gate of BDHS.
 
@@ -94,11 +113,30 @@ def object_overlap(texts: Sequence[str], others: Sequence[str]) -> list[float]:
 
 
 def truth_reward(
-    prompts: Sequence[Any], completions: Sequence[Sequence[dict[str, str]]], objects: Sequence[list[str]], **_: Any
+    prompts: Sequence[Any],
+    completions: Sequence[Sequence[dict[str, str]]],
+    objects: Sequence[list[str]],
+    statements: Sequence[list[str]] | None = None,
+    **_: Any,
 ) -> list[float]:
-    """A TRL reward function that knows the truth: distinct correct objects - 2 hallucinated ones - 0.5 repeats.
+    """A TRL reward function that knows the truth: distinct right things - 2 wrong ones - 0.5 repeated kinds.
 
-    In contrast to the labeler of `datasets.worth`, it does not reward length.
+    What is right and wrong says `right_and_wrong`. In contrast to the labeler of `datasets.worth`, it does not reward
+    length.
+
+    Args:
+        prompts: Not read.
+        completions: The replies.
+        objects: The kinds that each picture shows.
+        statements: Where sentences have attributes, what is true of each, such as "small red cup on the left".
     """
-    counts = [count_reply(reply[-1]["content"], truth) for reply, truth in zip(completions, objects, strict=True)]
-    return [each.correct - 2.0 * each.hallucinated - 0.5 * each.repeats for each in counts]
+    told = [[Statement(kind) for kind in kinds] for kinds in objects]
+    if statements is not None:
+        told = [[read_phrase(phrase) for phrase in phrases] for phrases in statements]
+    truths = [{each.kind: each for each in scene} for scene in told]
+    rewards = []
+    for reply, truth in zip(completions, truths, strict=True):
+        text = reply[-1]["content"]
+        right, wrong = right_and_wrong(text, truth)
+        rewards.append(right - 2.0 * wrong - 0.5 * count_reply(text, truth).repeats)
+    return rewards

@@ -52,6 +52,18 @@ def read_sentence(sentence: str) -> Statement | None:
     return None
 
 
+def read_phrase(phrase: str) -> Statement:
+    """The statement that a phrase tells (`Statement.phrase`); a noun alone tells of a kind and nothing else.
+
+    Raises:
+        ValueError: It tells no statement.
+    """
+    statement = read_sentence(SENTENCES[0].format(phrase))
+    if statement is None:
+        raise ValueError(f"{phrase!r} tells no statement: use a noun, or size, color, noun and place.")
+    return statement
+
+
 def statements(reply: str) -> list[Statement | None]:
     """What each sentence of a reply says, broken ones as None."""
     return [read_sentence(sentence) for sentence in reply.split(" .") if sentence.strip()]

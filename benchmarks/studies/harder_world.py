@@ -47,7 +47,7 @@ from trl_vlm.testbed.processor import JUDGE_TEMPLATE
 from trl_vlm.testbed.sentences import statements
 from trl_vlm.testbed.stages import WeakEyes
 from trl_vlm.testbed.supervised import SupervisedSettings, train_supervised
-from trl_vlm.testbed.world import Split, World
+from trl_vlm.testbed.world import Split, World, weaken_vision
 
 WORLDS: dict[str, dict[str, Any]] = {
     "attributes": {"attributes": True},
@@ -214,8 +214,6 @@ class Seed(preference_study.Study):
         """The reward model that all cells of an arm of PPO share: it sees through noise."""
         folder = RunFolder(self.root / f"reward_{name}", self.settings)
         if not folder.is_done:
-            count = 24 if self.quick else 2500
-            pairs = preference_rows(self.world, count, 100 * self.seed + 11, self.sampler(), vision_noise=noise)
             args = RewardConfig(
                 str(folder.path),
                 use_facts=use_facts,
@@ -227,15 +225,15 @@ class Seed(preference_study.Study):
                 warmup_steps=10,
                 **self.machine,
             )
-            model = self.supervised_model()
-            folder.train(RewardTrainer(model=model, args=args, train_dataset=pairs, judge_template=JUDGE_TEMPLATE))
+            model, rows = self.supervised_model(), weakened(self.labeled, noise)
+            folder.train(RewardTrainer(model=model, args=args, train_dataset=rows, judge_template=JUDGE_TEMPLATE))
         return str(folder.path)
 
     def ppo(self, name: str, arm: Arm, noise: float, cell: Cell, folder: Path) -> PPOTrainer:
         """PPO with a reward model that sees through noise, as in `examples/fact_rlhf.py`."""
         use_facts, limit = arm.config["use_facts"], self.world.max_caption_tokens
         reward_model = self.reward_model(name, noise, use_facts)
-        prompts = prompt_rows(self.world, 24 if self.quick else 4000, 100 * self.seed + 13)
+        prompts = prompt_rows(self.world, 3 * self.options.pairs, 100 * self.seed + 13)
         processor = load_for_replies(self.supervised_model())[1]
         reward = FactRLHFReward(
             WeakEyes(RewardModelReward(reward_model, batch_size=64), noise),
@@ -248,7 +246,7 @@ class Seed(preference_study.Study):
             str(folder),
             learning_rate=cell.rate,
             kl_coef=cell.weight,
-            max_steps=4 if self.quick else 96,
+            max_steps=4 if self.quick else 60,
             per_device_train_batch_size=8 if self.quick else 64,
             num_mini_batches=2,
             num_ppo_epochs=2,
@@ -302,6 +300,13 @@ class Seed(preference_study.Study):
                 terms["questions"] = answers(policy, self.world, count // 3, seed)
             write_json(path, terms)
         return json.loads(path.read_text())
+
+
+def weakened(rows: Dataset, noise: float) -> Dataset:
+    """Rows as `preference_rows(vision_noise=noise)` has them: the labels are the same whatever the noise."""
+    if not noise:
+        return rows
+    return rows.map(lambda row: {"images": [weaken_vision(image, noise) for image in row["images"]]})
 
 
 def _same_statements(texts: list[str], others: list[str]) -> list[float]:

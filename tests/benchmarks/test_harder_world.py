@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from benchmarks.studies import harder_world_measures
+from benchmarks.studies.harder_world import weakened
 from benchmarks.studies.harder_world_arms import ARMS, CELLS, COMPARISONS, Cell, chosen
 from benchmarks.studies.harder_world_measures import captions, paired, values
 from trl_vlm.pairs import Policy
 from trl_vlm.testbed import build_model, build_processor
+from trl_vlm.testbed.datasets import preference_rows
 from trl_vlm.testbed.world import World, generator
 
 pytestmark = pytest.mark.slow
@@ -69,6 +72,19 @@ def test_what_captions_say_is_counted_by_hand(monkeypatch):
     assert found["broken"] == [[1], [4]]
 
 
+def test_weakened_rows_are_those_that_the_labeler_gives_for_weak_eyes():
+    def sample(images, seed):
+        return [f"there is a {('bat', 'book')[(seed + place) % 2]} ." for place in range(len(images))]
+
+    sharp, weak = (preference_rows(World(), 4, 0, sample, vision_noise=noise) for noise in (0.0, 0.6))
+    found = weakened(sharp, 0.6)
+    assert found.column_names == weak.column_names
+    for one, other, plain in zip(found, weak, sharp, strict=True):
+        assert one["images"][0].tobytes() == other["images"][0].tobytes() != plain["images"][0].tobytes()
+        assert {**one, "images": 0} == {**other, "images": 0}
+    assert weakened(sharp, 0.0) is sharp
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Runs the study with some arms in one folder."""
@@ -99,6 +115,18 @@ def test_the_study_runs_and_goes_on_with_further_arms(run):
     # Also with an arm of the earlier call.
     assert {"bdhs - self", "dpo - sft", "dense_diff - dpo"} <= found["differences"].keys()
     assert weights.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.nightly
+def test_rankings_corrections_and_pairs_judged_before_or_during_training_run(run):
+    found, text = run("--arms", "dpo", "rankings", "few", "offline", "mixed", "online")
+    assert {"rankings", "few", "offline", "mixed", "online"} <= set(found["arms"])
+    assert {"dpo - rankings", "few - rankings", "mixed - offline", "online - offline"} <= found["differences"].keys()
+    assert "## Corrections against rankings" in text and "## When replies are drawn and judged" in text
+    root = run.folder / "attributes" / "seed0"
+    assert Dataset.from_parquet(str(root / "rankings.parquet")).num_rows == 3 * 8
+    made = {arm: json.loads((root / f"{arm}_0.0003_1" / "history.json").read_text())[0] for arm in ("few", "online")}
+    assert "pairs/undecided" in made["online"] and "pairs/undecided" not in made["few"]
 
 
 @pytest.mark.nightly

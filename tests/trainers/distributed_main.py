@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import AutoModelForImageTextToText, Trainer
 
 from tests.families import load_processor
@@ -19,6 +20,8 @@ from trl_vlm import DPOConfig, DPOTrainer, PPOTrainer, RewardConfig, RewardTrain
 METHODS = ("dpo", "reward", "ppo")
 OUTPUTS = ("log_probs", "logits", "token_values")
 IMAGES = (1, 2, 1, 1)
+# The image side of preference, with draws of every epoch.
+ADDITIONS = {"image_weight": 1.0, "image_corruption": "noise", "anchor_weight": 0.5}
 
 
 def settings(folder: Path, batch: int, adapter: bool, **trainer_arguments: Any) -> dict[str, Any]:
@@ -38,11 +41,12 @@ def settings(folder: Path, batch: int, adapter: bool, **trainer_arguments: Any) 
 def make(method: str, model: Any, folder: str, adapter: bool, options: dict[str, Any]) -> Trainer:
     peft_config = dpo.lora() if adapter else None
     processor = load_processor(folder)
-    if method == "dpo":
-        args = DPOConfig(**options, max_length=None, dense_preset="paper")
-        return DPOTrainer(
-            model, args=args, train_dataset=dpo.rows(IMAGES), processing_class=processor, peft_config=peft_config
-        )
+    if method in ("dpo", "dpo additions"):
+        # TRL takes reentrant checkpointing for adapters under ZeRO-3, which the image pair refuses.
+        more = ADDITIONS | {"gradient_checkpointing": not adapter} if method == "dpo additions" else {}
+        args = DPOConfig(**options, **more, max_length=None, dense_preset="paper")
+        rows = with_weights(dpo.rows(IMAGES)) if more else dpo.rows(IMAGES)
+        return DPOTrainer(model, args=args, train_dataset=rows, processing_class=processor, peft_config=peft_config)
     if method == "reward":
         args = RewardConfig(**options)
         return RewardTrainer(folder, args, train_dataset=preference_rows(list(IMAGES)), peft_config=peft_config)
@@ -59,12 +63,18 @@ def make(method: str, model: Any, folder: str, adapter: bool, options: dict[str,
     )
     return PPOTrainer(
         model,
-        reward_funcs=ppo.count_letters,
+        reward_funcs=ppo.reward_each_token if method == "ppo tokens" else ppo.count_letters,
         args=args,
         train_dataset=ppo.rows(list(IMAGES)),
         processing_class=processor,
         peft_config=peft_config,
     )
+
+
+def with_weights(pairs: Dataset) -> Dataset:
+    """The pairs with spans, some of which have weights, and with a weight for each rejected reply."""
+    spans: list[Any] = [[[0.0, 1.0], [2.0, 5.0, 4.0]], [], None, [[0.0, 5.0, 0.5]]]
+    return pairs.add_column("chosen_spans", spans).add_column("rejected_score_weight", [0.5, 2.0, 1.0, 1.5])
 
 
 def watched(trainer: Trainer) -> dict[str, set[str]]:

@@ -77,6 +77,11 @@ def logs(trainer: Any) -> list[dict[str, float]]:
     ]
 
 
+def begin_epoch(trainer: Any) -> None:
+    """What a training does at the beginning of an epoch, for the draws of the collator."""
+    trainer._epoch_draws.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+
+
 def losses(trainer: Any) -> list[float]:
     """The loss of each step."""
     return [entry["loss"] for entry in logs(trainer)]

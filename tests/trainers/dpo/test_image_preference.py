@@ -12,7 +12,7 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from tests.encoded_images import watched
 from tests.families import FAMILIES, image, load_processor, saved
-from tests.trainers.dpo.helpers import largest_difference, logs, lora, losses, make, rows
+from tests.trainers.dpo.helpers import begin_epoch, largest_difference, logs, lora, losses, make, rows
 from tests.trainers.dpo.sources import Greedy
 from tests.trainers.dpo.test_averaged import OTHER, with_extra
 from tests.trainers.dpo.test_pair_sources import instructions
@@ -352,26 +352,28 @@ def test_a_rows_own_rejected_images_are_taken(family, tmp_path):
 
 @pytest.mark.slow
 def test_the_corruption_is_new_in_every_epoch_or_fixed_by_the_row(tmp_path):
-    def pixels(state, **options):
+    def pixels(epoch, **options):
         trainer = train(tmp_path, image_weight=1.0, image_corruption="noise", **options)
-        torch.manual_seed(state)
+        for _ in range(epoch + 1):
+            begin_epoch(trainer)
+        torch.manual_seed(0)
         batch = trainer.data_collator([trainer.train_dataset[0]])
         drawn = torch.rand(1)
-        torch.manual_seed(state)
+        torch.manual_seed(0)
         assert torch.equal(drawn, torch.rand(1))  # the collator leaves the generator as it is
         return batch["image_pair"]["pixel_values"]
 
-    assert not torch.equal(pixels(0), pixels(1))
-    assert torch.equal(pixels(0), pixels(0))
-    assert torch.equal(pixels(0, image_seed=5), pixels(1, image_seed=5))
+    assert not torch.equal(pixels(0), pixels(1)) and not torch.equal(pixels(0), pixels(0, seed=1))
+    assert torch.equal(pixels(1), pixels(1))
+    assert torch.equal(pixels(0, image_seed=5), pixels(1, image_seed=5, seed=1))
     assert not torch.equal(pixels(0, image_seed=5), pixels(0, image_seed=6))
 
 
 def test_other_takes_images_of_other_rows(tmp_path):
     trainer = train(tmp_path, rows((1, 1, 1)), image_weight=1.0, image_corruption="other")
     plain = [trainer.data_collator([trainer.train_dataset[row]])["pixel_values"][:1] for row in range(3)]
-    for seed in range(4):
-        torch.manual_seed(seed)
+    for _ in range(4):
+        begin_epoch(trainer)
         found = trainer.data_collator([trainer.train_dataset[0]])["image_pair"]["pixel_values"]
         assert any(torch.equal(found, other) for other in plain[1:]) and not torch.equal(found, plain[0])
 

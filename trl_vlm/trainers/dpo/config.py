@@ -275,7 +275,7 @@ class DPOConfig(ImageOptions, ImageFeatureOptions, VLLMOptions, trl.DPOConfig):
             raise ValueError(f"`povid_loss` is {self.povid_loss!r}; it must be 'published' or 'shared'.")
         check_noise(self.noise_steps, "code", self.noise_overflow)
         unknown = "the rejected tokens are not known when changes are found"
-        new_noise = "the noise is new at every step, so the reference cannot be computed before"
+        new_noise = "the noise is new in every epoch, so the reference cannot be computed before"
         refuse(
             "`povid_loss`",
             {

@@ -10,7 +10,7 @@ Differs: the published code lets policy and reference each score their own token
 log-ratio of one sequence once the two models differ ("published" here); "shared" lets both score the policy's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -33,18 +33,23 @@ DISTORTED: Final = "distorted"
 class DistortingCollator:
     """Appends the chosen replies to a batch of pairs once more, and adds the pixels of noisy images.
 
-    The noise of a row is new each time, and its seed comes from torch's global generator, which `Trainer` seeds and
-    restores.
-
     Args:
         collate: Makes the batch, with one more rejected reply than the rows hold.
         processor: The model's.
+        draws: The random numbers of the row of a name.
         steps: Of noise, see `trl_vlm.pairs.noise`.
         overflow: How colors out of range are treated.
     """
 
-    def __init__(self, collate: PreferenceCollator, processor: ProcessorMixin, steps: int, overflow: Overflow):
-        self.collate, self.processor, self.steps = collate, processor, steps
+    def __init__(
+        self,
+        collate: PreferenceCollator,
+        processor: ProcessorMixin,
+        draws: Callable[[str], Draws],
+        steps: int,
+        overflow: Overflow,
+    ):
+        self.collate, self.processor, self.draws, self.steps = collate, processor, draws, steps
         self.overflow: Overflow = overflow
 
     @property
@@ -75,7 +80,7 @@ class DistortingCollator:
                 f"{row[ROW_NAME]}: it has no image, and `povid_loss` puts noise on images. Drop rows without images, "
                 "or unset `povid_loss`."
             )
-        draws = Draws(int(torch.randint(2**62, ())), 0, row[ROW_NAME])
+        draws = self.draws(row[ROW_NAME])
         return distorted_images(row["images"], self.steps, draws, indexing="code", overflow=self.overflow)
 
 

@@ -1,6 +1,7 @@
 """Batches with the chosen replies once more, under corrupted images, for the image side of preference."""
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -39,8 +40,7 @@ class Corruption:
         noise_steps: Of "noise".
         noise_overflow: Of "noise".
         crop_areas: Of "crop", the smallest and the largest share of the area.
-        seed: One draw per row; None: another one whenever torch's global generator is in another state, which is not
-            changed, so in every epoch.
+        seed: One draw per row; None: another one in every epoch.
     """
 
     kind: str | None
@@ -60,13 +60,6 @@ class Corruption:
         }
         return f"{self.kind} {options.get(self.kind or '')} {self.seed}"
 
-    def draws(self, name: str) -> Draws:
-        """The draws for a row of this name."""
-        if self.seed is not None:
-            return Draws(self.seed, 0, name)
-        with torch.random.fork_rng(devices=[]):
-            return Draws(int(torch.randint(2**62, ())), 0, name)
-
 
 class BatchOfPairs(Protocol):
     """A collator of pairs."""
@@ -85,6 +78,7 @@ class ImagePairCollator:
         collate: Makes the batch.
         pairs: The collator of pairs inside it.
         corruption: For rows without `rejected_images`.
+        draws: The random numbers of the row of a name, where the corruption has no seed.
         config: The model's, which knows its image tokens.
         others: The rows that "other" takes images from.
     """
@@ -94,16 +88,13 @@ class ImagePairCollator:
         collate: BatchOfPairs,
         pairs: PreferenceCollator,
         corruption: Corruption,
+        draws: Callable[[str], Draws],
         config: PreTrainedConfig,
         others: NumberedRows | None = None,
     ):
-        self.collate, self.pairs, self.corruption, self.config, self.others = (
-            collate,
-            pairs,
-            corruption,
-            config,
-            others,
-        )
+        self.collate, self.pairs, self.corruption = collate, pairs, corruption
+        self.draws = draws if corruption.seed is None else functools.partial(Draws, corruption.seed, 0)
+        self.config, self.others = config, others
         images_once = pairs.images_once
         pairs.caches_image_pair = True
         self.once = ImagesOnce(pairs.collate.processor if images_once is None else images_once.processor)
@@ -129,7 +120,7 @@ class ImagePairCollator:
         loaded = [self.pairs.loaded(row, index) for index, row in enumerate(rows)]
         # Rows are known to a cache by their images as they are stored.
         batch = self.collate(list(rows) if self.reference is not None else loaded)
-        draws = [self.corruption.draws(row[ROW_NAME]) for row in loaded]
+        draws = [self.draws(row[ROW_NAME]) for row in loaded]
         corrupted = [self._corrupted(row, own) for row, own in zip(loaded, draws, strict=True)]
         pair = self._encoded(loaded, corrupted)
         if self.corruption.kind == "mask":

@@ -13,6 +13,7 @@ from trl_vlm.data.faults import SCORE_WEIGHT_COLUMNS
 from trl_vlm.data.named_rows import has_images
 from trl_vlm.data.rows import REJECTED_IMAGES
 from trl_vlm.models.prefix_sharing.sharing import why_not_shareable
+from trl_vlm.pairs.draws import Draws
 from trl_vlm.trainers import preparation
 from trl_vlm.trainers.checks import refuse, refuse_pathless_reference
 from trl_vlm.trainers.dpo.collator import PreferenceCollator
@@ -162,7 +163,10 @@ def refuse_unread_columns(dataset: Rows | None, args: DPOConfig) -> None:
 
 
 def with_image_pair(
-    trainer: DPOSetup, collate: PreferenceCollator | DistortingCollator, pairs: PreferenceCollator
+    trainer: DPOSetup,
+    collate: PreferenceCollator | DistortingCollator,
+    pairs: PreferenceCollator,
+    draws: Callable[[str], Draws],
 ) -> ImagePairCollator:
     """The collator, with the chosen replies under corrupted images.
 
@@ -185,4 +189,4 @@ def with_image_pair(
         seed=args.image_seed,
     )
     others = others if args.image_corruption == "other" else None
-    return ImagePairCollator(collate, pairs, corruption, base_model(trainer.model).config, others)
+    return ImagePairCollator(collate, pairs, corruption, draws, base_model(trainer.model).config, others)

@@ -37,6 +37,7 @@ from trl_vlm.trainers.dpo.collator import NUM_REPLIES, REFERENCE, PreferenceBatc
 from trl_vlm.trainers.dpo.config import DPOConfig
 from trl_vlm.trainers.dpo.degeneration import DegenerationWatch
 from trl_vlm.trainers.dpo.distortion import DISTORTED, DistortedReplies, DistortingCollator
+from trl_vlm.trainers.dpo.epoch_draws import EpochDraws
 from trl_vlm.trainers.dpo.fresh_pairs import WEIGHTLESS, FreshPairs
 from trl_vlm.trainers.dpo.image_collator import IMAGE_PAIR, ImagePairCollator
 from trl_vlm.trainers.dpo.image_preference import NOTHING_INSIDE, ImagePreference, InsideScores, with_scores
@@ -158,6 +159,8 @@ class DPOTrainer(FeaturesPerBatch, PreparedTrainer, PairedTrainer, trl.DPOTraine
         self._shares = self._set_up_forwards()
         self._image_preference = ImagePreference(self)
         self._image_features = features_of_run(self, {"policy": self.model, "reference": self.ref_model})
+        self._epoch_draws = EpochDraws(args.seed)
+        self.add_callback(self._epoch_draws)
         make_collator = functools.partial(self._preference_collator, self.data_collator)
         if pair_source is not None:
             engine = VLLMReplies(self, args) if args.use_vllm else None
@@ -206,8 +209,10 @@ class DPOTrainer(FeaturesPerBatch, PreparedTrainer, PairedTrainer, trl.DPOTraine
         collator: PreferenceCollator | DistortingCollator = made
         if with_noise:
             assert isinstance(self.processing_class, ProcessorMixin)  # rows without images are refused
-            collator = DistortingCollator(made, self.processing_class, args.noise_steps, args.noise_overflow)
-        return setup.with_image_pair(self, collator, made) if args.has_image_pair else collator
+            collator = DistortingCollator(
+                made, self.processing_class, self._epoch_draws, args.noise_steps, args.noise_overflow
+            )
+        return setup.with_image_pair(self, collator, made, self._epoch_draws) if args.has_image_pair else collator
 
     # Forwards
 

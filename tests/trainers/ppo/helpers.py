@@ -20,8 +20,8 @@ FEATURES = Features(
 )
 
 
-def rows(images: list[int], facts: str = "a dog") -> Dataset:
-    """One row for each number of images; prompts differ in length."""
+def rows(images: list[int], facts: str = "a dog", first: int = 0) -> Dataset:
+    """One row for each number of images; prompts differ in length, images by the row's number, from `first` on."""
     return Dataset.from_list(
         [
             {
@@ -29,7 +29,7 @@ def rows(images: list[int], facts: str = "a dog") -> Dataset:
                 "images": [families.image(10 * index + place, 40 + 10 * place, 30) for place in range(count)],
                 "facts": [facts],
             }
-            for index, count in enumerate(images)
+            for index, count in enumerate(images, first)
         ],
         features=FEATURES,
     )

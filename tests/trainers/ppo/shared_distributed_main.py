@@ -11,9 +11,9 @@ from trl_vlm import PPOTrainer
 REPORTED = ("loss", "grad_norm", "ppo/score", "ppo/kl", "ppo/value_mean", "ppo/value_loss")
 
 
-def set_start(trainer: PPOTrainer) -> None:
+def set_start(trainer: PPOTrainer, seed: int = 3) -> None:
     """Draws the new adapters anew, the same under every backend: ZeRO-3 draws others than one process."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(trainer.model.named_parameters()):
             if "lora_A.default" in name:

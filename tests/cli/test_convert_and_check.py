@@ -56,6 +56,18 @@ def test_an_unknown_schema_names_the_columns_found(world, capsys):
     assert "Found the columns ['caption', 'picture']; needed are ['image', 'question'" in capsys.readouterr().err
 
 
+def test_convert_on_several_processes_is_refused_before_anything_is_written(world, capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert convert(world, "--skip-bad") == 1
+    assert (
+        "runs in one process, and a launcher started 2: each would do all of it. Start it" in capsys.readouterr().err
+    )
+    assert {path.name for path in world.iterdir()} == {"images", "in.json"}
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert convert(world, "--skip-bad") == 0
+
+
 def test_an_option_of_another_data_set_is_refused(world, capsys):
     assert convert(world, "--min-gap", "1") == 1
     assert "rlaif-v has no option min_gap" in capsys.readouterr().err

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import AutoModelForImageTextToText, Trainer
 
 from tests.families import load_processor
@@ -17,7 +16,6 @@ from tests.trainers.dpo import helpers as dpo
 from tests.trainers.ppo import helpers as ppo
 from trl_vlm import DPOConfig, DPOTrainer, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-METHODS = ("dpo", "reward", "ppo")
 OUTPUTS = ("log_probs", "logits", "token_values")
 IMAGES = (1, 2, 1, 1)
 # The image side of preference, with draws of every epoch.
@@ -45,7 +43,7 @@ def make(method: str, model: Any, folder: str, adapter: bool, options: dict[str,
         # TRL takes reentrant checkpointing for adapters under ZeRO-3, which the image pair refuses.
         more = ADDITIONS | {"gradient_checkpointing": not adapter} if method == "dpo additions" else {}
         args = DPOConfig(**options, **more, max_length=None, dense_preset="paper")
-        rows = with_weights(dpo.rows(IMAGES)) if more else dpo.rows(IMAGES)
+        rows = dpo.with_weights(dpo.rows(IMAGES)) if more else dpo.rows(IMAGES)
         return DPOTrainer(model, args=args, train_dataset=rows, processing_class=processor, peft_config=peft_config)
     if method == "reward":
         args = RewardConfig(**options)
@@ -71,12 +69,6 @@ def make(method: str, model: Any, folder: str, adapter: bool, options: dict[str,
     )
 
 
-def with_weights(pairs: Dataset) -> Dataset:
-    """The pairs with spans, some of which have weights, and with a weight for each rejected reply."""
-    spans: list[Any] = [[[0.0, 1.0], [2.0, 5.0, 4.0]], [], None, [[0.0, 5.0, 0.5]]]
-    return pairs.add_column("chosen_spans", spans).add_column("rejected_score_weight", [0.5, 2.0, 1.0, 1.5])
-
-
 def watched(trainer: Trainer) -> dict[str, set[str]]:
     """The precisions of what the wrapped model gives, while training."""
     found: dict[str, set[str]] = {}
@@ -96,24 +88,23 @@ def main(
     trainer_arguments: dict[str, Any],
     model: str,
     batch: int,
-    methods: Sequence[str] = METHODS,
-    adapters: Sequence[bool] = (False, True),
+    runs: Sequence[str],
 ):
     report: dict[str, Any] = {}
-    for method in methods:
-        for adapter in adapters:
-            name = f"{method} {'lora' if adapter else 'full'}"
-            options = settings(folder / name.replace(" ", "_"), batch, adapter, **trainer_arguments)
-            # TRL seeds, loads, then draws the adapter; with ZeRO-3, loading draws other numbers.
-            loaded = AutoModelForImageTextToText.from_pretrained(model) if adapter else model
-            trainer = make(method, loaded, model, adapter, options)
-            dtypes = watched(trainer)
-            trainer.train()
-            logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-            report[name] = {
-                "loss": [entry["loss"] for entry in logs],
-                "grad_norm": [entry["grad_norm"] for entry in logs],
-                "dtypes": {output: sorted(found) for output, found in dtypes.items()},
-                "margin": [entry.get("rewards/margins", entry.get("margin", entry.get("ppo/kl"))) for entry in logs],
-            }
+    for name in runs:
+        method, kind = name.rsplit(" ", 1)
+        adapter = kind == "lora"
+        options = settings(folder / name.replace(" ", "_"), batch, adapter, **trainer_arguments)
+        # TRL seeds, loads, then draws the adapter; with ZeRO-3, loading draws other numbers.
+        loaded = AutoModelForImageTextToText.from_pretrained(model) if adapter else model
+        trainer = make(method, loaded, model, adapter, options)
+        dtypes = watched(trainer)
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        report[name] = {
+            "loss": [entry["loss"] for entry in logs],
+            "grad_norm": [entry["grad_norm"] for entry in logs],
+            "dtypes": {output: sorted(found) for output, found in dtypes.items()},
+            "margin": [entry.get("rewards/margins", entry.get("margin", entry.get("ppo/kl"))) for entry in logs],
+        }
     return trainer, report

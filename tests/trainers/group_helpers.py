@@ -52,12 +52,11 @@ def make(
     }
     return getattr(module, f"{method}Trainer")(
         str(path),
-        reward_funcs=count_letters,
         args=getattr(module, f"{method}Config")(output_dir=str(folder), **settings),
         train_dataset=rows(list(images)),
         processing_class=with_reply_ends(load_processor(path, padding_side="left", truncation_side="left")),
         peft_config=peft,
-        **(more or {}),
+        **{"reward_funcs": count_letters, **(more or {})},
     )
 
 

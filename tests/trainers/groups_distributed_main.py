@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from tests.trainers.group_helpers import logged, make, weights
-from tests.trainers.ppo.helpers import lora
+from tests.trainers.ppo.helpers import lora, reward_each_token
 
 OPTIONS = {
     "GRPO": {"beta": 0.1},
@@ -47,6 +47,7 @@ def main(
                 per_device_train_batch_size=3,
                 gradient_accumulation_steps=2,
                 share_prefix=share,
+                more={"reward_funcs": reward_each_token} if method == "PPO" else None,
                 **OPTIONS[method],
                 **(options or {}),
                 **trainer_arguments,

@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,22 @@ from transformers import Trainer
 
 from tests.families import load_processor
 from tests.preference_rows import preference_rows
+from tests.trainers.dpo.helpers import with_weights
 from tests.trainers.dpo.sources import SOURCES
-from tests.trainers.ppo.helpers import count_letters
+from tests.trainers.ppo.helpers import count_letters, reward_each_token
 from tests.trainers.ppo.helpers import rows as ppo_rows
-from trl_vlm import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, RLOOConfig, RLOOTrainer
+from trl_vlm import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from trl_vlm.models import last_complete_checkpoint
 from trl_vlm.models.reply_ends import with_reply_ends
 
@@ -35,6 +47,10 @@ SETTINGS = {
     "gradient_checkpointing": False,
     "disable_tqdm": True,
 }
+
+
+ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "save_steps": 2}
+IMAGE_PAIR = {"image_weight": 1.0, "image_corruption": "other", "anchor_weight": 0.5, "dense_preset": "paper"}
 
 
 class Watched(Trainer):
@@ -104,9 +120,37 @@ def lora() -> LoraConfig:
     return LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", exclude_modules=["lm_head"])
 
 
-def dpo(model: str, folder: Path, adapter: bool = False, with_source: bool = False) -> Watched:
+class WatchedSupervision(Watched, SFTTrainer):
+    """Sees the tokens of prompts and replies."""
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        batch = super()._prepare_inputs(inputs)
+        self.reach("rows", batch["input_ids"].tolist())
+        return batch
+
+
+def sft(model: str, folder: Path) -> Watched:
+    """As `dpo`, with adapters."""
+    rows = preference_rows(IMAGES).remove_columns(["facts", "margin", "rejected"])
+    return WatchedSupervision(
+        model,
+        args=SFTConfig(str(folder), **SETTINGS, **ACCUMULATED, max_length=None),
+        train_dataset=rows.rename_column("chosen", "completion"),
+        processing_class=with_reply_ends(load_processor(model)),
+        peft_config=lora(),
+    )
+
+
+def dpo(
+    model: str,
+    folder: Path,
+    adapter: bool = False,
+    with_source: bool = False,
+    images: Sequence[int] = IMAGES,
+    **options: Any,
+) -> Watched:
     """Six steps of two accumulated pairs; a checkpoint every two steps, none where an epoch ends first."""
-    rows = preference_rows(IMAGES).remove_columns(["facts", "margin"])
+    rows = preference_rows(list(images)).remove_columns(["facts", "margin"])
     if with_source:  # both replies are sampled, with draws of their own in each epoch
         rows = rows.rename_column("chosen", "completion").remove_columns("rejected")
     return WatchedPairs(
@@ -114,12 +158,11 @@ def dpo(model: str, folder: Path, adapter: bool = False, with_source: bool = Fal
         args=DPOConfig(
             str(folder),
             **SETTINGS,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=2,
-            save_steps=2,
+            **ACCUMULATED,
             max_length=None,
+            **options,
         ),
-        train_dataset=rows,
+        train_dataset=with_weights(rows) if "dense_preset" in options else rows,
         processing_class=with_reply_ends(load_processor(model)),
         peft_config=lora() if adapter else None,
         pair_source=SOURCES["judged"]() if with_source else None,
@@ -140,7 +183,7 @@ def rollouts(
     rows = rows.remove_columns("facts").add_column("facts", [[f"row {number}"] for number in range(len(rows))])
     return type("WatchedTrainer", (WatchedRollouts, trainer), {})(
         model,
-        reward_funcs=count_letters,
+        reward_funcs=reward_each_token if adapter and trainer is PPOTrainer else count_letters,
         args=config(str(folder), **SETTINGS, save_steps=3, max_completion_length=4, **options),
         train_dataset=rows,
         peft_config=lora() if adapter else None,
@@ -164,7 +207,9 @@ GROUPS = {"per_device_train_batch_size": 4, "num_generations": 2, "num_iteration
 RUNS: dict[str, Callable[[str, Path], Watched]] = {
     "dpo": dpo,
     "dpo lora": lambda model, folder: dpo(model, folder, adapter=True),
+    "dpo image pair": lambda model, folder: dpo(model, folder, images=[1, 2, 1, 1, 1, 1], **IMAGE_PAIR),
     "dpo pair source": lambda model, folder: dpo(model, folder, adapter=True, with_source=True),
+    "sft": sft,
     "ppo": ppo,
     "ppo lora": lambda model, folder: ppo(model, folder, adapter=True),
     "ppo one base": one_base,

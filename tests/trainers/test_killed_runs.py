@@ -23,7 +23,8 @@ from trl_vlm.models.reward_model import load_reward_model
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # twenty trainings, one after the other
 
 # How often each run is killed.
-KILLS = {"dpo": 20, "dpo lora": 3, "dpo pair source": 3, "ppo": 20, "ppo lora": 3, "grpo": 3, "rloo": 3}
+KILLS = {"dpo": 20, "dpo lora": 3, "dpo image pair": 3, "dpo pair source": 3, "sft": 3}
+KILLS |= {"ppo": 20, "ppo lora": 3, "grpo": 3, "rloo": 3}
 ONE_BASE = "ppo one base"
 WRITING = ("weights half written", "weights written", "optimizer half written", "state half written")
 Moment = tuple[int, str]
@@ -58,7 +59,7 @@ def random_moments(run: str, moments: list[Moment]) -> list[Moment]:
         chosen = [moments[place] for place in places]
         in_last_epoch = any(2 * last / killed_main.EPOCHS < number < last for number, _ in chosen)
         while_writing = any(name in WRITING for _, name in chosen)
-        in_rollout = "dpo" in run or any(name == "rollout made" for _, name in chosen)
+        in_rollout = "dpo" in run or run == "sft" or any(name == "rollout made" for _, name in chosen)
         between = any(number % 2 for number, _ in chosen)  # in an accumulation, or between two uses of a rollout
         if in_last_epoch and while_writing and in_rollout and between:
             return chosen

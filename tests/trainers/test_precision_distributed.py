@@ -1,5 +1,7 @@
 """As the shipped configurations run it: bf16 under ZeRO-2, ZeRO-3 and FSDP2, beside one bf16 process; and float32."""
 
+import functools
+
 import pytest
 from torch.testing import assert_close
 
@@ -7,6 +9,9 @@ from tests.distributed import launch
 from tests.families import saved
 
 SCRIPT = "tests/trainers/distributed_main.py"
+RUNS = ("dpo full", "dpo lora", "reward full", "reward lora", "ppo full", "ppo lora")
+ADDITIONS = ("dpo additions full", "dpo additions lora")  # the image pair, weights of segments and replies
+SUPERVISED = ("sft full", "sft lora")
 # One process computes under autocast from float32 weights, DeepSpeed and FSDP2 from bf16 copies of them: losses of
 # around 0.7 differ in the third digit.
 TOLERANCE = 0.03
@@ -19,33 +24,54 @@ def model():
 
 @pytest.fixture(scope="module")
 def single(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("single")
-    return launch(SCRIPT, "single", processes=1, folder=folder, mixed_precision="bf16", model=model, batch=4)
+    @functools.cache
+    def run(*runs):
+        folder = tmp_path_factory.mktemp("single")
+        arguments = {"model": model, "batch": 4, "runs": runs}
+        return launch(SCRIPT, "single", processes=1, folder=folder, mixed_precision="bf16", **arguments)
+
+    return run
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "kind", [*(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("zero2", "zero3")), "fsdp2"]
+    ("kind", "more"),
+    [
+        pytest.param("zero2", (*ADDITIONS, *SUPERVISED), marks=pytest.mark.nightly),
+        pytest.param("zero3", (*ADDITIONS, *SUPERVISED), marks=pytest.mark.nightly),
+        ("fsdp2", (ADDITIONS[0], SUPERVISED[1])),
+    ],
 )
-def test_two_processes_in_bf16_give_the_losses_of_one_and_scores_in_float32(kind, single, model, tmp_path):
-    report = launch(SCRIPT, kind, processes=2, folder=tmp_path, mixed_precision="bf16", model=model, batch=2)
-    for name in ("dpo full", "dpo lora", "reward full", "reward lora", "ppo full", "ppo lora"):
-        found, wanted = report[name], single[name]
+def test_two_processes_in_bf16_give_the_losses_of_one_and_scores_in_float32(kind, more, single, model, tmp_path):
+    runs = (*RUNS, *more)
+    report = launch(
+        *(SCRIPT, kind), processes=2, folder=tmp_path, mixed_precision="bf16", model=model, batch=2, runs=runs
+    )
+    alone = single(*runs)
+    for name in runs:
+        found, wanted = report[name], alone[name]
         assert_close(
             found["loss"], wanted["loss"], rtol=0, atol=TOLERANCE, msg=lambda text, name=name: f"{name}: {text}"
         )
-        read = {"dpo": ["log_probs"], "reward": ["logits"], "ppo": ["log_probs", "token_values"]}[name.split()[0]]
+        read = {"reward": ["logits"], "ppo": ["log_probs", "token_values"]}.get(name.split()[0], ["log_probs"])
         assert {output: found["dtypes"][output] for output in read} == dict.fromkeys(read, ["float32"]), name
 
 
 @pytest.mark.nightly
 @pytest.mark.distributed
-def test_in_float32_two_processes_under_fsdp2_train_all_weights_as_one_does(model, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "runs"),
+    [
+        ("ddp", SUPERVISED),
+        ("zero3", (*ADDITIONS, *SUPERVISED)),
+        ("fsdp2", ("dpo full", "reward full", "ppo tokens full", *ADDITIONS, *SUPERVISED)),
+    ],
+)
+def test_in_float32_two_processes_train_as_one_does(kind, runs, model, tmp_path):
     """The norm of the gradient shows what a loss shows a step later."""
-    arguments = {"model": model, "methods": ["dpo", "reward", "ppo", "sft"], "adapters": [False]}
-    wanted = launch(SCRIPT, "single", processes=1, folder=tmp_path / "one", batch=4, **arguments)
-    report = launch(SCRIPT, "fsdp2", processes=2, folder=tmp_path / "two", batch=2, **arguments)
-    for method in arguments["methods"]:
+    wanted = launch(SCRIPT, "single", processes=1, folder=tmp_path / "one", batch=4, model=model, runs=runs)
+    report = launch(SCRIPT, kind, processes=2, folder=tmp_path / "two", batch=2, model=model, runs=runs)
+    for run in runs:
         for name in ("loss", "grad_norm"):
-            found, values = report[f"{method} full"][name], wanted[f"{method} full"][name]
-            assert_close(found, values, rtol=1e-4, atol=1e-5, msg=lambda text, method=method: f"{method}: {text}")
+            found, values = report[run][name], wanted[run][name]
+            assert_close(found, values, rtol=1e-4, atol=1e-5, msg=lambda text, run=run: f"{run}: {text}")

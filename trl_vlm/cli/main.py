@@ -4,6 +4,7 @@ The training methods are scripts with parsers of their own (`trl_vlm.scripts`); 
 """
 
 import logging
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ COMMANDS = {
     "serve-reward": ("serve_reward", "serve a reward model to trainings on other cards or machines"),
     "look": ("look", "write a page to look at pairs, runs and evaluated replies"),
 }
+# The processes of a launcher share out the work of these, or may all do it; of the others each would write the output.
+FOR_SEVERAL_PROCESSES = ("pairs", "evaluate", "doctor")
 # Name -> script, what it does.
 METHODS = {
     "sft": ("trl_vlm.scripts.sft", "train with supervised replies"),
@@ -80,7 +83,22 @@ def _add_command(module: str, command: CommandParser) -> None:
     """Adds a command's options, and what runs it."""
     code = import_module(f"trl_vlm.cli.{module}")
     code.add(command)
-    command.set_defaults(run=code.run)
+    command.set_defaults(run=code.run if module in FOR_SEVERAL_PROCESSES else partial(_run_alone, code.run))
+
+
+def _run_alone(run: Callable[[Namespace], int], options: Namespace) -> int:
+    """Runs a command that is made for one process.
+
+    Raises:
+        ValueError: A launcher started several.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if started > 1:
+        raise ValueError(
+            f"This command runs in one process, and a launcher started {started}: each would do all of it. Start it "
+            "without `accelerate launch` or torchrun."
+        )
+    return run(options)
 
 
 def _read_training(script: str, command: CommandParser, words: Sequence[str], options: Namespace) -> None:

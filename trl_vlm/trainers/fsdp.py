@@ -1,4 +1,7 @@
-"""What FSDP2 needs for the gradients of one process."""
+"""What FSDP2 needs: one gradient for all processes, and a whole model where each generates apart from the others."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -34,3 +37,32 @@ def _gather_head(model: nn.Module, _: object) -> None:
     assert isinstance(head, nn.Module)
     if any(parameter.requires_grad for parameter in head.parameters()):
         head.unshard()
+
+
+@contextmanager
+def whole_on_each_process(model: nn.Module) -> Iterator[None]:
+    """A context in which FSDP2 keeps all parameters on each process, so that a forward waits for no other process.
+
+    All processes enter and leave it together.
+
+    Args:
+        model: As it was wrapped; without FSDP2 nothing happens.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    # What torch has no public names for: which unit is the root (the first that runs, and here the base of an adapter
+    # may run alone), and whether a unit is divided again after a forward (accelerate keeps some of them).
+    # Delete when torch has both; `test_pairs_distributed.py` notices if the names go.
+    if units and isinstance(model, FSDPModule):
+        model._get_fsdp_state()._lazy_init()
+    groups = [group for unit in units if (group := unit._get_fsdp_state()._fsdp_param_group) is not None]
+    divided_to = [group.post_forward_mesh_info for group in groups]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+        for group, mesh in zip(groups, divided_to, strict=True):
+            group.post_forward_mesh_info = mesh

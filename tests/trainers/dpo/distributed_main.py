@@ -6,10 +6,11 @@ from transformers import AutoModelForImageTextToText
 
 from tests.encoded_images import watched
 from tests.families import load_processor
-from tests.trainers.dpo.helpers import lora, rows
+from tests.trainers.dpo.helpers import lora, rows, with_weights
 from trl_vlm import DPOConfig, DPOTrainer
 
 IMAGE = {"image_weight": 1.0, "image_corruption": "mask", "image_mask_ratio": 0.7, "anchor_weight": 0.5}
+IMAGES = (1, 2, 1, 1, 2, 1, 1, 1)
 
 
 def main(
@@ -36,7 +37,7 @@ def main(
         reference_cache=str(folder / "cache") if cache else None,
         save_strategy="no",
         report_to="none",
-        **(IMAGE | {"image_seed": 0} if image else {}),
+        **(IMAGE | {"image_seed": 0 if cache else None} if image else {}),
         disable_tqdm=True,
         gradient_checkpointing=checkpointing,
         **trainer_arguments,
@@ -48,7 +49,7 @@ def main(
     trainer = DPOTrainer(
         model,
         args=args,
-        train_dataset=rows((1, 2, 1, 1, 2, 1, 1, 1)),
+        train_dataset=with_weights(rows(IMAGES)) if image else rows(IMAGES),
         processing_class=load_processor(folder_of_model),
         peft_config=lora(targets) if adapter else None,
     )

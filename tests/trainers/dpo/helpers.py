@@ -22,6 +22,14 @@ def rows(images: tuple[int, ...] = (1, 2, 0, 1)) -> Dataset:
     return preference_rows(list(images)).remove_columns(["facts", "margin"])
 
 
+def with_weights(pairs: Dataset) -> Dataset:
+    """The pairs with spans, some of which have weights, and with a weight for each rejected reply."""
+    spans: list[Any] = [[[0.0, 1.0], [2.0, 5.0, 4.0]], [], None, [[0.0, 5.0, 0.5]]]
+    weights = [0.5, 2.0, 1.0, 1.5]
+    pairs = pairs.add_column("chosen_spans", [spans[row % 4] for row in range(len(pairs))])
+    return pairs.add_column("rejected_score_weight", [weights[row % 4] for row in range(len(pairs))])
+
+
 @cache
 def text_rows() -> Dataset:
     """The same pairs without an images column."""

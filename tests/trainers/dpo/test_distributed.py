@@ -82,7 +82,7 @@ def test_under_fsdp2_two_processes_fill_the_reference_cache_of_one(adapter, tmp_
     ],
 )
 def test_the_image_pair_of_two_processes_is_that_of_one(kind, options, single, tmp_path):
-    """Policy and reference run twice before the gradient is taken."""
+    """Policy and reference run twice before the gradient is taken; segments and replies have weights."""
     arguments = {"model": folder_of_model(), "image": True, **options}
     report = launch(SCRIPT, kind, processes=2, folder=tmp_path, batch=2, **arguments)
     wanted = single(image=True, **options)

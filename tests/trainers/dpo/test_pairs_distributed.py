@@ -43,6 +43,7 @@ def test_twenty_steps_on_one_process_and_replies_follow_the_policy(source, adapt
     [
         ("zero2", {"source": "judged", "undecided": True}),
         pytest.param("zero3", {"source": "bdhs", "adapter": True, "callback": True}, marks=pytest.mark.nightly),
+        pytest.param("fsdp2", {"source": "bdhs", "adapter": True}, marks=pytest.mark.nightly),
     ],
 )
 def test_two_processes_make_the_pairs_of_one_and_train_like_it(kind, options, tmp_path):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.trainers.ppo.helpers import lora, rows, settings
+from tests.trainers.ppo.helpers import lora, reward_each_token, rows, settings
 from tests.trainers.ppo.shared_distributed_main import set_start, trained_weights
 from trl_vlm import PPOTrainer
 from trl_vlm.trainers.ppo.rollout import Rollout, reply_mask
@@ -77,6 +77,7 @@ def train(
     """One run: the trainer, its rollout, and a report with one score per reply and one loss per step."""
     trainer = PPOTrainer(
         model,
+        reward_funcs=reward_each_token,  # beside the reward model
         args=settings(
             folder / f"out-{draw}",
             per_device_train_batch_size=batch,

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tests.trainers.ppo.helpers import lora, rows, settings
+from tests.trainers.ppo.helpers import lora, reward_each_token, rows, settings
 from trl_vlm import PPOTrainer
 
 REPORTED = ("loss", "grad_norm", "ppo/score", "ppo/kl", "ppo/value_mean", "ppo/value_loss")
@@ -46,6 +46,7 @@ def main(
 ):
     trainer = PPOTrainer(
         model,
+        reward_funcs=reward_each_token,  # beside the reward model
         args=settings(
             folder / "out",
             **{

@@ -21,6 +21,7 @@ from trl_vlm.trainers import _trl
 from trl_vlm.trainers.checks import refuse
 from trl_vlm.trainers.dpo.collator import PreferenceBatch
 from trl_vlm.trainers.dpo.config import DPOConfig
+from trl_vlm.trainers.fsdp import whole_on_each_process
 from trl_vlm.trainers.ppo.rollout_rows import check_rollout_rows
 from trl_vlm.trainers.tables import PairTables
 from trl_vlm.trainers.types import EvaluationRows, Model, Processor, Rows, base_model
@@ -58,8 +59,8 @@ class Collator(Protocol):
 def current_policy(trainer: Trainer) -> Iterator[Policy]:
     """A context with the trained model ready to generate: evaluation mode, adapters on, gathered, with a cache.
 
-    ZeRO-3 gathers its parameters on every process, so all processes enter and leave this context together; in between
-    they work independently. Afterwards the model's state is restored.
+    ZeRO-3 and FSDP2 gather their parameters on every process, so all processes enter and leave this context together;
+    in between they work independently. Afterwards the model's state is restored.
     """
     kwargs = trainer.args.gradient_checkpointing_kwargs
     policy_alone = getattr(trainer, "policy_alone", nullcontext)  # PPO's policy holds its critic
@@ -69,6 +70,7 @@ def current_policy(trainer: Trainer) -> Iterator[Policy]:
             trainer.model_wrapped, trainer.accelerator, gradient_checkpointing_kwargs=kwargs
         ) as model,
         _trl.DistributedBackend(trainer.accelerator).summon_full_params(trainer.model_wrapped, recurse=False),
+        whole_on_each_process(trainer.model_wrapped),
     ):
         # The layers of an adapter are inside the base model.
         model, processor = base_model(model), trainer.processing_class

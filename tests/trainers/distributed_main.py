@@ -89,17 +89,23 @@ def main(
     model: str,
     batch: int,
     runs: Sequence[str],
+    resumed: Sequence[str] = (),
 ):
+    """The runs that are `resumed` run to their end, and then once more from a checkpoint before the last step."""
     report: dict[str, Any] = {}
-    for name in runs:
-        method, kind = name.rsplit(" ", 1)
+    again = [f"{name} again" for name in resumed]
+    for name in (*runs, *again):
+        method, kind = name.removesuffix(" again").rsplit(" ", 1)
         adapter = kind == "lora"
-        options = settings(folder / name.replace(" ", "_"), batch, adapter, **trainer_arguments)
+        options = settings(folder / f"{method}_{kind}".replace(" ", "_"), batch, adapter, **trainer_arguments)
+        if name in resumed or name in again:
+            options |= {"save_strategy": "steps", "save_steps": 2}
         # TRL seeds, loads, then draws the adapter; with ZeRO-3, loading draws other numbers.
         loaded = AutoModelForImageTextToText.from_pretrained(model) if adapter else model
         trainer = make(method, loaded, model, adapter, options)
         dtypes = watched(trainer)
-        trainer.train()
+        checkpoint = f"{trainer.args.output_dir}/checkpoint-2"
+        trainer.train(checkpoint if name in again else None)
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         report[name] = {
             "loss": [entry["loss"] for entry in logs],

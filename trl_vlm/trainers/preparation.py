@@ -29,7 +29,7 @@ from trl_vlm.models.parts import freeze_vision_tower, part_of, trainable_paramet
 from trl_vlm.models.processors import as_trainable, load_processor
 from trl_vlm.models.reply_ends import with_reply_ends
 from trl_vlm.trainers.card import CardFacts, write_card
-from trl_vlm.trainers.fsdp import reduce_gradient_of_head
+from trl_vlm.trainers.fsdp import loading_what_was_saved, reduce_gradient_of_head
 from trl_vlm.trainers.options import PartOptions
 from trl_vlm.trainers.types import Model, NumberedRows, Processor, Rows, base_model
 
@@ -338,6 +338,10 @@ class PreparedTrainer(Trainer):
             plugin.transformer_cls_names_to_wrap = layers_to_wrap(self.model)
         if plugin is not None and plugin.fsdp_version == 2:
             reduce_gradient_of_head(self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with loading_what_was_saved():
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -62,15 +62,16 @@ def loading_what_was_saved() -> Iterator[None]:
 
 
 @contextmanager
-def whole_on_each_process(model: nn.Module) -> Iterator[None]:
+def whole_on_each_process(model: nn.Module | None) -> Iterator[None]:
     """A context in which FSDP2 keeps all parameters on each process, so that a forward waits for no other process.
 
     All processes enter and leave it together.
 
     Args:
-        model: As it was wrapped; without FSDP2 nothing happens.
+        model: As it was wrapped, if it was; without FSDP2 nothing happens.
     """
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    modules = () if model is None else model.modules()
+    units = [module for module in modules if isinstance(module, FSDPModule)]
     # What torch has no public names for: which unit is the root (the first that runs, and here the base of an adapter
     # may run alone), and whether a unit is divided again after a forward (accelerate keeps some of them).
     # Delete when torch has both; `test_pairs_distributed.py` notices if the names go.

@@ -27,9 +27,9 @@ def model():
 @pytest.fixture(scope="module")
 def single(model, tmp_path_factory):
     @cache
-    def run(images, each_token):
+    def run(images):
         folder = tmp_path_factory.mktemp("single")
-        trainer, report = main(folder, {}, model=model, batch=4, images=list(images), each_token=each_token)
+        trainer, report = main(folder, {}, model=model, batch=4, images=list(images))
         assert trainer.accelerator.num_processes == 1
         return folder, report
 
@@ -39,10 +39,8 @@ def single(model, tmp_path_factory):
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", IMAGES)
 def test_two_processes_give_the_losses_metrics_and_weights_of_one(kind, single, model, tmp_path):
-    each_token = kind != "ddp"  # `test_token_rewards.py` has that
-    folder, expected = single(tuple(IMAGES[kind]), each_token)
-    options = {"images": IMAGES[kind], "each_token": each_token}
-    report = launch(SCRIPT, kind, processes=2, folder=tmp_path, model=model, batch=2, **options)
+    folder, expected = single(tuple(IMAGES[kind]))
+    report = launch(SCRIPT, kind, processes=2, folder=tmp_path, model=model, batch=2, images=IMAGES[kind])
     # Sums are taken in another order; nothing else differs.
     for name in REPORTED:
         same = {"rtol": 2e-3, "atol": 2e-4, "msg": lambda text, name=name: f"{name}: {text}"}

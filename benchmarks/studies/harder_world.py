@@ -29,7 +29,7 @@ from datasets import Dataset
 from trl import ModelConfig
 
 from benchmarks.studies import preference_study
-from benchmarks.studies.harder_world_arms import ARMS, CELLS, COMPARISONS, Arm, Cell, chosen
+from benchmarks.studies.harder_world_arms import ARMS, CELLS, COMPARISONS, START, TITLES, Arm, Cell, chosen
 from benchmarks.studies.harder_world_measures import answers, captions, fraction, paired, values
 from benchmarks.studies.harder_world_report import page
 from trl_vlm import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
@@ -315,6 +315,22 @@ def _same_statements(texts: list[str], others: list[str]) -> list[float]:
     return [float(set(statements(text)) == set(statements(other))) for text, other in pairs]
 
 
+def compare(found: Mapping[str, Any], terms: Mapping[str, Any]) -> None:
+    """Sets the differences of arms that were tuned as much: with the same number of cells.
+
+    Args:
+        found: One seed's results.
+        terms: What was measured of the supervised model and of its arms.
+    """
+    for reference, others in COMPARISONS.values():
+        for other in [arm for arm in others if arm in terms and reference in terms]:
+            cells = {found["arms"][arm]["cells"] for arm in (reference, other) if arm != START}
+            name = f"{other} - {reference}"
+            found["differences"].pop(name, None)
+            if len(cells) == 1:
+                found["differences"][name] = paired(terms[reference], terms[other])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=WORLDS, default="attributes")
@@ -334,19 +350,15 @@ def main() -> None:
         seed = Seed(options, number)
         found = results.setdefault(str(number), {"arms": {}, "differences": {}})
         found |= {"prior": seed.prior(), "supervised": values(seed.measured(seed.supervised_model(), "test"))}
-        terms = seed.earlier(found["arms"])
+        terms = {START: seed.measured(seed.supervised_model(), "test")} | seed.earlier(found["arms"])
         for name in options.arms:
             cell, terms[name] = seed.result(name)
             found["arms"][name] = {"cells": options.cells, "cell": list(cell), "values": values(terms[name])}
             if ARMS[name].rows in ("corrections", "marked_corrections"):
                 found["chosen"] = seed.chosen_replies()
-            for reference, others in COMPARISONS.values():
-                for other in others:
-                    if reference in terms and other in terms:
-                        found["differences"][f"{other} - {reference}"] = paired(terms[reference], terms[other])
+            compare(found, terms)
             path.write_text(json.dumps(results, indent=1) + "\n")
-            titles = {arm: each.title for arm, each in ARMS.items()}
-            path.with_suffix(".md").write_text(page(options.world, results, titles, COMPARISONS))
+            path.with_suffix(".md").write_text(page(options.world, results, TITLES, COMPARISONS))
 
 
 if __name__ == "__main__":

@@ -68,12 +68,17 @@ for _noise in BLINDNESS:
     for _facts in ("facts", "no_facts"):
         _title = f"PPO, {_facts.replace('_', ' ')}, reward model's noise {_noise:g}"
         ARMS[f"{_facts}@{_noise:g}"] = Arm(_title, _noise, {"use_facts": _facts == "facts"}, "ppo", PPO_CELLS)
+START = "supervised"  # the model that every arm starts from
+TITLES = {START: "supervised model", "chosen": "the corrected replies themselves"}
+TITLES |= {name: arm.title for name, arm in ARMS.items()}
 # Question -> the arm that others are compared with, and these.
 COMPARISONS = {
+    "What each training changes": (START, tuple(ARMS)),
     "Preference against supervised training on the same chosen replies": ("sft", ("dpo", "dense_spans")),
     "What Dense DPO weighs": ("dpo", ("averaged", "dense_diff", "dense_spans")),
     "The image side": ("dpo", ("image_mask", "image_noise", "image_other")),
     "Where rejected replies come from": ("self", ("exact_sft", "noise", "unguided", "bdhs")),
+    "Guided masks against masks alone and noise": ("bdhs", ("unguided", "noise")),
     "Corrections against rankings": ("rankings", ("dpo", "few")),
     "When replies are drawn and judged": ("offline", ("mixed", "online")),
 } | {f"Facts, where the reward model's noise is {n:g}": (f"no_facts@{n:g}", (f"facts@{n:g}",)) for n in BLINDNESS}

@@ -13,7 +13,7 @@ SHOWN = {
     "repeats": "repeats",
     "broken": "broken",
 }
-COMPARED = ("untrue", "chair_i", "attributes", "recall")
+COMPARED = ("untrue", "chair_i", "attributes", "recall", "repeats")
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 ABOUT = """Everything in percent. *Untrue sentences* name what is absent, tell a wrong attribute, or are *broken*: they
@@ -71,7 +71,6 @@ def arm_table(results: Mapping[str, Any], titles: Mapping[str, str]) -> list[str
     """Every arm and seed, and the mean over its seeds."""
     names = [*SHOWN.values(), "untrue, greedy", "recall, greedy", "CHAIR_i, balanced", "POPE adversarial"]
     lines = table_head(["arm", "seed", "cell", "cells", *names])
-    titles = {"supervised": "supervised model", "chosen": "the corrected replies themselves", **titles}
     for arm in titles:
         rows = []
         for seed, found in results.items():

@@ -9,8 +9,8 @@ import pytest
 from datasets import Dataset
 
 from benchmarks.studies import harder_world_measures
-from benchmarks.studies.harder_world import weakened
-from benchmarks.studies.harder_world_arms import ARMS, CELLS, COMPARISONS, Cell, chosen
+from benchmarks.studies.harder_world import compare, weakened
+from benchmarks.studies.harder_world_arms import ARMS, CELLS, COMPARISONS, START, Cell, chosen
 from benchmarks.studies.harder_world_measures import captions, paired, values
 from trl_vlm.pairs import Policy
 from trl_vlm.testbed import build_model, build_processor
@@ -24,8 +24,9 @@ ROOT = Path(__file__).parents[2]
 
 def test_every_arm_has_the_same_number_of_cells_and_every_comparison_known_arms():
     assert {len(set(arm.cells)) for arm in ARMS.values()} == {len(CELLS)}
-    compared = {arm for reference, others in COMPARISONS.values() for arm in (reference, *others)}
-    assert compared == set(ARMS)
+    from_start, *among_arms = COMPARISONS.values()
+    assert from_start == (START, tuple(ARMS))
+    assert {arm for reference, others in among_arms for arm in (reference, *others)} == set(ARMS)
 
 
 def test_the_cell_that_says_the_least_untrue_is_kept_among_those_that_keep_recall():
@@ -85,6 +86,15 @@ def test_weakened_rows_are_those_that_the_labeler_gives_for_weak_eyes():
     assert weakened(sharp, 0.0) is sharp
 
 
+def test_arms_are_compared_that_were_tuned_as_much():
+    terms = {name: measured([1, 2, 1]) for name in (START, "sft", "dpo", "dense_diff")}
+    found = {"arms": {"sft": {"cells": 3}, "dpo": {"cells": 3}, "dense_diff": {"cells": 2}}}
+    found["differences"] = {"dense_diff - dpo": "made when both had two cells", "bdhs - self": "of an earlier call"}
+    compare(found, terms)
+    from_start = {f"{arm} - supervised" for arm in ("sft", "dpo", "dense_diff")}
+    assert set(found["differences"]) == from_start | {"dpo - sft", "bdhs - self"}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Runs the study with some arms in one folder."""
@@ -105,8 +115,10 @@ def run(tmp_path_factory):
 @pytest.mark.nightly
 def test_the_study_runs_and_goes_on_with_further_arms(run):
     found, text = run("--arms", "sft", "dpo", "dense_spans", "image_mask")
-    assert set(found["arms"]) == {"sft", "dpo", "dense_spans", "image_mask"}
-    assert {"dpo - sft", "dense_spans - sft", "dense_spans - dpo", "image_mask - dpo"} == set(found["differences"])
+    arms = {"sft", "dpo", "dense_spans", "image_mask"}
+    assert set(found["arms"]) == arms
+    among_arms = {"dpo - sft", "dense_spans - sft", "dense_spans - dpo", "image_mask - dpo"}
+    assert set(found["differences"]) == among_arms | {f"{arm} - supervised" for arm in arms}
     assert "## The image side" in text and "## Where rejected replies come from" not in text
     weights = run.folder / "attributes" / "seed0" / "dpo_0.0003_1" / "model.safetensors"
     stamp = weights.stat().st_mtime_ns

@@ -4,7 +4,13 @@ import pytest
 
 from benchmarks.studies.harder_world_report import page, percent
 
-TITLES = {"sft": "supervised", "dpo": "DPO", "dense": "Dense DPO"}
+TITLES = {
+    "supervised": "supervised model",
+    "chosen": "the corrected replies themselves",
+    "sft": "supervised",
+    "dpo": "DPO",
+    "dense": "Dense DPO",
+}
 COMPARISONS = {"Preference?": ("sft", ("dpo", "dense")), "Dense?": ("dpo", ("dense",))}
 NAMES = ("untrue", "chair_i", "attributes", "recall", "repeats", "broken")
 
@@ -38,7 +44,7 @@ def test_every_arm_and_seed_has_a_line_and_seeds_their_mean():
 def test_differences_have_an_interval_over_scenes_and_their_mean_one_over_seeds():
     lines = page("long", {"0": result(0.2, 0.1, -0.1), "4": result(0.4, 0.3, -0.2)}, TITLES, COMPARISONS).splitlines()
     first, second, mean = [line for line in lines if line.startswith("| DPO | ") and "(" in line]
-    assert first == "| DPO | 0 | -10.0 (-11.0 to -9.0) | -10.0 (-11.0 to -9.0) | - | -10.0 (-11.0 to -9.0) |"
+    assert first == "| DPO | 0 | -10.0 (-11.0 to -9.0) | -10.0 (-11.0 to -9.0) | - | -10.0 (-11.0 to -9.0) | - |"
     assert second.startswith("| DPO | 4 | -20.0 (-21.0 to -19.0)")
     # Student: -15 -+ 12.71 * 7.071 / sqrt(2) = -15 -+ 63.55
     assert mean.startswith("| DPO | mean of 2 | **-15.0 (-78.5 to +48.5)** |")

@@ -9,13 +9,14 @@ Chosen so that two runs differ by their rounding and by nothing that a rounding 
 - Adapters and heads start from numbers that bf16 has: DeepSpeed makes its float32 weights out of bf16 ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests import families
 from tests.trainers.ppo.helpers import lora, reward_each_token, rows, settings
 from tests.trainers.ppo.shared_distributed_main import set_start, trained_weights
 from trl_vlm import PPOTrainer
@@ -40,10 +41,10 @@ def keep_rollouts(trainer: PPOTrainer) -> list[Rollout]:
 
 
 def round_start(trainer: PPOTrainer) -> None:
-    """Rounds adapters and heads to bf16, in the precision that they have."""
+    """Rounds the policy's adapter to bf16 numbers; the other roles start from a folder of such."""
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
-            if ("lora_" in name or "score" in name) and not parameter.is_meta:
+            if ".default." in name and not parameter.is_meta:
                 parameter.copy_(parameter.bfloat16())
 
 
@@ -128,9 +129,29 @@ def train(
     return trainer, rollout, report
 
 
+def numbers_of_roles(folder: str, policy: Callable, values: Callable, scores: Callable) -> dict[str, list]:
+    """What models compute in bf16 of two rows: log-probabilities of all tokens, a value of each token, and scores."""
+    batch = families.batch(families.load_processor(folder), [1, 2])
+    mask = batch["attention_mask"].bool()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        numbers = {"log_probs": policy(**batch).logits.float().log_softmax(-1)[mask]}
+        numbers |= {"values": values(**batch)[mask], "scores": scores(**batch).logits}
+    return {name: value.float().tolist() for name, value in numbers.items()}
+
+
+def saved_roles(trainer: PPOTrainer, folder: Path, model: str) -> dict[str, list]:
+    """Saves the trained run, and computes with its roles."""
+    trainer.save_model(str(folder / "saved"))
+    base = trainer._critic.shared_base
+    assert base is not None
+    with base.evaluating():
+        roles = base.roles
+        return numbers_of_roles(model, trainer.model, roles["value_model"].token_scores, roles["reward_model"])
+
+
 def main(folder: Path, trainer_arguments: dict, draws: Sequence[int], **arguments: Any) -> tuple[PPOTrainer, dict]:
-    """A run on each draw of rows and adapters; their reports by draw, as JSON has it."""
+    """A run on each draw of rows and adapters: their reports by draw, as JSON has it; and what the last one saves."""
     reports = {}
     for draw in draws:
         trainer, _, reports[str(draw)] = train(folder, trainer_arguments, draw=draw, **arguments)
-    return trainer, {"draws": reports}
+    return trainer, {"draws": reports, "roles": saved_roles(trainer, folder, arguments["model"])}

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
 from tests.distributed import launch
 from tests.families import saved
 from tests.lora_models import reward_adapter
-from tests.trainers.ppo.precision_distributed_main import CLEAR_DRAWS, main
+from tests.trainers.ppo.precision_distributed_main import CLEAR_DRAWS, main, numbers_of_roles
+from trl_vlm.models.reward_model import load_reward_model
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +35,11 @@ pytestmark = [pytest.mark.distributed, pytest.mark.nightly]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     model = str(saved("llava", sharp=3.0))
-    return {"model": model, "reward_model": reward_adapter(model, tmp_path_factory.mktemp("reward"))}
+    reward_model = reward_adapter(model, tmp_path_factory.mktemp("reward"))
+    weights = f"{reward_model}/adapter_model.safetensors"
+    rounded = {name: weight.bfloat16().float() for name, weight in load_file(weights).items()}
+    save_file(rounded, weights, metadata={"format": "pt"})
+    return {"model": model, "reward_model": reward_model}
 
 
 def with_weights(report: dict, folder: Path) -> dict[str, dict]:
@@ -63,7 +71,11 @@ def distances(found: dict[str, dict], wanted: dict[str, dict]) -> dict[str, floa
     errors = {
         name: torch.cat([flat(found[draw][name]) - flat(wanted[draw][name]) for draw in wanted]) for name in MEASURED
     }
-    return {name: error.pow(2).mean().sqrt().item() for name, error in errors.items()}
+    return {name: rms(error) for name, error in errors.items()}
+
+
+def rms(error: Tensor) -> float:
+    return error.pow(2).mean().sqrt().item()
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +112,11 @@ def test_in_bfloat16_ten_steps_are_within_the_distance_of_two_precisions(
     for run in runs.values():
         check_numbers(run)
         check_saved(run, rounded=kind.startswith("zero"))
+    loaded = roles_alone(tmp_path / "saved", models["model"], PRECISIONS[ON_ONE_PROCESS[kind]][1])
+    apart = {name: rms(flat(loaded[name]) - flat(report["roles"][name])) for name in loaded}
+    logger.info("%s, roles that are loaded alone: %s", kind, in_short(apart))
+    for name, value in apart.items():
+        assert value <= of_precisions[name], f"{name} of a role that is loaded alone: {value:.2g} from the run's"
 
 
 def check_numbers(run: dict) -> None:
@@ -116,3 +133,18 @@ def check_saved(run: dict, rounded: bool) -> None:
     """That what is saved are the float32 weights that the optimizer steps, under ZeRO in bf16."""
     weights = {name: weight.bfloat16() if rounded else weight for name, weight in run["weights"].items()}
     assert torch.equal(flat(run["saved"]), flat(weights))
+
+
+def roles_alone(folder: Path, model: str, dtype: str) -> dict[str, list]:
+    """What the saved roles compute on one process, each loaded by itself."""
+    base = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
+    critic, reward_model = (
+        load_reward_model(folder / name, for_scoring=True, dtype=dtype).eval()
+        for name in ("value_model", "reward_model")
+    )
+    return numbers_of_roles(
+        model,
+        PeftModel.from_pretrained(base, folder).eval(),
+        lambda **batch: critic(**batch, output_token_scores=True).token_scores,
+        reward_model,
+    )

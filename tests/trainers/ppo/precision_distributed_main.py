@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tests import families
-from tests.trainers.ppo.helpers import lora, reward_each_token, rows, settings
+from tests.trainers.ppo.helpers import lora, rows, settings
 from tests.trainers.ppo.shared_distributed_main import set_start, trained_weights
 from trl_vlm import PPOTrainer
 from trl_vlm.trainers.ppo.rollout import Rollout, reply_mask
@@ -78,7 +78,6 @@ def train(
     """One run: the trainer, its rollout, and a report with one score per reply and one loss per step."""
     trainer = PPOTrainer(
         model,
-        reward_funcs=reward_each_token,  # beside the reward model
         args=settings(
             folder / f"out-{draw}",
             per_device_train_batch_size=batch,

@@ -27,9 +27,9 @@ def model():
 @pytest.fixture(scope="module")
 def single(model, tmp_path_factory):
     @cache
-    def run(images):
+    def run(images, each_token):
         folder = tmp_path_factory.mktemp("single")
-        trainer, report = main(folder, {}, model=model, batch=4, images=list(images))
+        trainer, report = main(folder, {}, model=model, batch=4, images=list(images), each_token=each_token)
         assert trainer.accelerator.num_processes == 1
         return folder, report
 
@@ -39,8 +39,10 @@ def single(model, tmp_path_factory):
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", IMAGES)
 def test_two_processes_give_the_losses_metrics_and_weights_of_one(kind, single, model, tmp_path):
-    folder, expected = single(tuple(IMAGES[kind]))
-    report = launch(SCRIPT, kind, processes=2, folder=tmp_path, model=model, batch=2, images=IMAGES[kind])
+    each_token = kind != "ddp"  # there a reward for the whole reply
+    folder, expected = single(tuple(IMAGES[kind]), each_token)
+    options = {"images": IMAGES[kind], "each_token": each_token}
+    report = launch(SCRIPT, kind, processes=2, folder=tmp_path, model=model, batch=2, **options)
     # Sums are taken in another order; nothing else differs.
     for name in REPORTED:
         same = {"rtol": 2e-3, "atol": 2e-4, "msg": lambda text, name=name: f"{name}: {text}"}
@@ -53,6 +55,8 @@ def test_two_processes_give_the_losses_metrics_and_weights_of_one(kind, single, 
         weights, alone = load_file(tmp_path / "saved" / file), load_file(folder / "saved" / file)
         assert weights.keys() == alone.keys()
         for name, tensor in alone.items():
+            if "vision" in name and name.endswith("k_proj.bias"):
+                continue  # a softmax ignores what all keys have in common: its gradient is rounding alone
             # Adam divides by the size of the gradient: a weight with a tiny one may step either way.
             share = ((weights[name] - tensor).abs() > 1e-3).float().mean()
             assert share < 0.02, (name, torch.dist(weights[name], tensor))
